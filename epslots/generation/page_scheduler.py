@@ -21,7 +21,7 @@ for the third, which is SGLang's:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -29,6 +29,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, Scheduler
 
+from epslots.generation.chunk_balance import StepLoad
 from epslots.generation.chunk_size import ChunkSize
 from epslots.generation.engine_stats import EngineCounters
 
@@ -84,6 +85,11 @@ class _StepBatch:
         return bool(tokens > 1 or state.current_len() >= self.cache.max_decode_fast_path_length)
 
 
+def is_prompt(future: FutureRequestState) -> bool:
+    """Whether a prepared request computes its prompt: past that, it decodes. Its position is the one after the batch."""
+    return bool(future.state.position_offset <= len(future.state.initial_tokens))
+
+
 def reads_of(cache: PagedAttentionCache, length: int) -> int:
     """Tokens that a request of this length reads from the cache in a step."""
     return length if cache.read_cache_limit is None else min(length, int(cache.read_cache_limit))
@@ -126,11 +132,13 @@ class PageScheduler(Scheduler):
         """Whether pages are kept for hand-overs: they will be free without a step, so that waiting for them ends."""
         return bool(self.reserved) or self._held > 0
 
-    @property
-    def uncomputed_prompts(self) -> int:
-        """Tokens that are yet to be computed of prompts, those of waiting requests included."""
+    def load_of(self, batch: Sequence[FutureRequestState]) -> StepLoad:
+        """Tokens of a prepared batch, and of prompts that are computed after it."""
+        tokens = sum(future.query_length for future in batch)
+        if not any(map(is_prompt, batch)):
+            return StepLoad(tokens, 0)  # prompts that wait have found no room, and it isn't known when they will
         admitted = sum(len(state.remaining_prefill_tokens) for state in self.active_requests.values())
-        return admitted + sum(len(state.initial_tokens) for state in self.waiting_requests.values())
+        return StepLoad(tokens, admitted + sum(len(state.initial_tokens) for state in self.waiting_requests.values()))
 
     @property
     def _held(self) -> int:

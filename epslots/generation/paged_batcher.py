@@ -38,6 +38,7 @@ from epslots.generation.chunk_size import ChunkSize
 from epslots.generation.engine_stats import Usage
 from epslots.generation.isolation import Isolation
 from epslots.generation.page_images import image_of_pages
+from epslots.generation.page_scheduler import is_prompt
 from epslots.generation.paged_cache import open_processor, paging_obstacle
 from epslots.generation.paged_decoding import PagedDecoding
 from epslots.generation.paged_invariance import PackedAttention, Span, invariance_obstacle
@@ -205,10 +206,8 @@ class PagedBatcher(Batcher):
 
     @property
     def load(self) -> StepLoad:
-        part = self._part or ()
-        # Prompts that wait while none is computed find no room: nothing is known of when they will.
-        waiting = self._processor.scheduler.uncomputed_prompts if any(map(_is_prompt, part)) else 0
-        return StepLoad(sum(future.query_length for future in part), waiting)
+        found: StepLoad = self._processor.scheduler.load_of(self._part or ())
+        return found
 
     def _set_part(self, part: list[FutureRequestState]) -> None:
         """Make these prepared requests the next forward pass's."""
@@ -315,7 +314,7 @@ class PagedBatcher(Batcher):
 
     def _count_step(self, part: list[FutureRequestState]) -> None:
         """Count a forward pass that succeeded."""
-        prompts = list(filter(_is_prompt, part))
+        prompts = list(filter(is_prompt, part))
         prompt_tokens = sum(future.query_length for future in prompts)
         self._counters.steps += 1
         self._counters.replayed_steps = self._captured.replays
@@ -382,11 +381,6 @@ class PagedBatcher(Batcher):
         self._manager = self._processor = self._isolation = self._windows = self._part = None
         if self._model.config._attn_implementation != self._implementation:
             self._model.set_attn_implementation(self._implementation)
-
-
-def _is_prompt(future: FutureRequestState) -> bool:
-    """Whether a prepared request computes its prompt: past that, it decodes. Its position is the one after the batch."""
-    return bool(future.state.position_offset <= len(future.state.initial_tokens))
 
 
 @contextmanager
