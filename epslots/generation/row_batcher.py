@@ -147,7 +147,8 @@ class RowBatcher(Batcher):
             planned = next_batch(states, room, prompt_was_last=self._prompt_was_last, together=self._support.together)
             assert planned is not None, "every active row has a token left to compute"
             if self._admission.make_room(len(planned.rows) * planned.width, rows=0):
-                self._next_prompt_tokens = following_prompt_tokens(states, planned, self._config.max_batch_tokens)
+                most, together = self._config.max_batch_tokens, self._support.together
+                self._next_prompt_tokens = following_prompt_tokens(states, planned, most, together=together)
                 return planned
             self._admission.preempt(self._admission.running[-1])  # the first alone always fits
         return None
