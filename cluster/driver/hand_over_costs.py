@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+from cluster.messages.hand_over import BYTES_BETWEEN_STEPS
+
 LEAST_LEFT_TOKENS = 8
 FIRST_SECONDS = 0.02
 """A hand-over, before one was measured: some messages."""
@@ -19,23 +23,25 @@ class HandOverCosts:
 
     Attributes:
         fixed_s, token_s: of a hand-over; by least squares over the latest, each non-negative.
+        token_bytes: of a token in a cache, in the latest hand-over.
         prompt_token_s: of a prompt's token on the ranks that compute them; None = unknown.
         least_left_tokens: a request with fewer tokens to come isn't handed over.
     """
 
     def __init__(self) -> None:
-        self.fixed_s, self.token_s = FIRST_SECONDS, 0.0
+        self.fixed_s, self.token_s, self.token_bytes = FIRST_SECONDS, 0.0, 0.0
         self.prompt_token_s: float | None = None
         self.least_left_tokens = LEAST_LEFT_TOKENS
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
         """Weighted: 1, tokens, tokens squared, seconds, tokens x seconds."""
 
-    def observe(self, tokens: int, seconds: float, prompt_token_s: float) -> None:
+    def observe(self, tokens: int, seconds: float, prompt_token_s: float, nbytes: int = 0) -> None:
         """Note a hand-over of so many tokens.
 
         Args:
             seconds: without waiting for the prompt.
             prompt_token_s: seconds of a prompt's token that its source has measured; 0 = none.
+            nbytes: of the cache.
         """
         new = (1.0, tokens, tokens * tokens, seconds, tokens * seconds)
         self._sums = tuple(_FADING * old + now for old, now in zip(self._sums, new, strict=True))  # type: ignore[assignment]
@@ -44,6 +50,7 @@ class HandOverCosts:
         slope = (xy - x * y / weight) / spread if spread > 1e-6 * xx else y / x  # all of one length: no fixed part is seen
         self.token_s = min(max(0.0, slope), y / x)
         self.fixed_s = max(0.0, (y - self.token_s * x) / weight)
+        self.token_bytes = nbytes / tokens
         if prompt_token_s > 0:
             self.prompt_token_s = prompt_token_s
 
@@ -69,7 +76,8 @@ class HandOverCosts:
         """Whether a hand-over begins before its prompt is computed, and now.
 
         It keeps room at its target from then on, so it begins as late as it can: when the rest of the prompt, after another
-        step, would take less time than the hand-over and the meeting before it.
+        step, would take less time than the hand-over and the meeting before it, or have fewer steps than it needs: its source
+        looks between two of them whether it may read, and then reads ``BYTES_BETWEEN_STEPS`` between two.
 
         Args:
             computed: tokens of the prompt until now.
@@ -79,7 +87,9 @@ class HandOverCosts:
         if self.prompt_token_s is None:
             return False
         hidden_s = min(left * self.prompt_token_s, computed * self.token_s)
-        in_time = (left - chunk) * self.prompt_token_s > MEETING_S + self.seconds(computed + left)
+        tokens, later = computed + left, left - chunk
+        steps = 1 + math.ceil(tokens * self.token_bytes / BYTES_BETWEEN_STEPS)
+        in_time = later * self.prompt_token_s > MEETING_S + self.seconds(tokens) and later > steps * chunk
         return hidden_s >= LEAST_HIDDEN_S and not in_time
 
     def is_worth(self, left: int) -> bool:

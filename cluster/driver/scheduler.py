@@ -313,9 +313,9 @@ class Scheduler:
         machines = [self._ranks.of(worker).capacity(worker).machine for worker in (one, other)]
         return machines[0] == machines[1] != ""
 
-    def observe_move(self, tokens: int, seconds: float, prompt_token_s: float) -> None:
+    def observe_move(self, tokens: int, seconds: float, prompt_token_s: float, nbytes: int) -> None:
         """Note the costs of a hand-over (``HandOverCosts.observe``)."""
-        self._ranks.costs.observe(tokens, seconds, prompt_token_s)
+        self._ranks.costs.observe(tokens, seconds, prompt_token_s, nbytes)
 
     def clear(self) -> list[ScheduledRequest]:
         """Drop all requests; returns those that users still wait for."""

@@ -24,6 +24,9 @@ import msgspec
 from epslots.generation.cache_layout import CacheLayout
 
 LinkKind = Literal["memory", "gloo"]
+BYTES_BETWEEN_STEPS = 32 << 20
+"""Bytes of a cache that its source reads between two steps, at most: some milliseconds; while a prompt is computed, a step may
+take much longer than these bytes on their way."""
 
 
 class LinkOrder(msgspec.Struct, frozen=True, kw_only=True):

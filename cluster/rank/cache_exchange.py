@@ -4,7 +4,7 @@
 
 A part is what is final since the last one: everything at once, or, of a prompt that is being computed, some tokens of each
 layer after a step, and the states that steps change in place with the last of them. The cache itself belongs to the stepping
-thread: it reads and writes a piece between two steps, for at most a few milliseconds. Waiting is the exchange's own.
+thread: it reads or writes one or two pieces between two steps, for some milliseconds. Waiting is the exchange's own.
 Layouts are agreed before the first piece, digests after the last.
 """
 
@@ -21,6 +21,7 @@ import torch
 import xxhash
 
 from cluster.messages.hand_over import (
+    BYTES_BETWEEN_STEPS,
     CacheAnswer,
     CacheOffer,
     CachePart,
@@ -65,12 +66,12 @@ class SendingTimes:
     copying_s: float
 
 
-class _PieceReader:
-    """Reads an image piece by piece, in parts of what is final by then. All but the attributes is the stepping thread's.
+class _PartReader:
+    """Reads an image in parts, of what is final by then. All but the attributes is the stepping thread's.
 
     Attributes:
         end: tokens of the parts until now.
-        begins: the last piece was the first one of a part.
+        begins: the last pieces were the first ones of a part.
         waited_s: for tokens of the prompt.
         held_from_s: when the request was first seen to make no step; None = it still does.
     """
@@ -86,8 +87,8 @@ class _PieceReader:
         """Whether all was read."""
         return self.end == self._image.layout.tokens and not self._pieces
 
-    def next_piece(self) -> torch.Tensor:
-        """The next piece's bytes.
+    def next_pieces(self) -> list[torch.Tensor]:
+        """The bytes of a part's next pieces.
 
         Raises:
             NotYet: nothing is final that wasn't read.
@@ -106,7 +107,8 @@ class _PieceReader:
                 self._waits_from_s = None
             self._pieces.extend(layout.pieces(PIECE_BYTES, self.end, tokens))
             self.end = tokens
-        return self._image.read(self._pieces.popleft())
+        count = min(max(1, BYTES_BETWEEN_STEPS // PIECE_BYTES), len(self._pieces))
+        return [self._image.read(self._pieces.popleft()) for _ in range(count)]
 
 
 def send_cache(link: PairLink, image: CacheImage, between_steps: BetweenSteps) -> SendingTimes:
@@ -120,13 +122,15 @@ def send_cache(link: PairLink, image: CacheImage, between_steps: BetweenSteps) -
     began_s = time.monotonic()
     _send(link, CacheOffer(image.layout))
     _check(_receive(link, CacheAnswer))
-    digest, reader = xxhash.xxh3_128(), _PieceReader(image, began_s)
+    digest, reader = xxhash.xxh3_128(), _PartReader(image, began_s)
     while not reader.done:
-        data = between_steps(reader.next_piece).cpu()
+        pieces = between_steps(reader.next_pieces)
         if reader.begins:
             _send(link, CachePart(reader.end))
-        digest.update(data.numpy().data)
-        link.send_piece(data)
+        for piece in pieces:
+            data = piece.cpu()
+            digest.update(data.numpy().data)
+            link.send_piece(data)
     _send(link, CacheSent(digest.digest()))
     _check(_receive(link, CacheAnswer))
     ended_s = time.monotonic()

@@ -35,6 +35,7 @@ Open = Callable[..., tuple[Cluster, FakeBackend]]
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches of these small models travel in several pieces; and no prompt is short."""
     monkeypatch.setattr(cluster.rank.cache_exchange, "PIECE_BYTES", 9000)
+    monkeypatch.setattr(cluster.rank.cache_exchange, "BYTES_BETWEEN_STEPS", 2 * 9000)
     monkeypatch.setattr(HandOverCosts, "stays", lambda *_: False)
 
 

@@ -84,8 +84,8 @@ def test_tokens_go_on_as_they_were(name: str, kind: str):
     computed = target.stats().prompt_tokens
     assert computed <= 31 + 2, "the prompts that came with their caches weren't computed"
     assert is_empty(source) and is_empty(target)
-    source.close()
     target.close()
+    source.close()  # last, as it was opened first: each leaves the model as it found it
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -128,8 +128,8 @@ def test_a_cache_travels_while_it_is_computed(name: str, kind: str):
     here.run()
     assert here.tokens["mate"] == expected["mate"]
     assert is_empty(source) and is_empty(target)
-    source.close()
     target.close()
+    source.close()  # last, as it was opened first: each leaves the model as it found it
 
 
 @pytest.mark.parametrize("kind", ["rows", "pages"])
