@@ -167,7 +167,7 @@ def requests_table(ranks: Sequence[OneRankStats]) -> Table:
         )
     table.caption = "reused: tokens of prompts that the cache held; preempted: requests that lost their place in it for a time"
     if len(ranks) > 1 and (imbalance := sum_engines([one.engine for one in ranks]).imbalance):
-        table.caption += f"\ntokens of a step's most loaded rank over the mean of its group: {imbalance:.2f}"
+        table.caption += f"\ntokens of a step's most loaded rank over the mean of those that have some: {imbalance:.2f}"
     for one in ranks:
         if one.engine.capture_obstacle is not None:
             table.caption += escape(f"\nrank {one.rank} decodes without CUDA graphs: {one.engine.capture_obstacle}")

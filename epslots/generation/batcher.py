@@ -294,9 +294,9 @@ class Batcher(ABC):
             self.prompt_token_s = now_s + _TIME_KEPT * (before_s - now_s) if before_s else now_s
 
     def count_tokens(self, mine: int, longest: int) -> None:
-        """Note a step of the group: this rank's tokens, and those of the rank with most."""
+        """Note a step of the group: this rank's tokens, and those of the rank with most. An idle rank waits for nothing."""
         self._counters.step_tokens += mine
-        self._counters.longest_tokens += longest
+        self._counters.longest_tokens += longest if mine else 0
 
     def stats(self) -> EngineStats:
         """Counters since the batcher was made, and its requests now."""

@@ -48,7 +48,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
         reused_tokens: tokens of prompts that weren't computed, because the cache held them (``prefix_cache_hits``).
         preempted: times that a request gave up its place in the cache and was computed again (``num_preemptions``).
         step_tokens: tokens that this rank has computed in the group's steps, of prompts and of texts.
-        longest_tokens: in the same steps, those of the rank with most: steps last as long as that one's.
+        longest_tokens: those of the rank with most, in steps in which this rank had some: it waited for that one.
         running: requests with a place in the cache (``num_requests_running``).
         waiting: requests without one (``num_requests_waiting``).
         kv_used: tokens that the cache's memory in use has room for; what finished requests left for others is free.
@@ -73,7 +73,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def imbalance(self) -> float:
-        """Tokens of a step's most loaded rank over the mean of all ranks; of several ranks' sums. 1 = level; 0 = no tokens."""
+        """Tokens of a step's most loaded rank over the mean of those that have some; of the ranks' sums. 0 = no tokens."""
         return self.longest_tokens / self.step_tokens if self.step_tokens else 0.0
 
     @property

@@ -20,7 +20,7 @@ def test_the_imbalance_of_steps_is_told():
     for shown, told in ((ranks, True), (ranks[:1], False)):
         text = StringIO()
         Console(file=text, width=160).print(requests_table(shown))
-        assert ("over the mean of its group: 1.50" in text.getvalue()) == told
+        assert ("over the mean of those that have some: 1.50" in text.getvalue()) == told
 
 
 def test_a_rank_without_graphs_is_named():
