@@ -59,7 +59,6 @@ def test_ranks_on_gloo_wait_less_for_each_other(checkpoint: Checkpoints, cache_d
     results = run_ranks(serve_on_gloo, 2, folder, cache_dir, timeout=240)
     for rank, found in enumerate(results):
         assert [tokens for tokens, _ in found] == [expected[rank]] * 4
-    assert [stats.longest_tokens for _, stats in results[0]] == [stats.longest_tokens for _, stats in results[1]]
     engines = [sum_engines([found[case][1] for found in results]) for case in range(4)]
     computed = sum(map(sum, LENGTHS)) + sum(map(len, LENGTHS)) * (NEW - 1)
     assert [engine.step_tokens for engine in engines] == [computed] * 4
