@@ -14,6 +14,7 @@ from cluster.driver.hand_overs import HandOvers
 from cluster.driver.rank_loads import RankCapacity, Role
 from cluster.driver.scheduler import Scheduler
 from cluster.messages.hand_over import (
+    BYTES_BETWEEN_STEPS,
     GoOn,
     HandedOver,
     HandOver,
@@ -177,14 +178,16 @@ def test_addresses_go_to_the_other_rank():
     prompt_token_s=st.floats(1e-5, 1e-2),
     token_s=st.floats(0, 1e-3),
     fixed_s=st.floats(0, 0.1),
+    token_bytes=st.integers(1, 2**20),
 )
 def test_hand_overs_begin_when_they_just_end_in_time(
-    prompt: int, chunk: int, prompt_token_s: float, token_s: float, fixed_s: float
+    prompt: int, chunk: int, prompt_token_s: float, token_s: float, fixed_s: float, token_bytes: int
 ):
     """The target's room isn't kept for longer than the copying takes, by the step. Where little is hidden, none begins."""
     costs = HandOverCosts()
-    costs.fixed_s, costs.token_s, costs.prompt_token_s = fixed_s, token_s, prompt_token_s
-    seconds, begins = MEETING_S + costs.seconds(prompt), False
+    costs.fixed_s, costs.token_s, costs.prompt_token_s, costs.token_bytes = fixed_s, token_s, prompt_token_s, token_bytes
+    steps = 1 + -(-prompt * token_bytes // BYTES_BETWEEN_STEPS)
+    seconds, begins = max(MEETING_S + costs.seconds(prompt), steps * chunk * prompt_token_s), False
     for computed in range(chunk, prompt, chunk):
         left_s, before = (prompt - computed) * prompt_token_s, computed - chunk
         begins = costs.begins_early(computed, prompt - computed, chunk)
@@ -201,5 +204,6 @@ def test_nothing_begins_early_before_prompts_were_timed():
     costs = HandOverCosts()
     costs.token_s = 1.0
     assert not costs.begins_early(1000, 100, 100)
-    costs.observe(1000, 1000.0, prompt_token_s=0.01)
+    costs.observe(1000, 1000.0, prompt_token_s=0.01, nbytes=5000)
+    assert costs.token_bytes == 5
     assert costs.begins_early(1000, 100, 100)
