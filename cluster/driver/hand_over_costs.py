@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
+from cluster.messages.hand_over import BYTES_BETWEEN_STEPS
+
 LEAST_LEFT_TOKENS = 8
 FIRST_SECONDS = 0.02
 """A hand-over, before one was measured: some messages."""
 FIRST_SHORT_TOKENS = 32
 """Tokens of a short prompt, before any was measured."""
+LEAST_HIDDEN_S = 0.005
+"""Seconds of copying that an early hand-over has to hide behind the prompt: less isn't worth its further messages."""
+MEETING_S = 0.05
+"""Seconds from the news of a prompt until its two ranks have met: events and commands take a while."""
 _FADING = 0.95  # a measurement's weight over the next one's
 
 
@@ -15,22 +23,25 @@ class HandOverCosts:
 
     Attributes:
         fixed_s, token_s: of a hand-over; by least squares over the latest, each non-negative.
+        token_bytes: of a token in a cache, in the latest hand-over.
         prompt_token_s: of a prompt's token on the ranks that compute them; None = unknown.
         least_left_tokens: a request with fewer tokens to come isn't handed over.
     """
 
     def __init__(self) -> None:
-        self.fixed_s, self.token_s = FIRST_SECONDS, 0.0
+        self.fixed_s, self.token_s, self.token_bytes = FIRST_SECONDS, 0.0, 0.0
         self.prompt_token_s: float | None = None
         self.least_left_tokens = LEAST_LEFT_TOKENS
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
         """Weighted: 1, tokens, tokens squared, seconds, tokens x seconds."""
 
-    def observe(self, tokens: int, seconds: float, prompt_token_s: float) -> None:
+    def observe(self, tokens: int, seconds: float, prompt_token_s: float, nbytes: int = 0) -> None:
         """Note a hand-over of so many tokens.
 
         Args:
+            seconds: without waiting for the prompt.
             prompt_token_s: seconds of a prompt's token that its source has measured; 0 = none.
+            nbytes: of the cache.
         """
         new = (1.0, tokens, tokens * tokens, seconds, tokens * seconds)
         self._sums = tuple(_FADING * old + now for old, now in zip(self._sums, new, strict=True))  # type: ignore[assignment]
@@ -39,6 +50,7 @@ class HandOverCosts:
         slope = (xy - x * y / weight) / spread if spread > 1e-6 * xx else y / x  # all of one length: no fixed part is seen
         self.token_s = min(max(0.0, slope), y / x)
         self.fixed_s = max(0.0, (y - self.token_s * x) / weight)
+        self.token_bytes = nbytes / tokens
         if prompt_token_s > 0:
             self.prompt_token_s = prompt_token_s
 
@@ -54,7 +66,31 @@ class HandOverCosts:
         """
         if self.prompt_token_s is None:
             return to_compute <= FIRST_SHORT_TOKENS
-        return to_compute * self.prompt_token_s * (1 + streams) <= self.fixed_s + held * self.token_s
+        return to_compute * self.prompt_token_s * (1 + streams) <= self.seconds(held)
+
+    def seconds(self, tokens: int) -> float:
+        """Seconds of a hand-over."""
+        return self.fixed_s + tokens * self.token_s
+
+    def begins_early(self, computed: int, left: int, chunk: int) -> bool:
+        """Whether a hand-over begins before its prompt is computed, and now.
+
+        It keeps room at its target from then on, so it begins as late as it can: when the rest of the prompt, after another
+        step, would take less time than the hand-over and the meeting before it, or have fewer steps than it needs: its source
+        looks between two of them whether it may read, and then reads ``BYTES_BETWEEN_STEPS`` between two.
+
+        Args:
+            computed: tokens of the prompt until now.
+            left: tokens that are to come.
+            chunk: tokens of its latest step.
+        """
+        if self.prompt_token_s is None:
+            return False
+        hidden_s = min(left * self.prompt_token_s, computed * self.token_s)
+        tokens, later = computed + left, left - chunk
+        steps = 1 + math.ceil(tokens * self.token_bytes / BYTES_BETWEEN_STEPS)
+        in_time = later * self.prompt_token_s > MEETING_S + self.seconds(tokens) and later > steps * chunk
+        return hidden_s >= LEAST_HIDDEN_S and not in_time
 
     def is_worth(self, left: int) -> bool:
         """Whether a request with so many tokens to come is handed over at all."""

@@ -13,7 +13,17 @@ from dataclasses import dataclass, replace
 
 from cluster.driver.scheduled_request import Move
 from cluster.driver.scheduler import Scheduler
-from cluster.messages.hand_over import GoOn, HandedOver, HandOver, LinkContact, LinkContacts, LinkOrder, Release, TakeOver
+from cluster.messages.hand_over import (
+    GoOn,
+    HandedOver,
+    HandOver,
+    LinkContact,
+    LinkContacts,
+    LinkOrder,
+    PromptProgress,
+    Release,
+    TakeOver,
+)
 from cluster.messages.rank import Cancel, Command, Submit
 
 _SECRET_BYTES = 16
@@ -25,11 +35,14 @@ class HandOverCounts:
 
     Attributes:
         done: the request goes on at its target.
+        early: those of them that began before the prompt was computed.
         failed: the request went on at its source, was computed again elsewhere, or had ended meanwhile.
-        nbytes, seconds: of those that are done, together.
+        nbytes: of those that are done, together.
+        seconds: in which their requests stood still.
     """
 
     done: int = 0
+    early: int = 0
     failed: int = 0
     nbytes: int = 0
     seconds: float = 0.0
@@ -64,9 +77,18 @@ class HandOvers:
         return len(self._moves)
 
     def consider(self, id: str) -> None:
-        """Begin a request's hand-over, if it is to move now."""
-        if (move := self._scheduler.begin_move(id)) is None:
-            return
+        """Begin a request's hand-over, if it is to move now: its rank has sent an output of it."""
+        if (move := self._scheduler.begin_move(id)) is not None:
+            self._begin(move)
+
+    def consider_early(self, worker: Hashable, prompt: PromptProgress) -> None:
+        """Begin the hand-over of a request whose prompt is being computed, if that pays now."""
+        move = self._scheduler.begin_early_move(prompt.id, worker, prompt.computed, prompt.left)
+        if move is not None:
+            self._begin(move)
+
+    def _begin(self, move: Move) -> None:
+        id = move.entry.request.id
         number = next(self._numbers)
         self._moves[number] = move
         link = LinkOrder(
@@ -92,7 +114,7 @@ class HandOvers:
         move, done = self._moves.pop(event.number), event.failure is None
         id = move.entry.request.id
         outcome = self._scheduler.end_move(move, done=done)
-        self._count(event, moved=outcome == "moved")
+        self._count(event, move, moved=outcome == "moved")
         if outcome == "moved":
             self._send(move.target, Submit((move.entry.rest(),)))
             self._send(move.source, Cancel((id,)))
@@ -101,13 +123,17 @@ class HandOvers:
         if done and outcome == "stays":  # the target was lost after it had the cache
             self._send(move.source, GoOn(id))
 
-    def _count(self, event: HandedOver, *, moved: bool) -> None:
+    def _count(self, event: HandedOver, move: Move, *, moved: bool) -> None:
         if event.failure is None:
-            self._scheduler.observe_move(event.tokens, event.seconds, event.prompt_token_s)
+            self._scheduler.observe_move(event.tokens, event.copying_s, event.prompt_token_s, event.nbytes)
         old = self.counts
         if moved:
             self.counts = replace(
-                old, done=old.done + 1, nbytes=old.nbytes + event.nbytes, seconds=old.seconds + event.seconds
+                old,
+                done=old.done + 1,
+                early=old.early + move.early,
+                nbytes=old.nbytes + event.nbytes,
+                seconds=old.seconds + event.seconds,
             )
         else:
             self.counts = replace(old, failed=old.failed + 1)

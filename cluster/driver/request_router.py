@@ -18,7 +18,7 @@ from cluster.driver.rank_loads import RankCapacity
 from cluster.driver.scheduler import Scheduler
 from cluster.driver.workers import Deadlines
 from cluster.errors import ClusterError
-from cluster.messages.hand_over import HandedOver, LinkContact
+from cluster.messages.hand_over import HandedOver, LinkContact, PromptProgress
 from cluster.messages.rank import Cancel, Command, Submit, Wake
 from epslots.generation.portions import push_until_stop
 from epslots.generation.requests import Output, Request
@@ -177,13 +177,16 @@ class RequestRouter:
         if any(output.finished for output in outputs):
             self._assign_soon()
 
-    def take_hand_over(self, worker: Hashable, event: HandedOver | LinkContact) -> None:
-        """Take a rank's news of a hand-over."""
-        if isinstance(event, LinkContact):
-            self.hand_overs.pass_on(worker, event)
-        else:
-            self.hand_overs.take(worker, event)
-            self._assign_soon()  # it wakes the request's group, too
+    def take_hand_over(self, worker: Hashable, event: HandedOver | LinkContact | PromptProgress) -> None:
+        """Take a rank's news of a hand-over, or of a prompt before one."""
+        match event:
+            case PromptProgress():
+                self.hand_overs.consider_early(worker, event)
+            case LinkContact():
+                self.hand_overs.pass_on(worker, event)
+            case HandedOver():
+                self.hand_overs.take(worker, event)
+                self._assign_soon()  # it wakes the request's group, too
 
     def _deliver(self, call: _Call, output: Output) -> None:
         """Pass an output on to the caller, up to a stop string."""

@@ -26,6 +26,7 @@ class ScheduledRequest:
         ending: its user needs no more of it.
         blocks: hashes of its prompt's blocks (``block_hashes``).
         reused: tokens of its prompt that its rank needn't compute, as far as is known.
+        computed: tokens of its prompt that its rank has computed, as far as is known.
         began: its rank has sent a token.
         leaves: it is to leave its rank when its prompt is computed.
         failed_moves: hand-overs that failed.
@@ -43,6 +44,7 @@ class ScheduledRequest:
     ending: bool = False
     blocks: tuple[int, ...] = ()
     reused: int = 0
+    computed: int = 0
     began: bool = False
     leaves: bool = False
     failed_moves: int = 0
@@ -96,9 +98,11 @@ class Move:
 
     Attributes:
         claim: its room at the target.
+        early: it began before the prompt was computed.
     """
 
     entry: ScheduledRequest
     source: Hashable
     target: Hashable
     claim: MoveClaim
+    early: bool = False

@@ -14,7 +14,8 @@ A request that was lost with several ranks, without a token in between, may be t
 the end is given up.
 
 Where groups have roles (``role_loads.py``), a request moves once more: after its first token, from the rank that computed its
-prompt to the decode rank with the most free cache. Until the move has ended well it is the first rank's.
+prompt to the decode rank with the most free cache. A move may begin before that token, so that most of the cache is there by
+then (``hand_over_costs.py``). Until the move has ended well the request is the first rank's.
 """
 
 from __future__ import annotations
@@ -75,8 +76,9 @@ class Scheduler:
         return list(self._served.get(worker, {}).values())
 
     def busy(self, workers: Iterable[Hashable]) -> bool:
-        """Whether any of these ranks has a request that makes steps: one that is handed over doesn't."""
-        return any(id not in self._moves for worker in workers for id in self._served.get(worker, ()))
+        """Whether any of these ranks has a request that makes steps: one that is handed over, after its prompt, doesn't."""
+        served = (item for worker in workers for item in self._served.get(worker, {}).items())
+        return any(not entry.began or id not in self._moves for id, entry in served)
 
     def longest_wait_s(self, now_s: float) -> float:
         """The longest time that a request is without its first token, wherever it waits; 0 if all have one."""
@@ -182,7 +184,7 @@ class Scheduler:
         return chosen
 
     def _give(self, worker: Hashable, entry: ScheduledRequest) -> None:
-        entry.began = False
+        entry.began, entry.computed = False, 0
         self._queued -= 1
         self._place(worker, entry)
         capacity = self._ranks.of(worker).capacity(worker)
@@ -240,16 +242,38 @@ class Scheduler:
         Its rank has just sent an output of it, after which it makes no steps until ``end_move``.
         """
         entry = self._entries[id]
-        if entry.worker is None or entry.ending or not entry.began or entry.alone or id in self._moves:
+        if not entry.began or len(entry.tokens) < entry.move_at or self._moving[entry.worker] >= MOST_MOVES:
             return None
-        if len(entry.tokens) < entry.move_at or not self._ranks.costs.is_worth(entry.left_tokens):
+        return self._begin_move(entry, early=False)
+
+    def begin_early_move(self, id: str, worker: Hashable, computed: int, left: int) -> Move | None:
+        """Begin a request's hand-over while its prompt is computed, if that pays now.
+
+        At most one a rank, and one try a request: others have their first token, and stand still until they are moved.
+
+        Args:
+            worker: the rank that computes the prompt.
+            computed: tokens of it that are computed.
+            left: tokens that are to come.
+        """
+        entry = self._entries.get(id)
+        if entry is None or entry.worker != worker or entry.began:
             return None
-        if not self._ranks.hands_over(entry.worker) or self._moving[entry.worker] >= MOST_MOVES:
+        chunk, entry.computed = computed - entry.computed, computed
+        if entry.failed_moves or self._moving[worker] or not self._ranks.costs.begins_early(computed, left, chunk):
+            return None
+        return self._begin_move(entry, early=True)
+
+    def _begin_move(self, entry: ScheduledRequest, *, early: bool) -> Move | None:
+        id = entry.request.id
+        if entry.worker is None or entry.ending or entry.alone or id in self._moves:
+            return None
+        if not self._ranks.costs.is_worth(entry.left_tokens) or not self._ranks.hands_over(entry.worker):
             return None
         claim = MoveClaim(entry.held_tokens + BLOCK, entry.left_tokens)
         if (target := self._ranks.for_decoding(claim)) is None or self._moving[target] >= MOST_MOVES:
             return None
-        move = self._moves[id] = Move(entry, entry.worker, target, claim)
+        move = self._moves[id] = Move(entry, entry.worker, target, claim, early)
         self._ranks.of(target).add(target, claim)
         self._moving.update((entry.worker, target))
         return move
@@ -267,7 +291,8 @@ class Scheduler:
         if self._entries.get(id) is not entry or entry.ending:
             return "gone"
         if not done or move.target not in self._ranks:
-            entry.move_at = len(entry.tokens) + RETRY_TOKENS * 2**entry.failed_moves
+            if entry.began:  # else it failed early, and the next try is the one after the prompt
+                entry.move_at = len(entry.tokens) + RETRY_TOKENS * 2**entry.failed_moves
             entry.failed_moves += 1
             return "stays"
         self._ranks.of(move.source).drop(move.source, entry)
@@ -288,9 +313,9 @@ class Scheduler:
         machines = [self._ranks.of(worker).capacity(worker).machine for worker in (one, other)]
         return machines[0] == machines[1] != ""
 
-    def observe_move(self, tokens: int, seconds: float, prompt_token_s: float) -> None:
+    def observe_move(self, tokens: int, seconds: float, prompt_token_s: float, nbytes: int) -> None:
         """Note the costs of a hand-over (``HandOverCosts.observe``)."""
-        self._ranks.costs.observe(tokens, seconds, prompt_token_s)
+        self._ranks.costs.observe(tokens, seconds, prompt_token_s, nbytes)
 
     def clear(self) -> list[ScheduledRequest]:
         """Drop all requests; returns those that users still wait for."""

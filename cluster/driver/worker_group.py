@@ -249,6 +249,7 @@ class WorkerGroup:
                 fresh=fresh,
                 costs=self._costs,
                 placement=placement,
+                reports_prompts=self.role == "prefill",
             )
             self._workers.send(worker, form)
 

@@ -1,12 +1,15 @@
 """Messages of a hand-over, as msgpack: between driver and ranks, and between the two ranks on their link.
 
+    source -> driver           PromptProgress, after each step
     driver -> source, target   HandOver, TakeOver
     both -> driver -> other    LinkContact, LinkContacts, if they meet by gloo
-    source -> target           CacheOffer; pieces; CacheSent
+    source -> target           CacheOffer; (CachePart; pieces), until all is sent; CacheSent
     target -> source           CacheAnswer; CacheAnswer once more, after the last piece
     source -> driver           HandedOver
 
-The source holds the request from the offer on. After a failure it lets it go on by itself, before it reports. After a success
+A hand-over that begins before the prompt is computed sends a part after each step; one that begins later sends everything as
+one part. The source holds the request from the offer on, or from the end of its prompt: it makes no step then. After a failure
+it lets it go on by itself, before it reports. After a success
 the driver submits the request to the target, and cancels it on the source; if it doesn't need it there any more, it sends
 ``GoOn`` to the source. The target drops what it has when its link breaks; after its second answer it waits for the request, or
 for ``Release``.
@@ -21,6 +24,9 @@ import msgspec
 from epslots.generation.cache_layout import CacheLayout
 
 LinkKind = Literal["memory", "gloo"]
+BYTES_BETWEEN_STEPS = 32 << 20
+"""Bytes of a cache that its source reads between two steps, at most: some milliseconds; while a prompt is computed, a step may
+take much longer than these bytes on their way."""
 
 
 class LinkOrder(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,7 +48,7 @@ class LinkOrder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HandOver(msgspec.Struct, tag=True, frozen=True):
-    """Hand a decoding request's cache over to another rank, and answer ``HandedOver``."""
+    """Hand a request's cache over to another rank, as soon as its prompt is computed; answer ``HandedOver``."""
 
     id: str
     link: LinkOrder
@@ -82,13 +88,27 @@ class LinkContact(msgspec.Struct, tag=True, frozen=True):
     value: bytes
 
 
+class PromptProgress(msgspec.Struct, tag=True, frozen=True):
+    """A prompt is being computed; sent after each step, if the group's ``Form`` asks for that.
+
+    Attributes:
+        computed: its tokens that are computed.
+        left: those that are to come.
+    """
+
+    id: str
+    computed: int
+    left: int
+
+
 class HandedOver(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """A hand-over has ended.
 
     Attributes:
         number: of the hand-over.
         failure: why the target doesn't have the cache; the request goes on at the source, unless it has ended. None = it has.
-        seconds: from the offer to the target's last answer: the request made no step meanwhile.
+        seconds: in which the request made no step: from the offer, or its prompt's end, to the target's last answer.
+        copying_s: from the offer to that answer, without waiting for the prompt.
         nbytes: of the cache.
         tokens: that it holds.
         prompt_token_s: seconds in which the source computes a token of a prompt, lately; 0 = it has timed none.
@@ -97,6 +117,7 @@ class HandedOver(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     number: int
     failure: str | None
     seconds: float = 0.0
+    copying_s: float = 0.0
     nbytes: int = 0
     tokens: int = 0
     prompt_token_s: float = 0.0
@@ -106,6 +127,12 @@ class CacheOffer(msgspec.Struct, tag=True, frozen=True):
     """The layout of a cache that is about to be sent."""
 
     layout: CacheLayout
+
+
+class CachePart(msgspec.Struct, tag=True, frozen=True):
+    """The pieces of a part follow (``CacheLayout.pieces``): up to token ``end`` - 1, from the last part's end."""
+
+    end: int
 
 
 class CacheSent(msgspec.Struct, tag=True, frozen=True):
@@ -120,7 +147,7 @@ class CacheAnswer(msgspec.Struct, tag=True, frozen=True):
     refusal: str | None = None
 
 
-LinkMessage = CacheOffer | CacheSent | CacheAnswer
+LinkMessage = CacheOffer | CachePart | CacheSent | CacheAnswer
 
 _encoder = msgspec.msgpack.Encoder()
 _messages = msgspec.msgpack.Decoder(LinkMessage)

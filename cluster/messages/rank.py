@@ -20,7 +20,16 @@ from typing import Literal
 
 import msgspec
 
-from cluster.messages.hand_over import GoOn, HandedOver, HandOver, LinkContact, LinkContacts, Release, TakeOver
+from cluster.messages.hand_over import (
+    GoOn,
+    HandedOver,
+    HandOver,
+    LinkContact,
+    LinkContacts,
+    PromptProgress,
+    Release,
+    TakeOver,
+)
 from cluster.messages.placement import GetGroupState, GroupState, LoadReport, PlacementRejected, SetPlacement
 from epslots.config import LoadConfig
 from epslots.generation.engine_stats import EngineStats
@@ -79,6 +88,7 @@ class Form(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         costs: the costs to plan with; None = measured ones.
         placement: the first placement of the group (``placement.pack``); None = the one that its ranks followed last, or the
             default one.
+        reports_prompts: send ``PromptProgress``: the group's requests are handed over when their prompts are computed.
     """
 
     epoch: int
@@ -90,6 +100,7 @@ class Form(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     fresh: bool
     costs: Costs | None
     placement: bytes | None = None
+    reports_prompts: bool = False
 
 
 class Contacts(msgspec.Struct, tag=True, frozen=True):
@@ -339,6 +350,7 @@ Event = (
     | PlacementRejected
     | LinkContact
     | HandedOver
+    | PromptProgress
     | RankStopped
 )
 

@@ -36,8 +36,12 @@ class Placing:
     bytes_per_step: int
 
 
+class NotYet(Exception):
+    """Raised by an errand's function that has to be called again, after the next step."""
+
+
 class Errand(Generic[T]):
-    """One call of a function by the stepping thread.
+    """A call of a function by the stepping thread.
 
     Attributes:
         result: of the function; done when it has returned or raised, or the rank has ended.
@@ -47,12 +51,15 @@ class Errand(Generic[T]):
         self._function = function
         self.result: Future[T] = Future()
 
-    def run(self) -> None:
-        """Call the function. What it raises is the asking thread's."""
+    def run(self) -> bool:
+        """Call the function; returns whether that was its last call. What it raises is the asking thread's."""
         try:
             self.result.set_result(self._function())
+        except NotYet:
+            return False
         except Exception as error:
             self.result.set_exception(error)
+        return True
 
 
 Queued = Command | Forming | Placing | Errand[Any]
@@ -68,6 +75,10 @@ class CommandQueue:
     def __init__(self, news: threading.Condition) -> None:
         self._news = news
         self._commands: list[Queued] = []
+        self._again: list[Errand[Any]] = []
+        """Errands that are taken with the next commands, or before the next step."""
+        self._open: set[Errand[Any]] = set()
+        """Errands whose results are awaited."""
         self._ended = False
 
     def __len__(self) -> int:
@@ -79,15 +90,23 @@ class CommandQueue:
             self._commands.append(command)
             self._news.notify_all()
 
+    def put_again(self, errand: Errand[Any]) -> None:
+        """Have an errand taken once more, after another step or command: it waits for what these do."""
+        with self._news:
+            self._again.append(errand)
+
     def take(self, has_steps: Callable[[], bool]) -> list[Queued]:
         """All commands; waits for one unless there is a step to make."""
         with self._news:
             self._news.wait_for(lambda: self._commands or has_steps())
-            commands, self._commands = self._commands, []
+            commands: list[Queued] = [*self._commands, *self._again]
+            self._commands, self._again = [], []
         return commands
 
     def between_steps(self, function: Callable[[], T]) -> T:
-        """Have the stepping thread call a function; returns its result, from any other thread.
+        """Have the stepping thread call a function, once more after each step in which it raises ``NotYet``.
+
+        For any other thread. Returns the function's result, or raises what it raises.
 
         Raises:
             PeerLost: the rank has ended.
@@ -96,15 +115,20 @@ class CommandQueue:
         with self._news:
             if self._ended:
                 raise PeerLost("the rank has ended")
+            self._open.add(errand)
             self._commands.append(errand)
             self._news.notify_all()
-        return errand.result.result()
+        try:
+            return errand.result.result()
+        finally:
+            with self._news:
+                self._open.discard(errand)
 
     def end(self) -> None:
-        """Nothing is taken any more: errands that wait fail."""
+        """Nothing is taken any more: errands that wait, or were taken and not run, fail. For the stepping thread."""
         with self._news:
             self._ended = True
-            left, self._commands = self._commands, []
-        for command in left:
-            if type(command) is Errand:
-                command.result.set_exception(PeerLost("the rank has ended"))
+            left = [errand for errand in self._open if not errand.result.done()]
+            self._commands, self._again = [], []
+        for errand in left:
+            errand.result.set_exception(PeerLost("the rank has ended"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -133,16 +132,15 @@ class HandOverThreads:
         done = HandedOver(number=order.link.number, failure="")
         try:
             with self._link(order.link, source=True) as link:
-                began_s = time.monotonic()
                 image: CacheImage | None = self._between_steps(lambda: self._batcher().hold(order.id))
                 if image is None:
-                    raise HandOverRefused("the request isn't decoding now")
-                send_cache(link, image, self._between_steps)
-                seconds, layout = time.monotonic() - began_s, image.layout
+                    raise HandOverRefused("the request has no cache that could be read now")
+                times, layout = send_cache(link, image, self._between_steps), image.layout
             done = HandedOver(
                 number=order.link.number,
                 failure=None,
-                seconds=seconds,
+                seconds=times.held_s,
+                copying_s=times.copying_s,
                 nbytes=layout.nbytes,
                 tokens=layout.tokens,
                 prompt_token_s=self._batcher().prompt_token_s,

@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 
 from cluster.lasting.records import RankDescription
-from cluster.messages.hand_over import GoOn, HandOver, LinkContacts, Release, TakeOver
+from cluster.messages.hand_over import GoOn, HandOver, LinkContacts, PromptProgress, Release, TakeOver
 from cluster.messages.placement import GetGroupState, PlacementRejected, SetPlacement
 from cluster.messages.rank import (
     Adopt,
@@ -108,8 +108,7 @@ class RankLoop:
         self._transport_contacts: ContactStore | None = None
         """Kept for as long as the transport, since NCCL uses it."""
         self._ended = False
-        self._serving = False
-        self._asleep = False
+        self._serving = self._asleep = self._reports_prompts = False
         self._steps = 0
         """Steps in this epoch; the same on all its ranks."""
         self._wake_through = 0
@@ -186,7 +185,8 @@ class RankLoop:
             case Release(id):
                 self._loaded_engine.batcher.release(id)
             case Errand():
-                command.run()
+                if not command.run():
+                    self._commands.put_again(command)
 
     def _load(self, load: Load) -> None:
         began = time.monotonic()
@@ -243,6 +243,7 @@ class RankLoop:
             self._send(Broken(form.epoch, str(error), stood=False))
             return
         self._serving, self._asleep, self._steps, self._wake_through = True, False, 0, 0
+        self._reports_prompts = form.reports_prompts
         assert self._windows is not None
         self._windows.begin()
         self._send(Formed(form.epoch, time.monotonic() - began))
@@ -288,6 +289,9 @@ class RankLoop:
             self._send(Broken(self._transport.epoch, str(error), stood=True))
             return
         self._steps += 1
+        if self._reports_prompts:
+            for prompt in self._loaded_engine.batcher.prompts():
+                self._send(PromptProgress(*prompt))
         self._end_window(time.perf_counter() - began)
         self._asleep = not header.work
         if self._asleep:

@@ -8,7 +8,7 @@ from typing import Protocol
 from rich.markup import escape
 from rich.table import Table
 
-from epslots.generation.engine_stats import EngineStats
+from epslots.generation.engine_stats import EngineStats, sum_engines
 from epslots.generation.requests import TokenLogprobs
 from epslots.streams import table_console
 from epslots.telemetry import LayerStats, Stats
@@ -166,6 +166,8 @@ def requests_table(ranks: Sequence[OneRankStats]) -> Table:
             f"{engine.kv_usage:.1%} of {engine.kv_tokens:,}",
         )
     table.caption = "reused: tokens of prompts that the cache held; preempted: requests that lost their place in it for a time"
+    if len(ranks) > 1 and (imbalance := sum_engines([one.engine for one in ranks]).imbalance):
+        table.caption += f"\ntokens of a step's most loaded rank over the mean of those that have some: {imbalance:.2f}"
     for one in ranks:
         if one.engine.capture_obstacle is not None:
             table.caption += escape(f"\nrank {one.rank} decodes without CUDA graphs: {one.engine.capture_obstacle}")

@@ -22,6 +22,8 @@ from epslots.device_copy import to_device
 from epslots.errors import ConfigError, EpslotsError, StepFailed, UnsupportedModelError
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout
+from epslots.generation.chunk_balance import StepLoad
+from epslots.generation.chunk_size import ChunkSize
 from epslots.generation.engine_stats import EngineCounters, EngineStats, Usage
 from epslots.generation.grammar import GrammarState
 from epslots.generation.grammar_queue import GrammarQueue, compiler_for
@@ -29,7 +31,7 @@ from epslots.generation.isolation import Isolation
 from epslots.generation.plain_outputs import PlainOutputs
 from epslots.generation.request_limits import cached_tokens, foreign_token
 from epslots.generation.requests import Output, Request
-from epslots.generation.tracked_request import TrackedRequest
+from epslots.generation.tracked_request import PromptState, TrackedRequest
 from epslots.runtime import predictor_of
 
 logger = logging.getLogger(__name__)
@@ -61,7 +63,11 @@ class Batcher(ABC):
     Attributes:
         grammars: requests whose grammars are being compiled: they are queued when these are ready.
         prompt_token_s: seconds of a prompt's token, lately; 0 = none was timed.
+        chunk_size: decides how many tokens of prompts a step computes.
+        balanced: a length of chunks for the sake of the group's other ranks; None = any. Set before ``prepare``.
     """
+
+    chunk_size: ChunkSize
 
     def __init__(self, model: PreTrainedModel, capacity: int, max_requests: int) -> None:
         self.capacity, self.max_requests = capacity, max_requests
@@ -73,6 +79,7 @@ class Batcher(ABC):
         self._numbers = itertools.count()
         self._plain_outputs = PlainOutputs(model)
         self.prompt_token_s = 0.0
+        self.balanced: int | None = None
         self._breaks = 0
         """Steps in a row with which this rank broke its group."""
         self._logged = ""
@@ -97,6 +104,11 @@ class Batcher(ABC):
 
         Until ``step`` has returned, further calls change nothing and return True.
         """
+
+    @property
+    @abstractmethod
+    def load(self) -> StepLoad:
+        """Tokens of the prepared step, and of prompts that wait for a later one."""
 
     @abstractmethod
     def step(self) -> None:
@@ -190,7 +202,6 @@ class Batcher(ABC):
         entry = self._entries.get(id)
         if entry is not None and entry.reason is None:
             entry.end("cancelled")
-            entry.resume()
             if not entry.waits_for_grammar:
                 self._withdraw(entry)
 
@@ -204,7 +215,11 @@ class Batcher(ABC):
 
     @abstractmethod
     def _image_of(self, entry: TrackedRequest) -> CacheImage | None:
-        """The image of an unfinished request's cache, if its next step is to compute a single token."""
+        """The image of an unfinished request's cache; None if it holds nothing, or a step has to be repeated first."""
+
+    @abstractmethod
+    def prompts(self) -> list[PromptState]:
+        """Prompts of which a part is computed, and whose caches can be read meanwhile."""
 
     @abstractmethod
     def reserve(self, id: str, layout: CacheLayout) -> CacheImage | None:
@@ -229,15 +244,17 @@ class Batcher(ABC):
 
     def hold(self, id: str) -> CacheImage | None:
         """Let a decoding request make no step, so that its cache can be read: until ``resume``, ``cancel``, or until other
-        requests need its place.
+        requests need its place. A request whose prompt is being computed goes on until that is done.
 
         Returns:
-            Its cache; None if it isn't decoding, or a step has to be repeated first.
+            Its cache; None if it has none yet, or none that can be read before its prompt is done, or if a step has to be
+            repeated first.
         """
         entry = self._entries.get(id)
         if entry is None or entry.reason is not None:
             return None
         if not entry.held:
+            entry.resume()
             entry.image = self._image_of(entry)
         return entry.image
 
@@ -275,6 +292,11 @@ class Batcher(ABC):
         if tokens >= _TIMED_TOKENS:
             now_s, before_s = seconds / tokens, self.prompt_token_s
             self.prompt_token_s = now_s + _TIME_KEPT * (before_s - now_s) if before_s else now_s
+
+    def count_tokens(self, mine: int, longest: int) -> None:
+        """Note a step of the group: this rank's tokens, and those of the rank with most. An idle rank waits for nothing."""
+        self._counters.step_tokens += mine
+        self._counters.longest_tokens += longest if mine else 0
 
     def stats(self) -> EngineStats:
         """Counters since the batcher was made, and its requests now."""

@@ -8,6 +8,9 @@
     target.add(request.after(tokens))          # goes on from there
     batcher.cancel("a")
 
+The image of a prompt that is still being computed has the layout of the whole prompt: ``advance`` says how many of its tokens
+can be read. The request pauses when the last one is computed.
+
 Pages and rows make their images in ``page_images.py`` and ``row_images.py``. An image doesn't keep its place: it is ``gone``
 when the batcher needs the place for something else, or the request has ended.
 """
@@ -20,7 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from epslots.errors import EpslotsError
-from epslots.generation.cache_layout import CacheLayout, CachePiece
+from epslots.generation.cache_layout import CacheLayout, CachePiece, KeptTensor
 
 
 class CacheGone(EpslotsError):
@@ -33,11 +36,21 @@ class TensorPlace:
 
     Attributes:
         memory: [N, *shape] of its dtype.
-        index: entry numbers of the memory, int64 [entries] on its device; None = the first ones, in order.
+        index: entry numbers of the memory, int64 [entries] on its device; None = all of them, in order.
+        most: entries that it keeps, at most: those of a window's last tokens; None = one for each token.
     """
 
     memory: torch.Tensor
     index: torch.Tensor | None = None
+    most: int | None = None
+
+    def kept(self, name: str, tokens: int) -> KeptTensor:
+        """Its description, for a cache of so many tokens."""
+        grows, entries = self.index is not None and self.most is None, len(self.memory)
+        if self.index is not None:
+            entries = tokens if self.most is None else min(tokens, self.most)
+        dtype = str(self.memory.dtype).removeprefix("torch.")
+        return KeptTensor(name, dtype, entries, tuple(self.memory.shape[1:]), grows=grows)
 
     def read(self, start: int, end: int) -> torch.Tensor:
         """Entries as uint8 [bytes]."""
@@ -53,26 +66,49 @@ class TensorPlace:
             self.memory.index_copy_(0, self.index[start:end], new)
 
 
+Places = Sequence[TensorPlace]
+
+
 class CacheImage:
     """A request's place in a cache. For the batcher's thread.
 
     Args:
         places: of the layout's tensors, in their order.
         on_complete: called by ``complete``.
+        look: of a prompt that is being computed: returns the tokens that the cache holds, and their places; None = a step has
+            to be repeated first.
 
     Attributes:
+        tokens: that can be read, as far as is known.
         gone: it stands for nothing any more.
         whole: all has been written; of a source, always.
     """
 
     def __init__(
-        self, layout: CacheLayout, places: Sequence[TensorPlace], *, on_complete: Callable[[], None] | None = None
+        self,
+        layout: CacheLayout,
+        places: Places,
+        *,
+        on_complete: Callable[[], None] | None = None,
+        look: Callable[[], tuple[int, Places] | None] | None = None,
     ) -> None:
         assert len(places) == len(layout.tensors)
         self.layout = layout
-        self._places, self._on_complete = places, on_complete
+        self.tokens = layout.tokens if look is None else 0
+        self._places, self._on_complete, self._look = places, on_complete, look
         self.gone = False
         self.whole = on_complete is None
+
+    def advance(self) -> int:
+        """Look how far a prompt is computed; returns the tokens whose part of the layout can be read.
+
+        Raises:
+            CacheGone: the place is another's.
+        """
+        self._check()
+        if self._look is not None and (found := self._look()) is not None:
+            self.tokens, self._places = found
+        return self.tokens
 
     @torch.no_grad()
     def read(self, piece: CachePiece) -> torch.Tensor:

@@ -28,6 +28,7 @@ class KeptTensor(msgspec.Struct, frozen=True):
         entries: tokens that it keeps; or numbers, for a state.
         shape: of one entry.
         whole: of the whole tensor, where its layer keeps it as an object of its own.
+        grows: entry i is token i's, and final when that is computed. Other tensors are final with the last token.
     """
 
     name: str
@@ -35,6 +36,7 @@ class KeptTensor(msgspec.Struct, frozen=True):
     entries: int
     shape: tuple[int, ...] = ()
     whole: tuple[int, ...] | None = None
+    grows: bool = False
 
     @property
     def entry_bytes(self) -> int:
@@ -80,24 +82,38 @@ class CacheLayout(msgspec.Struct, frozen=True):
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
-    def pieces(self, most_bytes: int) -> Iterator[CachePiece]:
-        """All bytes in order, in pieces of at most ``most_bytes``; or of one larger entry, because none is cut."""
+    @property
+    def grows(self) -> bool:
+        """Whether a part of its bytes is final before the last token is computed."""
+        return any(tensor.grows and tensor.nbytes for tensor in self.tensors)
+
+    def pieces(self, most_bytes: int, first: int = 0, end: int | None = None) -> Iterator[CachePiece]:
+        """The bytes of a part in order, in pieces of at most ``most_bytes``; or of one larger entry, because none is cut.
+
+        Args:
+            first, end: the part: tokens ``first`` to ``end`` - 1 of tensors that grow, and all others with the last token.
+                By default everything.
+        """
         piece: list[TensorRange] = []
         left = most_bytes
         for index, tensor in enumerate(self.tensors):
-            start = 0 if tensor.nbytes else tensor.entries
-            while start < tensor.entries:
-                fit = min(tensor.entries - start, left // tensor.entry_bytes)
+            start, stop = self._part_of(tensor, first, self.tokens if end is None else end)
+            while start < stop:
+                fit = min(stop - start, left // tensor.entry_bytes)
                 if fit < 1 and piece:
                     yield tuple(piece)
                     piece, left = [], most_bytes
                     continue
-                end = start + max(1, fit)
-                piece.append(TensorRange(index, start, end))
-                left -= (end - start) * tensor.entry_bytes
-                start = end
+                piece.append(TensorRange(index, start, start + max(1, fit)))
+                left -= max(1, fit) * tensor.entry_bytes
+                start += max(1, fit)
         if piece:
             yield tuple(piece)
+
+    def _part_of(self, tensor: KeptTensor, first: int, end: int) -> tuple[int, int]:
+        if not tensor.entry_bytes:
+            return 0, 0
+        return (first, end) if tensor.grows else (0, tensor.entries if end == self.tokens else 0)
 
     def piece_bytes(self, piece: CachePiece) -> int:
         """Bytes of a piece."""

@@ -1,7 +1,7 @@
 """The prompt tokens of a step, by a target for the step's time. Pure.
 
     size = ChunkSize(most=512, target_s=0.05)
-    tokens = size.prompt_tokens(decoding)               # before a step that computes prompts
+    tokens = size.prompt_tokens(decoding, balanced)     # before a step that computes prompts
     size.observe(prompt_tokens, decoding, seconds)      # after every step
 
 Decoding requests wait for the prompts that are computed in their steps. A step is taken to last
@@ -25,6 +25,9 @@ import numpy as np
 
 from epslots.arrays import FloatArray
 
+LEAST_PACE = 0.5
+"""A prompt that has to wait for those of other ranks is computed at this share of its full pace, at least: its chunk isn't so
+short that the fixed costs of steps take more than the rest of their time."""
 FIRST_TOKENS = 16
 """Prompt tokens of the first step, before anything is known."""
 GROWTH = 1.5
@@ -75,8 +78,25 @@ class ChunkSize:
         self._fitted: set[bool] = set()
         """Whether steps with a prompt, and without, were fitted."""
 
-    def prompt_tokens(self, decoding: int) -> int:
-        """Prompt tokens that the next step may compute beside this many decoding requests; at least 1."""
+    def prompt_tokens(self, decoding: int, balanced: int | None = None) -> int:
+        """Prompt tokens that the next step may compute beside this many decoding requests; at least 1.
+
+        Args:
+            balanced: a length for the sake of other ranks (``chunk_balance.py``); None = any.
+        """
+        allowed = self._allowed(decoding)
+        return allowed if balanced is None or balanced >= allowed else max(balanced, min(allowed, self._least_worth(decoding)))
+
+    def _least_worth(self, decoding: int) -> int:
+        """Prompt tokens with which a step computes them at ``LEAST_PACE``; as many as it may while none was timed."""
+        if not self._prompts:
+            return self._most
+        self._costs_3 = self._fit()
+        fixed, per_token, per_request = map(float, self._costs_3)
+        without_s = fixed + per_request * decoding
+        return max(1, round(without_s / max(per_token, _LEAST_S) * LEAST_PACE / (1 - LEAST_PACE)))
+
+    def _allowed(self, decoding: int) -> int:
         most = max(1, self._most - decoding)
         if self._target_s is None:
             return most
@@ -93,8 +113,6 @@ class ChunkSize:
 
     def observe(self, prompt_tokens: int, decoding: int, seconds: float) -> None:
         """Note a step that has passed as a whole, and its duration."""
-        if self._target_s is None:
-            return
         step = _Step(prompt_tokens, decoding, max(seconds, _LEAST_S))
         if step.has_prompt in self._fitted and self._is_like_others(step):
             step.ratio = step.seconds / self._expected(step)

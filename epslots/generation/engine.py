@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from epslots.cpu_threads import ThreadGovernor
 from epslots.generation.batcher import Batcher
 from epslots.generation.batchers import batcher_for
+from epslots.generation.chunk_balance import balanced_chunk
 from epslots.generation.requests import Output
 from epslots.group.rank_group import group_of
 from epslots.host_limits import usable_cores
@@ -73,20 +74,28 @@ class Engine:
             GroupError: ranks don't match, or are out of step.
         """
         self._threads.adjust()
-        group, work = group_of(self.model), self.batcher.prepare()
+        group = group_of(self.model)
+        self.batcher.balanced = None if group is None else balanced_chunk(group.lockstep.header.waiting_R)
+        work = self.batcher.prepare()
         if not work and len(self.batcher.grammars):
             self.batcher.grammars.wait(_GRAMMAR_WAIT_S)
             work = self.batcher.prepare()
         unfinished = work or bool(len(self.batcher.grammars))
         if group is None:
+            mine = self.batcher.load.tokens
             if work:
                 self.batcher.step()
+                self.batcher.count_tokens(mine, mine)
             return Header(work=unfinished, stop=False)
-        if not work:
-            return group.lockstep.idle_step(work=unfinished)
-        with group.lockstep.completing():
-            self.batcher.step()
-        return group.lockstep.header
+        group.lockstep.load = self.batcher.load
+        if work:
+            with group.lockstep.completing():
+                self.batcher.step()
+        else:
+            group.lockstep.idle_step(work=unfinished)
+        header = group.lockstep.header
+        self.batcher.count_tokens(header.tokens_R[group.transport.rank], max(header.tokens_R))
+        return header
 
     def run(self) -> Iterator[Output]:
         """Step until no rank has work, or one asks to stop; yields the outputs of this rank's requests as they come."""

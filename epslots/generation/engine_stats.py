@@ -23,6 +23,8 @@ class EngineCounters:
     new_tokens: int = 0
     reused_tokens: int = 0
     preempted: int = 0
+    step_tokens: int = 0
+    longest_tokens: int = 0
 
 
 class Usage(NamedTuple):
@@ -45,6 +47,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
         new_tokens: tokens that were returned (``generation_tokens``).
         reused_tokens: tokens of prompts that weren't computed, because the cache held them (``prefix_cache_hits``).
         preempted: times that a request gave up its place in the cache and was computed again (``num_preemptions``).
+        step_tokens: tokens that this rank has computed in the group's steps, of prompts and of texts.
+        longest_tokens: those of the rank with most, in steps in which this rank had some: it waited for that one.
         running: requests with a place in the cache (``num_requests_running``).
         waiting: requests without one (``num_requests_waiting``).
         kv_used: tokens that the cache's memory in use has room for; what finished requests left for others is free.
@@ -63,7 +67,14 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int
     kv_used: int
     kv_tokens: int
+    step_tokens: int = 0
+    longest_tokens: int = 0
     capture_obstacle: str | None = None
+
+    @property
+    def imbalance(self) -> float:
+        """Tokens of a step's most loaded rank over the mean of those that have some; of the ranks' sums. 0 = no tokens."""
+        return self.longest_tokens / self.step_tokens if self.step_tokens else 0.0
 
     @property
     def kv_usage(self) -> float:

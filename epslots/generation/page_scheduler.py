@@ -21,7 +21,7 @@ for the third, which is SGLang's:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -29,6 +29,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, Scheduler
 
+from epslots.generation.chunk_balance import StepLoad
 from epslots.generation.chunk_size import ChunkSize
 from epslots.generation.engine_stats import EngineCounters
 
@@ -84,6 +85,11 @@ class _StepBatch:
         return bool(tokens > 1 or state.current_len() >= self.cache.max_decode_fast_path_length)
 
 
+def is_prompt(future: FutureRequestState) -> bool:
+    """Whether a prepared request computes its prompt: past that, it decodes. Its position is the one after the batch."""
+    return bool(future.state.position_offset <= len(future.state.initial_tokens))
+
+
 def reads_of(cache: PagedAttentionCache, length: int) -> int:
     """Tokens that a request of this length reads from the cache in a step."""
     return length if cache.read_cache_limit is None else min(length, int(cache.read_cache_limit))
@@ -94,6 +100,7 @@ class PageScheduler(Scheduler):
 
     Attributes:
         chunk_size: decides how many prompt tokens a step has.
+        balanced: a length of chunks for the sake of other ranks; None = any.
         counters: reused tokens and preemptions are counted there.
         wants_prompt_logits: whether the request of an id needs the logits of all its prompt's tokens. It shares no pages, and
             its chunks are small: a step has ``max_requests`` rows of logits, one of them for each other request.
@@ -106,6 +113,7 @@ class PageScheduler(Scheduler):
     def __init__(self, cache: PagedAttentionCache, safety_margin: float | None, max_requests_per_batch: int) -> None:
         super().__init__(cache, safety_margin or 0.0, max_requests_per_batch)
         self.chunk_size = ChunkSize(cache.max_batch_tokens, None)
+        self.balanced: int | None = None
         self.counters = EngineCounters()
         self.wants_prompt_logits: Callable[[str], bool] = lambda _: False
         self.priority_of: Callable[[str], int] = lambda _: 0
@@ -123,6 +131,14 @@ class PageScheduler(Scheduler):
     def hands_over(self) -> bool:
         """Whether pages are kept for hand-overs: they will be free without a step, so that waiting for them ends."""
         return bool(self.reserved) or self._held > 0
+
+    def load_of(self, batch: Sequence[FutureRequestState]) -> StepLoad:
+        """Tokens of a prepared batch, and of prompts that are computed after it."""
+        tokens = sum(future.query_length for future in batch)
+        if not any(map(is_prompt, batch)):
+            return StepLoad(tokens, 0)  # prompts that wait have found no room, and it isn't known when they will
+        admitted = sum(len(state.remaining_prefill_tokens) for state in self.active_requests.values())
+        return StepLoad(tokens, admitted + sum(len(state.initial_tokens) for state in self.waiting_requests.values()))
 
     @property
     def _held(self) -> int:
@@ -152,7 +168,7 @@ class PageScheduler(Scheduler):
         return entries, batch.in_place, sum(entry.query_length for entry in entries), batch.reads
 
     def _add_prompts(self, batch: _StepBatch, token_budget: int) -> None:
-        left = min(token_budget, self.chunk_size.prompt_tokens(len(batch.entries)))
+        left = min(token_budget, self.chunk_size.prompt_tokens(len(batch.entries), self.balanced))
         for state in self._prompts(batch):
             tokens = min(left, len(state.remaining_prefill_tokens))
             if wants_rows := self.wants_prompt_logits(state.request_id):

@@ -28,23 +28,26 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from epslots.arrays import IntArray
 from epslots.config import EngineConfig
-from epslots.errors import RankMismatchError, StepFailed, UnsupportedModelError
+from epslots.errors import StepFailed, UnsupportedModelError
 from epslots.generation.batcher import Batcher, check_positive, check_servable
 from epslots.generation.cache_image import CacheImage
-from epslots.generation.cache_layout import CacheLayout, sequence_digest
+from epslots.generation.cache_layout import CacheLayout
 from epslots.generation.captured_decoding import CapturedDecoding, capture_obstacle, span_of
+from epslots.generation.chunk_balance import StepLoad
 from epslots.generation.chunk_size import ChunkSize
 from epslots.generation.engine_stats import Usage
 from epslots.generation.isolation import Isolation
-from epslots.generation.page_images import image_of_pages, room_in_pages
+from epslots.generation.page_images import image_of_pages
+from epslots.generation.page_scheduler import is_prompt
 from epslots.generation.paged_cache import open_processor, paging_obstacle
 from epslots.generation.paged_decoding import PagedDecoding
 from epslots.generation.paged_invariance import PackedAttention, Span, invariance_obstacle
 from epslots.generation.paged_next_token import PagedNextToken
 from epslots.generation.repeatable_step import WindowBackup, discard, prepare_part
+from epslots.generation.reserved_pages import ReservedPages
 from epslots.generation.row_tracker import RowTracker
 from epslots.generation.static_pages import StaticPages
-from epslots.generation.tracked_request import TrackedRequest
+from epslots.generation.tracked_request import PromptState, TrackedRequest
 from epslots.models.batch_invariance import is_batch_invariant
 
 logger = logging.getLogger(__name__)
@@ -92,7 +95,7 @@ class PagedBatcher(Batcher):
         cache, scheduler = self._processor.cache, self._processor.scheduler
         super().__init__(model, infer_max_single_request_tokens(cache), scheduler.max_requests_per_batch)
         target_s = None if config.step_target_ms is None else config.step_target_ms / 1000
-        self._chunk_size = scheduler.chunk_size = ChunkSize(config.max_batch_tokens, target_s)
+        self.chunk_size = scheduler.chunk_size = ChunkSize(config.max_batch_tokens, target_s)
         scheduler.counters = self._counters
         scheduler.wants_prompt_logits = self._wants_prompt_logits
         scheduler.priority_of = self._priority_of
@@ -105,8 +108,7 @@ class PagedBatcher(Batcher):
         # was queued there.
         self._ids = itertools.count()
         self._running: dict[str, tuple[TrackedRequest, int]] = {}
-        self._reserved: dict[str, tuple[str, CacheImage]] = {}
-        """By our id: transformers' id, and the image, of a request that is yet to come."""
+        self._reserved = ReservedPages(cache, scheduler)
         # Of the batch under way; None between batches.
         self._isolation: Isolation[FutureRequestState] | None = None
         self._windows: WindowBackup | None = None
@@ -122,7 +124,7 @@ class PagedBatcher(Batcher):
     def _queue(self, entry: TrackedRequest) -> None:
         """Queue a request in transformers, to continue after its tokens so far."""
         rest = entry.request.after(entry.tokens)
-        number = self._claim(entry) or str(next(self._ids))
+        number = self._reserved.claim(entry) or str(next(self._ids))
         self._running[number] = (entry, len(entry.tokens))
         self._manager.add_request(
             list(rest.prompt),
@@ -151,47 +153,31 @@ class PagedBatcher(Batcher):
     def _image_of(self, entry: TrackedRequest) -> CacheImage | None:
         cache, active = self._processor.cache, self._processor.scheduler.active_requests
         number = next((number for number, (running, _) in self._running.items() if running is entry), None)
-        if self._isolation is not None or number is None or number not in active:
+        if self._isolation is not None or number is None or number not in active or not active[number].current_len():
             return None
-        if active[number].current_len() != entry.length - 1:
-            return None
-        return image_of_pages(cache, number, entry.ids(0, entry.length - 1))
+        state, length = active[number], entry.length
+        if state.current_len() == length - 1:
+            return image_of_pages(cache, number, entry.ids(0, length - 1))
+        # While a step is under way, or has to be repeated, its tokens count already.
+        computed: Callable[[], int | None] = lambda: state.current_len() if self._isolation is None else None  # noqa: E731
+        return image_of_pages(cache, number, entry.ids(0, length), computed)
+
+    def prompts(self) -> list[PromptState]:
+        active, found = self._processor.scheduler.active_requests, []
+        for number, (entry, _) in self._running.items() if self._isolation is None else ():
+            computed = active[number].current_len() if number in active else 0
+            if computed and entry.length - computed > 1:
+                found.append(PromptState(entry.request.id, computed, entry.length - computed))
+        return found
 
     def reserve(self, id: str, layout: CacheLayout) -> CacheImage | None:
-        assert id not in self._reserved
-        scheduler, number = self._processor.scheduler, str(next(self._ids))
-        if self._isolation is not None or not scheduler.reserve(number, layout.tokens):
-            return None
-        try:
-            image = room_in_pages(self._processor.cache, number, layout)
-        except RankMismatchError:
-            scheduler.release(number)
-            raise
-        self._reserved[id] = number, image
-        return image
+        return None if self._isolation is not None else self._reserved.reserve(id, layout, str(next(self._ids)))
 
     def release(self, id: str) -> None:
-        number, image = self._reserved.pop(id, (None, None))
-        if image is not None and not image.gone:
-            image.gone = True
-            self._processor.scheduler.release(number)
+        self._reserved.release(id)
 
     def release_all(self) -> None:
-        for id in list(self._reserved):
-            self.release(id)
-
-    def _claim(self, entry: TrackedRequest) -> str | None:
-        """The id in transformers of the pages that are reserved for a request, if they hold its beginning."""
-        id, length = entry.request.id, 0
-        if id in self._reserved:
-            number, image = self._reserved[id]
-            length = image.layout.tokens
-            if image.whole and length < entry.length and image.layout.sequence == sequence_digest(entry.ids(0, length)):
-                del self._reserved[id]
-                image.gone = True
-                return number
-            self.release(id)
-        return None
+        self._reserved.release_all()
 
     def _wants_prompt_logits(self, number: str) -> bool:
         entry = self._running[number][0] if number in self._running else None
@@ -202,6 +188,7 @@ class PagedBatcher(Batcher):
 
     def prepare(self) -> bool:
         self._queue_prepared()
+        self._processor.scheduler.balanced = self.balanced
         if self._isolation is None:
             self._began_s = self._clock()
             # Also without work: cancelled requests free their pages here.
@@ -216,6 +203,11 @@ class PagedBatcher(Batcher):
             prepare_part(self._processor, self._isolation.part)
             self._set_part(self._isolation.part)
         return self._isolation is not None
+
+    @property
+    def load(self) -> StepLoad:
+        found: StepLoad = self._processor.scheduler.load_of(self._part or ())
+        return found
 
     def _set_part(self, part: list[FutureRequestState]) -> None:
         """Make these prepared requests the next forward pass's."""
@@ -247,6 +239,8 @@ class PagedBatcher(Batcher):
         """
         self._counters.preempted += len(self._processor.scheduler.active_requests)
         assert not self._reserved
+        for entry, _ in self._running.values():
+            entry.resume()
         self._processor.reset()
         self._running.clear()
         for entry in self._open():
@@ -320,15 +314,14 @@ class PagedBatcher(Batcher):
 
     def _count_step(self, part: list[FutureRequestState]) -> None:
         """Count a forward pass that succeeded."""
-        # A request's position is the one after the batch: past its prompt, it decodes.
-        prompts = [future for future in part if future.state.position_offset <= len(future.state.initial_tokens)]
+        prompts = list(filter(is_prompt, part))
         prompt_tokens = sum(future.query_length for future in prompts)
         self._counters.steps += 1
         self._counters.replayed_steps = self._captured.replays
         self._counters.prompt_tokens += prompt_tokens
         if self._began_s is not None:
             seconds = self._clock() - self._began_s
-            self._chunk_size.observe(prompt_tokens, len(part) - len(prompts), seconds)
+            self.chunk_size.observe(prompt_tokens, len(part) - len(prompts), seconds)
             self._time_prompt(prompt_tokens, seconds)
 
     def _finish_part(self, isolation: Isolation[FutureRequestState]) -> None:
@@ -384,7 +377,7 @@ class PagedBatcher(Batcher):
         self.grammars.close()
         self._captured.close()
         self._manager.destroy()
-        del self._choice, self._captured, self._decoding  # they hold the cache
+        del self._choice, self._captured, self._decoding, self._reserved  # they hold the cache
         self._manager = self._processor = self._isolation = self._windows = self._part = None
         if self._model.config._attn_implementation != self._implementation:
             self._model.set_attn_implementation(self._implementation)

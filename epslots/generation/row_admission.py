@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +21,9 @@ from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout, sequence_digest
 from epslots.generation.engine_stats import EngineCounters
 from epslots.generation.row_cache import Row, RowCache
-from epslots.generation.row_images import image_of_row, room_for_row
+from epslots.generation.row_images import growing_image, image_of_row, room_for_row
 from epslots.generation.row_support import RowSupport
-from epslots.generation.tracked_request import TrackedRequest
+from epslots.generation.tracked_request import PromptState, TrackedRequest
 
 LEAST_SHARED_TOKENS = 16
 """A shorter common beginning of two prompts isn't worth a batch that ends there."""
@@ -93,12 +94,23 @@ class RowAdmission:
             self._cache.close(row)
             insort(self._waiting, entry, key=_turn)
 
-    def image_of(self, entry: TrackedRequest) -> CacheImage | None:
-        """The image of a request's row; None if it has none, or its prompt isn't computed."""
+    def image_of(self, entry: TrackedRequest, steps_stand: Callable[[], bool]) -> CacheImage | None:
+        """The image of a request's row, for ``Batcher.hold``; ``steps_stand``: whether no step has to be repeated."""
         running = next((running for running in self.running if running.entry is entry), None)
-        if running is None or running.left != 1:
+        if running is None or not running.row.length or not steps_stand():
             return None
-        return image_of_row(self._cache, running.row, entry.ids(0, running.row.length))
+        if running.left == 1:
+            return image_of_row(self._cache, running.row, entry.ids(0, running.row.length))
+        if self._cache.keeps_objects:
+            return None
+        return growing_image(self._cache, running.row, entry.ids(0, entry.length), steps_stand)
+
+    def prompts(self) -> list[PromptState]:
+        """For ``Batcher.prompts``."""
+        if self._cache.keeps_objects:
+            return []
+        begun = [running for running in self.running if running.row.length and running.left > 1]
+        return [PromptState(running.entry.request.id, running.row.length, running.left) for running in begun]
 
     def reserve(self, id: str, layout: CacheLayout) -> CacheImage | None:
         """A row for the tokens of a request that comes from another rank; None if there is no room beside the others."""
@@ -145,6 +157,7 @@ class RowAdmission:
             return
         for running in self.running:
             if 0 < running.row.length <= limit < running.entry.length:
+                running.entry.resume()
                 self._cache.close(running.row)
                 running.row = self._cache.open()
 

@@ -33,6 +33,7 @@ from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout
 from epslots.generation.cache_tensors import tensors_of
 from epslots.generation.captured_decoding import CapturedDecoding, capture_obstacle, span_of
+from epslots.generation.chunk_balance import NO_LOAD, StepLoad
 from epslots.generation.chunk_size import ChunkSize
 from epslots.generation.engine_stats import Usage
 from epslots.generation.isolation import Isolation
@@ -40,11 +41,11 @@ from epslots.generation.next_token import choose, prompt_logprobs
 from epslots.generation.row_admission import RowAdmission, RunningRow
 from epslots.generation.row_attention import RowByRow
 from epslots.generation.row_cache import RowCache, StepOfRows
-from epslots.generation.row_plan import RowBatch, RowState, decodes, next_batch
+from epslots.generation.row_plan import RowBatch, RowState, decodes, following_prompt_tokens, next_batch
 from epslots.generation.row_support import RowSupport, row_support
 from epslots.generation.row_tracker import RowTracker
 from epslots.generation.static_step import StaticStep
-from epslots.generation.tracked_request import NO_TOKEN, NextToken, TrackedRequest
+from epslots.generation.tracked_request import NO_TOKEN, NextToken, PromptState, TrackedRequest
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class RowBatcher(Batcher):
         self._by_row = RowByRow(self._support.modules, self._support.rotaries, model.device)
         self._cache = self._open_cache()
         target_s = None if config.step_target_ms is None else config.step_target_ms / 1000
-        self._chunk = ChunkSize(config.max_batch_tokens, target_s)
+        self.chunk_size = ChunkSize(config.max_batch_tokens, target_s)
         self._takes = inspect.signature(model.forward).parameters
         one_by_one = self._support.rotaries or not self._support.together or not self._cache.all_pooled
         in_rows = "some of its layers are computed row by row" if one_by_one else None
@@ -89,6 +90,8 @@ class RowBatcher(Batcher):
         self._isolation: Isolation[RunningRow] | None = None
         """Of the batch under way; None between batches."""
         self._batch: RowBatch | None = None
+        self._next_prompt_tokens = 0
+        """Tokens of the next batch of prompts after this one."""
         self._prompt_was_last = False
         self._order = RowTracker()
 
@@ -140,13 +143,21 @@ class RowBatcher(Batcher):
         """The next batch, with room for its tokens: where the cache is full, the last rows are given up."""
         while active := self._admission.active:
             states = [self._state(running) for running in active]
-            room = self._chunk.prompt_tokens(sum(map(decodes, states)))
+            room = self.chunk_size.prompt_tokens(sum(map(decodes, states)), self.balanced)
             planned = next_batch(states, room, prompt_was_last=self._prompt_was_last, together=self._support.together)
             assert planned is not None, "every active row has a token left to compute"
             if self._admission.make_room(len(planned.rows) * planned.width, rows=0):
+                most, together = self._config.max_batch_tokens, self._support.together
+                self._next_prompt_tokens = following_prompt_tokens(states, planned, most, together=together)
                 return planned
             self._admission.preempt(self._admission.running[-1])  # the first alone always fits
         return None
+
+    @property
+    def load(self) -> StepLoad:
+        if self._isolation is None or self._batch is None:
+            return NO_LOAD
+        return StepLoad(len(self._isolation.part) * self._batch.width, self._next_prompt_tokens)
 
     def _state(self, running: RunningRow) -> RowState:
         entry, support = running.entry, self._support
@@ -162,7 +173,10 @@ class RowBatcher(Batcher):
         return RowState(entry.length, computed, first=first, most=most, stop=running.stop, last=running.last)
 
     def _image_of(self, entry: TrackedRequest) -> CacheImage | None:
-        return None if self._isolation is not None else self._admission.image_of(entry)
+        return self._admission.image_of(entry, lambda: self._isolation is None)
+
+    def prompts(self) -> list[PromptState]:
+        return self._admission.prompts()
 
     def reserve(self, id: str, layout: CacheLayout) -> CacheImage | None:
         return None if self._isolation is not None else self._admission.reserve(id, layout)
@@ -211,7 +225,7 @@ class RowBatcher(Batcher):
         self._counters.prompt_tokens += sum(max(0, min(planned.width, len(r.prompt) - start)) for start, r in starts)
         if seconds is not None:
             computed = len(part) * planned.width
-            self._chunk.observe(*((0, computed) if planned.decodes else (computed, 0)), seconds)
+            self.chunk_size.observe(*((0, computed) if planned.decodes else (computed, 0)), seconds)
             self._time_prompt(0 if planned.decodes else computed, seconds)
 
     def _finish_part(self, isolation: Isolation[RunningRow]) -> None:

@@ -181,7 +181,7 @@ class RowCache:
     @property
     def keeps_states(self) -> bool:
         """Whether a row keeps more than its tokens: another row can continue it at its present length alone."""
-        return bool(self._states) or len(self._tables) > 1 or len(self._pooled) < len(self._templates)
+        return bool(self._states) or len(self._tables) > 1 or self.keeps_objects
 
     @property
     def tables(self) -> dict[int | None, CellTable]:
@@ -189,9 +189,14 @@ class RowCache:
         return self._tables
 
     @property
+    def keeps_objects(self) -> bool:
+        """Whether layers of some kind keep objects of their own for each row: it isn't known how these will grow."""
+        return len(self._pooled) < len(self._templates)
+
+    @property
     def all_pooled(self) -> bool:
         """Whether every layer keeps its rows in pools, and attention computes all of them at once."""
-        return len(self._pooled) == len(self._templates) and not self._by_row and not self._linear
+        return not self.keeps_objects and not self._by_row and not self._linear
 
     @property
     def free_tokens(self) -> int:
@@ -230,7 +235,8 @@ class RowCache:
             for path, pool in sorted(pools.items(), key=str):
                 name = ".".join(map(str, (layer, *path)))
                 if isinstance(pool, TokenPool):
-                    yield name, TensorPlace(pool.cells, self._tables[pool.window].cells_of(row.number))
+                    most = None if pool.window is None else pool.window - 1
+                    yield name, TensorPlace(pool.cells, self._tables[pool.window].cells_of(row.number), most)
                 else:
                     yield name, TensorPlace(pool[row.number].view(-1))
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from epslots.errors import RankMismatchError
-from epslots.generation.cache_image import CacheImage, TensorPlace
+from epslots.generation.cache_image import CacheImage, Places, TensorPlace
 from epslots.generation.cache_layout import CacheLayout, Fact, KeptTensor, sequence_digest
 from epslots.generation.row_cache import Row, RowCache
 
@@ -17,7 +17,7 @@ _PLAIN = bool | int | float | str | None
 
 def image_of_row(cache: RowCache, row: Row, tokens: Sequence[int]) -> CacheImage:
     """The image of a row that holds these tokens. It is true until the row's next step."""
-    kept, places = _pooled(cache, row)
+    kept, places = _pooled(cache, row, row.length)
     facts: dict[str, Fact] = {}
     for name, value in _own_values(row):
         if isinstance(value, torch.Tensor):
@@ -31,6 +31,22 @@ def image_of_row(cache: RowCache, row: Row, tokens: Sequence[int]) -> CacheImage
     return CacheImage(layout, places)
 
 
+def growing_image(cache: RowCache, row: Row, tokens: Sequence[int], steps_stand: Callable[[], bool]) -> CacheImage:
+    """The image of a row that will hold these tokens, some of which it holds now.
+
+    Only if the cache ``keeps_objects`` of no layer. The row must have no other number while the image isn't gone.
+
+    Args:
+        steps_stand: whether no step has to be repeated.
+    """
+
+    def look() -> tuple[int, Places] | None:
+        return (row.length, _pooled(cache, row, row.length)[1]) if steps_stand() else None
+
+    kept, places = _pooled(cache, row, len(tokens))
+    return CacheImage(CacheLayout("rows", len(tokens), sequence_digest(tokens), tuple(kept)), places, look=look)
+
+
 def room_for_row(cache: RowCache, layout: CacheLayout) -> tuple[Row, CacheImage]:
     """A new row for a layout's tokens, and its image to write into; a row and cells must be free.
 
@@ -38,7 +54,7 @@ def room_for_row(cache: RowCache, layout: CacheLayout) -> tuple[Row, CacheImage]
         RankMismatchError: the layout is that of another model, or of other settings.
     """
     row = cache.open_for(layout.tokens)
-    kept, places = _pooled(cache, row)
+    kept, places = _pooled(cache, row, layout.tokens)
     others = layout.tensors[len(kept) :]
     if layout.kind != "rows" or layout.tensors[: len(kept)] != tuple(kept) or any(part.whole is None for part in others):
         cache.close(row)
@@ -54,13 +70,10 @@ def room_for_row(cache: RowCache, layout: CacheLayout) -> tuple[Row, CacheImage]
     return row, CacheImage(layout, places, on_complete=complete)
 
 
-def _pooled(cache: RowCache, row: Row) -> tuple[list[KeptTensor], list[TensorPlace]]:
-    kept, places = [], []
-    for name, place in cache.places(row):
-        entries = len(place.memory) if place.index is None else len(place.index)
-        kept.append(KeptTensor(name, _name_of(place.memory.dtype), entries, tuple(place.memory.shape[1:])))
-        places.append(place)
-    return kept, places
+def _pooled(cache: RowCache, row: Row, tokens: int) -> tuple[list[KeptTensor], list[TensorPlace]]:
+    """The tensors of a row that will have so many tokens, and their places now."""
+    found = list(cache.places(row))
+    return [place.kept(name, tokens) for name, place in found], [place for _, place in found]
 
 
 def _own_values(row: Row) -> Iterator[tuple[str, Any]]:

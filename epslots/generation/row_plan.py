@@ -8,7 +8,7 @@ to experts, and would change recurrent states. The two kinds take turns, so that
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -89,3 +89,18 @@ def next_batch(rows: Sequence[RowState], room: int, *, prompt_was_last: bool, to
         if alike and (len(chosen) + 1) * width <= room:
             chosen.append(i)
     return RowBatch(tuple(chosen), width, decodes=False)
+
+
+def following_prompt_tokens(rows: Sequence[RowState], batch: RowBatch, room: int, *, together: bool = True) -> int:
+    """Tokens of the first batch of prompts after a batch; 0 if no prompt is left.
+
+    Args:
+        rows: from which the batch was made. Requests without a row wait for others' ends.
+        room, together: as for ``next_batch``.
+    """
+    left = [i for i, row in enumerate(rows) if not decodes(row)]
+    made = set(() if batch.decodes else batch.rows)
+    after = [replace(rows[i], computed=rows[i].computed + batch.width) if i in made else rows[i] for i in left]
+    prompts = [row for row in after if row.left and not decodes(row)]
+    planned = next_batch(prompts, room, prompt_was_last=False, together=together)
+    return 0 if planned is None else len(planned.rows) * planned.width

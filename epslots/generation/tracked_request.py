@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,20 @@ from epslots.generation.requests import Reason, Request, TokenLogprobs
 from epslots.generation.token_counts import TokenCounts
 
 NO_TOKEN = -1
+
+
+class PromptState(NamedTuple):
+    """A prompt that is being computed.
+
+    Attributes:
+        id: of its request.
+        computed: tokens that the cache holds.
+        left: tokens that are to come.
+    """
+
+    id: str
+    computed: int
+    left: int
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,7 @@ class TrackedRequest:
     number: int = 0
     """In the order of arrival."""
     image: CacheImage | None = None
-    """Of its cache, while it is or was held for a hand-over."""
+    """Of its cache, while that is read for a hand-over, or was."""
 
     def __post_init__(self) -> None:
         self._prompt_logprobs_known = self.request.prompt_logprobs_delivered
@@ -91,11 +105,11 @@ class TrackedRequest:
 
     @property
     def held(self) -> bool:
-        """Whether it makes no step, because its cache is being handed over."""
-        return self.image is not None and not self.image.gone
+        """Whether it makes no step, because its cache is being handed over: one that isn't complete goes on until it is."""
+        return self.image is not None and not self.image.gone and self.length > self.image.layout.tokens
 
     def resume(self) -> None:
-        """Hold it no longer; a no-op if it isn't held."""
+        """Let its cache be read no longer; a no-op if it isn't."""
         if self.image is not None:
             self.image.gone, self.image = True, None
 
@@ -217,6 +231,7 @@ class TrackedRequest:
 
     def end(self, reason: Reason, error: str | None = None) -> None:
         self.reason, self.error = reason, error
+        self.resume()
 
     def take_prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
         """The log-probabilities of the prompt since the last call."""

@@ -8,7 +8,8 @@ byte of anything else moves. ``sync_ranks`` and the engine call ``begin`` and ``
               it needs; then the words of the header, or the layer's counts; then, in a layer, bytes of predicted usage of the
               next layer
     guard     a digest of all that the layer's plan depends on besides the counts: ranks that differ would plan differently
-    header    epoch, digest of the residency table, has work, wants to stop, newest placement that has arrived
+    header    epoch, digest of the residency table, has work, wants to stop, newest placement that has arrived, tokens of the
+              step, tokens of prompts in the next one
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from epslots.transport.transport import Transport
 
 _HEADER_KIND = -1
 _PREFIX_WORDS = 6
-_HEADER_WORDS = 2 * 5
+_HEADER_WORDS = 2 * 7
 # Rows of all models with up to so many experts have one length: ranks that call different models get an error that says so.
 _USUAL_EXPERTS = 500
 _STEP_LIMIT = 2**31
@@ -46,11 +47,15 @@ class Header:
         work: whether any rank has work.
         stop: whether any wants to stop.
         placement: the newest version that has arrived at all ranks.
+        tokens_R: tokens of the step, by rank.
+        waiting_R: tokens of prompts that it could compute in the next one, by rank.
     """
 
     work: bool
     stop: bool
     placement: int = 0
+    tokens_R: tuple[int, ...] = ()
+    waiting_R: tuple[int, ...] = ()
 
 
 class Gathered(msgspec.Struct, frozen=True):
@@ -77,6 +82,7 @@ class LockStep:
     Attributes:
         header: all ranks' headers of the latest step.
         stopping: whether this rank wants to stop; set by the caller, sent with the next step's header.
+        load: this rank's tokens of the next step, and its prompts' in the one after it; sent with the header, and zero again.
         steps: steps that this rank has begun.
         exchanging: whether this rank is in the header's exchange, or between a layer's first and last exchange: the others
             wait for it. Stays so after a failure there; ``note`` changes it.
@@ -125,6 +131,7 @@ class LockStep:
         self.exchanging = self.computing = self.completes = False
         self._layer: int | None = None
         self.stopping = False
+        self.load = (0, 0)
         self.header = Header(work=False, stop=False)
 
     @property
@@ -142,8 +149,8 @@ class LockStep:
         """
         self.steps += 1
         self._layer, self.exchanging, self.computing = 0, True, False
-        words = self.transport.epoch, self._digest(), int(work), int(self.stopping), self._offered()
-        mine = np.array(words, np.int64)
+        words = self.transport.epoch, self._digest(), int(work), int(self.stopping), self._offered(), *self.load
+        mine, self.load = np.array(words, np.int64), (0, 0)
         self._words_of_head[_PREFIX_WORDS:] = mine.view(np.int32)
         rows = self._gather(_HEADER_KIND, 0, 0, len(self._head))
         headers = np.ascontiguousarray(rows[:, _PREFIX_WORDS : _PREFIX_WORDS + _HEADER_WORDS]).view(np.int64)
@@ -154,7 +161,11 @@ class LockStep:
         if (digests != digests[0]).any():
             raise ExchangeError(f"ranks no longer agree: {self._explain_divergence()}")
         self.header = Header(
-            work=bool(headers[:, 2].any()), stop=bool(headers[:, 3].any()), placement=int(headers[:, 4].min())
+            work=bool(headers[:, 2].any()),
+            stop=bool(headers[:, 3].any()),
+            placement=int(headers[:, 4].min()),
+            tokens_R=tuple(headers[:, 5].tolist()),
+            waiting_R=tuple(headers[:, 6].tolist()),
         )
         if self.header.work:
             self._on_header(self.header)

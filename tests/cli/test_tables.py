@@ -13,6 +13,16 @@ from epslots.cli.tables import requests_table
 from epslots.generation.engine_stats import sum_engines
 
 
+def test_the_imbalance_of_steps_is_told():
+    """Of ranks that wait for each other; a rank alone waits for none."""
+    engines = [msgspec.structs.replace(sum_engines(()), step_tokens=tokens, longest_tokens=90) for tokens in (90, 30)]
+    ranks: list[Any] = [SimpleNamespace(rank=number, engine=engine) for number, engine in enumerate(engines)]
+    for shown, told in ((ranks, True), (ranks[:1], False)):
+        text = StringIO()
+        Console(file=text, width=160).print(requests_table(shown))
+        assert ("over the mean of those that have some: 1.50" in text.getvalue()) == told
+
+
 def test_a_rank_without_graphs_is_named():
     """With the reason, which may hold brackets; other ranks aren't."""
     engines = [sum_engines(()), msgspec.structs.replace(sum_engines(()), capture_obstacle="no room [10 of 12]")]

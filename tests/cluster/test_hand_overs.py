@@ -4,18 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from cluster.driver.hand_over_costs import LEAST_HIDDEN_S, MEETING_S, HandOverCosts
 from cluster.driver.hand_overs import HandOvers
 from cluster.driver.rank_loads import RankCapacity
 from cluster.driver.scheduler import Scheduler
-from cluster.messages.hand_over import GoOn, HandedOver, HandOver, LinkContact, LinkContacts, Release, TakeOver
+from cluster.messages.hand_over import (
+    BYTES_BETWEEN_STEPS,
+    GoOn,
+    HandedOver,
+    HandOver,
+    LinkContact,
+    LinkContacts,
+    PromptProgress,
+    Release,
+    TakeOver,
+)
 from cluster.messages.rank import Cancel, Command, Submit
 from epslots.generation.requests import Output, Request
 from epslots.rank_groups import Role
 
 REQUEST = Request("a", tuple(range(50)), 20)
-DONE = HandedOver(number=0, failure=None, seconds=0.1, nbytes=1000, tokens=50, prompt_token_s=0.001)
+DONE = HandedOver(number=0, failure=None, seconds=0.1, copying_s=0.2, nbytes=1000, tokens=50, prompt_token_s=0.001)
 FAILED = HandedOver(number=0, failure="the link broke")
 
 
@@ -122,6 +136,30 @@ def test_a_cancelled_request_of_a_lost_source_leaves_no_claim():
     driver.end()
 
 
+def test_a_hand_over_begins_before_the_first_token():
+    """The same messages; the first token is the source's, and doesn't begin another one."""
+    driver = Driver()
+    driver.hand_overs.take("p", FAILED)
+    other = Request("b", tuple(range(50)), 20)
+    driver.scheduler.add([other])
+    assert [worker for worker, _ in driver.scheduler.assign()] == ["p"]
+    driver.sent.clear()
+    driver.hand_overs.consider_early("p", PromptProgress("b", 30, 20))
+    assert driver.sent == [], "nothing was measured"
+    costs = driver.scheduler._ranks.costs
+    costs.token_s = costs.prompt_token_s = 0.001
+    driver.hand_overs.consider_early("p", PromptProgress("b", 35, 15))
+    (target, take), (source, give) = driver.sent
+    assert (target, source) == ("d", "p") and isinstance(take, TakeOver) and isinstance(give, HandOver)
+    assert driver.scheduler.count("p", Output("b", (7,))) is not None
+    driver.hand_overs.consider("b")
+    assert len(driver.sent) == 2
+    driver.hand_overs.take("p", msgspec.structs.replace(DONE, number=1))
+    assert driver.sent[2:] == [("d", Submit((other.after((7,)),))), ("p", Cancel(("b",)))]
+    assert (driver.hand_overs.counts.done, driver.hand_overs.counts.early) == (1, 1)
+    driver.end()
+
+
 def test_addresses_go_to_the_other_rank():
     driver = Driver()
     driver.hand_overs.pass_on("p", LinkContact(0, "key", b"here"))
@@ -133,3 +171,40 @@ def test_addresses_go_to_the_other_rank():
     driver.scheduler.clear()
     driver.hand_overs.clear()
     driver.end()
+
+
+@given(
+    prompt=st.integers(1, 3000),
+    chunk=st.integers(1, 700),
+    prompt_token_s=st.floats(1e-5, 1e-2),
+    token_s=st.floats(0, 1e-3),
+    fixed_s=st.floats(0, 0.1),
+    token_bytes=st.integers(1, 2**20),
+)
+def test_hand_overs_begin_when_they_just_end_in_time(
+    prompt: int, chunk: int, prompt_token_s: float, token_s: float, fixed_s: float, token_bytes: int
+):
+    """The target's room isn't kept for longer than the copying takes, by the step. Where little is hidden, none begins."""
+    costs = HandOverCosts()
+    costs.fixed_s, costs.token_s, costs.prompt_token_s, costs.token_bytes = fixed_s, token_s, prompt_token_s, token_bytes
+    steps = 1 + -(-prompt * token_bytes // BYTES_BETWEEN_STEPS)
+    seconds, begins = max(MEETING_S + costs.seconds(prompt), steps * chunk * prompt_token_s), False
+    for computed in range(chunk, prompt, chunk):
+        left_s, before = (prompt - computed) * prompt_token_s, computed - chunk
+        begins = costs.begins_early(computed, prompt - computed, chunk)
+        if begins:
+            assert min(left_s, computed * token_s) >= LEAST_HIDDEN_S
+            assert left_s - chunk * prompt_token_s <= seconds * 1.001, "one step later it would be too late"
+            assert left_s > seconds * 0.999 or before * token_s < LEAST_HIDDEN_S, "it could wait until now"
+            break
+    if not begins and prompt > chunk:
+        assert min(left_s, computed * token_s) < LEAST_HIDDEN_S
+
+
+def test_nothing_begins_early_before_prompts_were_timed():
+    costs = HandOverCosts()
+    costs.token_s = 1.0
+    assert not costs.begins_early(1000, 100, 100)
+    costs.observe(1000, 1000.0, prompt_token_s=0.01, nbytes=5000)
+    assert costs.token_bytes == 5
+    assert costs.begins_early(1000, 100, 100)

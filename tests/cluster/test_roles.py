@@ -14,7 +14,10 @@ import cluster.rank.rank_reports
 from cluster.api import Cluster
 from cluster.config import cluster_config
 from cluster.driver.hand_over_costs import HandOverCosts
+from cluster.driver.hand_overs import HandOvers
 from cluster.errors import ClusterError
+from cluster.messages.hand_over import PromptProgress
+from cluster.rank.rank_loop import RankLoop
 from epslots.errors import ConfigError
 from tests.support.batches import is_empty
 from tests.support.fake_backend import FakeBackend, WatchedLink
@@ -23,6 +26,7 @@ from tests.support.thread_cluster import PROMPTS, expected, serve_again, tokens_
 pytestmark = pytest.mark.usefixtures("one_load_at_a_time", "small_pieces")
 
 NEW = 14
+SMALL_STEPS = {"max_batch_tokens": 10, "max_requests": 8}
 LONG = [PROMPTS[1], PROMPTS[7]]
 Open = Callable[..., tuple[Cluster, FakeBackend]]
 
@@ -31,15 +35,47 @@ Open = Callable[..., tuple[Cluster, FakeBackend]]
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches of these small models travel in several pieces; and no prompt is short."""
     monkeypatch.setattr(cluster.rank.cache_exchange, "PIECE_BYTES", 9000)
+    monkeypatch.setattr(cluster.rank.cache_exchange, "BYTES_BETWEEN_STEPS", 2 * 9000)
     monkeypatch.setattr(HandOverCosts, "stays", lambda *_: False)
 
 
 @pytest.fixture
-def opened(open_cluster: Open) -> Iterator[tuple[Cluster, FakeBackend]]:
+def opened(open_cluster: Open, early: bool) -> Iterator[tuple[Cluster, FakeBackend]]:
     """Rank 0 computes prompts, rank 1 decodes. In the end nothing is left over."""
-    found = open_cluster(ranks=None, prefill_ranks=1, decode_ranks=1)
+    found = open_cluster(ranks=None, prefill_ranks=1, decode_ranks=1, **(SMALL_STEPS if early else {}))
     yield found
     check_empty(*found)
+
+
+@pytest.fixture(params=["after the prompt", "during the prompt"])
+def early(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether hand-overs begin after a prompt's first step. If so, a step waits until all before it was read."""
+    if request.param == "after the prompt":
+        return False
+    judged: set[tuple[str, int]] = set()
+    consider_early, step = HandOvers.consider_early, RankLoop._step
+
+    def consider(self: HandOvers, worker: Any, prompt: PromptProgress) -> None:
+        consider_early(self, worker, prompt)
+        judged.add((prompt.id, prompt.computed))
+
+    def paced(self: RankLoop) -> None:
+        assert self._engine is not None
+        prompts = self._engine.batcher.prompts() if self._reports_prompts else []
+        queue, pause = self._commands, threading.Event()
+
+        def goes_on() -> bool:
+            read = queue._again or not self.hand_overs._contacts
+            return bool(queue._commands) or (read and all((prompt.id, prompt.computed) in judged for prompt in prompts))
+
+        while prompts and not goes_on():
+            pause.wait(0.0005)
+        step(self)
+
+    monkeypatch.setattr(HandOvers, "consider_early", consider)
+    monkeypatch.setattr(RankLoop, "_step", paced)
+    monkeypatch.setattr(HandOverCosts, "begins_early", lambda *_: True)
+    return True
 
 
 def check_empty(opened: Cluster, backend: FakeBackend) -> None:
@@ -66,7 +102,7 @@ def counts(opened: Cluster) -> tuple[int, int]:
     return found.done, found.failed
 
 
-def test_prompts_and_decoding_run_apart(opened: tuple[Cluster, FakeBackend], folder: Path):
+def test_prompts_and_decoding_run_apart(opened: tuple[Cluster, FakeBackend], folder: Path, early: bool):
     cluster, _ = opened
     assert [cluster._supervisor.groups[number].role for number in (0, 1)] == ["prefill", "decode"]
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=NEW)) == expected(folder, PROMPTS, NEW)
@@ -77,6 +113,7 @@ def test_prompts_and_decoding_run_apart(opened: tuple[Cluster, FakeBackend], fol
     assert decode.new_tokens > 5 * done > 0
     handed = cluster._supervisor.router.hand_overs.counts
     assert handed.nbytes > 0 and handed.seconds > 0
+    assert bool(handed.early) == early
 
 
 def test_drawn_and_constrained_texts_go_on(opened: tuple[Cluster, FakeBackend], open_cluster: Open):
@@ -150,9 +187,9 @@ def test_a_cancelled_reader_leaves_nothing(opened: tuple[Cluster, FakeBackend], 
 
 
 @pytest.mark.parametrize("source", [True, False])
-def test_a_lost_rank_costs_no_token(open_cluster: Open, folder: Path, source: bool):
+def test_a_lost_rank_costs_no_token(open_cluster: Open, folder: Path, source: bool, early: bool):
     """At a few messages; the others are those of a cut connection for the rank that lives."""
-    cluster, backend = open_cluster(ranks=2, prefill_ranks=1)
+    cluster, backend = open_cluster(ranks=2, prefill_ranks=1, **(SMALL_STEPS if early else {}))
     for number in (1, 4):
         trouble = Trouble(backend, number, source=source, do=lambda link: link.worker._die(known=True))
         assert tokens_of(cluster.generate(LONG, max_new_tokens=40)) == expected(folder, LONG, 40)

@@ -215,6 +215,32 @@ def test_short_prompts_stay_where_decoding_is():
     assert [worker for worker, _ in scheduler.assign()] == ["x", "p"]
 
 
+def test_an_early_hand_over_is_one_at_a_time():
+    """Of a rank, and once for each request; afterwards it is tried again when the prompt is done."""
+    scheduler = with_roles(p=PREFILL, x=DECODE)
+    costs = scheduler._ranks.costs
+    assert not costs.begins_early(100, 50, 50), "nothing was measured"
+    for id in "ab":
+        scheduler.add([request(id, 200, 20)])
+    scheduler.assign()
+    costs.token_s = 1.0
+    assert scheduler.begin_early_move("a", "x", 150, 50) is None, "another rank's"
+    assert scheduler.begin_early_move("nobody", "p", 150, 50) is None
+    move = scheduler.begin_early_move("a", "p", 150, 50)
+    assert move is not None and move.early and move.target == "x"
+    assert scheduler.busy(["p"]), "it is computed meanwhile"
+    assert scheduler.begin_early_move("a", "p", 170, 30) is None
+    assert scheduler.begin_early_move("b", "p", 150, 50) is None, "one at a time"
+    assert scheduler.end_move(move, done=False) == "stays"
+    assert scheduler.begin_early_move("a", "p", 180, 20) is None, "it has failed once"
+    scheduler.count("p", Output("a", (7,)))
+    late = scheduler.begin_move("a")
+    assert late is not None and not late.early, "it waits for no further token"
+    scheduler.count("p", Output("b", (7,)))
+    assert scheduler.begin_early_move("b", "p", 200, 0) is None, "its prompt is done"
+    scheduler.check()
+
+
 LOGPROBS = tuple(TokenLogprobs(token, -float(token)) for token in range(1, 30))
 """Of the tokens of ``request``'s prompts, from the second on."""
 
@@ -459,6 +485,7 @@ class BooksOfRoles(Books):
         self.scheduler = Scheduler()
         self.scheduler._ranks.costs.prompt_token_s = 1.0  # no prompt is short
         self.scheduler._ranks.costs.least_left_tokens = 1
+        self.scheduler._ranks.costs.begins_early = lambda *_: True  # type: ignore[method-assign]
         roles = zip(self.workers.items(), ("prefill", "decode", "decode"), strict=True)
         self.workers = {worker: RankCapacity(200, 8, role=role) for (worker, _), role in roles}  # type: ignore[arg-type]
         self.scheduler.serve(self.workers)
@@ -469,7 +496,9 @@ class BooksOfRoles(Books):
 
     @property
     def moving(self) -> set[str]:
-        return {move.entry.request.id for move in self.moves if self.scheduler._moves.get(move.entry.request.id) is move}
+        """Those that stand still."""
+        live = [move.entry for move in self.moves if self.scheduler._moves.get(move.entry.request.id) is move]
+        return {entry.request.id for entry in live if entry.began}
 
     @rule(prompt=st.integers(1, 30), new=st.integers(2, 8), end=st.sampled_from([None, True, False]))
     def compute_a_prompt(self, prompt: int, new: int, end: bool | None) -> None:
@@ -497,6 +526,18 @@ class BooksOfRoles(Books):
                     self.moves.append(move)
                 assert self.scheduler.begin_move(id) is None, "one at a time"
 
+    @rule(data=st.data())
+    def begin_early(self, data: st.DataObject) -> None:
+        """A rank reports that a part of a prompt is computed; perhaps one that it lost meanwhile."""
+        worker = data.draw(st.sampled_from(sorted(self.workers)))
+        for id in sorted(self.waiting):
+            entry = self.scheduler._entries[id]
+            move = self.scheduler.begin_early_move(id, worker, 1, 1)
+            if move is not None:
+                assert id in self.has[worker] and not entry.began and self.workers[worker].role == "prefill"
+                assert move.early and self.workers[str(move.target)].role == "decode"
+                self.moves.append(move)
+
     @precondition(lambda self: self.moves)
     @rule(data=st.data(), done=st.booleans())
     def end_a_move(self, data: st.DataObject, done: bool) -> None:
@@ -504,6 +545,7 @@ class BooksOfRoles(Books):
 
     def end_move(self, number: int, done: bool) -> None:
         move = self.moves.pop(number)
+        done = done and move.entry.began  # the source sends the first token before it reports the end
         id, source, target = move.entry.request.id, str(move.source), str(move.target)
         was_moving = self.scheduler._moves.get(id) is move
         outcome = self.scheduler.end_move(move, done=done)

@@ -69,6 +69,7 @@ PURE = (
     "generation.token_counts",
     "generation.settings",
     "generation.isolation",
+    "generation.chunk_balance",
     "generation.chunk_size",
     "generation.engine_stats",
 )

@@ -32,6 +32,13 @@ def test_sums_over_ranks():
     assert sum_engines([]).kv_usage == 0
 
 
+def test_imbalance_is_the_longest_over_the_mean():
+    """Of all steps together: 10 and 2 tokens, then 4 and 4."""
+    total = sum_engines([stats(step_tokens=14, longest_tokens=14), stats(step_tokens=6, longest_tokens=14)])
+    assert total.imbalance == (10 + 4) / (6 + 4)
+    assert sum_engines([]).imbalance == 0
+
+
 def test_numbers_survive_json():
     given = stats(steps=7, preempted=2, waiting=1)
     assert msgspec.json.decode(msgspec.json.encode(given), type=EngineStats) == given

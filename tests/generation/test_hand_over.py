@@ -18,6 +18,7 @@ from epslots.generation.batchers import batcher_for
 from epslots.generation.cache_image import CacheGone
 from epslots.generation.cache_layout import CacheLayout, KeptTensor
 from epslots.generation.requests import Request
+from epslots.generation.row_batcher import RowBatcher
 from epslots.generation.sampling import Sampling
 from tests.support import zoo
 from tests.support.batches import Collected, drawn, is_empty, prompt_of
@@ -33,6 +34,7 @@ if os.environ.get("EPSLOTS_WHOLE_ZOO"):
 CASES = [(name, "rows") for name in ROWS] + [(name, "pages") for name in PAGES]
 GREEDY = Request("greedy", prompt_of(23), 9)
 DRAWN = Request("drawn", prompt_of(40), 8, sampling=Sampling(1.2, seed=5, presence_penalty=0.7, repetition_penalty=1.3))
+LONG = Request("long", prompt_of(60), 9)
 MATES = [Request("mate", prompt_of(9), 12), Request("late", prompt_of(31), 5)]
 
 
@@ -82,8 +84,52 @@ def test_tokens_go_on_as_they_were(name: str, kind: str):
     computed = target.stats().prompt_tokens
     assert computed <= 31 + 2, "the prompts that came with their caches weren't computed"
     assert is_empty(source) and is_empty(target)
-    source.close()
     target.close()
+    source.close()  # last, as it was opened first: each leaves the model as it found it
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_a_cache_travels_while_it_is_computed(name: str, kind: str):
+    """What is read after a step is final, or comes with the last token: windows, and states that steps change in place."""
+    expected = {request.id: drawn(model_of(name), request) for request in (LONG, MATES[0])}
+    try:
+        source, target = opened(name, kind), opened(name, kind)
+    except UnsupportedModelError:
+        pytest.skip("it has no pages")
+    here = decode(source, [MATES[0]], 1)
+    source.add(LONG)
+    while not source.prompts() and LONG.id not in here.tokens:
+        here.run(1)
+    if LONG.id in here.tokens:
+        assert isinstance(source, RowBatcher)
+        assert source._cache.keeps_objects or source._support.whole_prompts, "no others wait for the end"
+        return
+    image = source.hold(LONG.id)
+    assert image is not None and not source._entries[LONG.id].held
+    room = target.reserve(LONG.id, image.layout)
+    assert room is not None
+    parts = [0]
+    for _ in range(20):
+        parts.append(image.advance())
+        for piece in image.layout.pieces(1000, *parts[-2:]):
+            room.write(piece, image.read(piece))
+        here.run(1)
+        if parts[-1] == len(LONG.prompt):
+            break
+    assert parts[-1] == len(LONG.prompt) and parts == sorted(parts) and len(set(parts)) > 2
+    assert len(here.tokens[LONG.id]) == 1, "it paused at its first token"
+    room.complete()
+    rest = LONG.after(here.tokens[LONG.id])
+    target.add(rest)
+    source.cancel(LONG.id)
+    there = Collected(target).run()
+    assert here.tokens[LONG.id] + there.tokens[LONG.id] == expected[LONG.id]
+    assert target.stats().prompt_tokens <= 1
+    here.run()
+    assert here.tokens["mate"] == expected["mate"]
+    assert is_empty(source) and is_empty(target)
+    target.close()
+    source.close()  # last, as it was opened first: each leaves the model as it found it
 
 
 @pytest.mark.parametrize("kind", ["rows", "pages"])
@@ -178,14 +224,45 @@ class TestRoom:
             target.reserve("greedy", wrong)
         assert is_empty(target)
 
-    def test_only_decoding_requests_are_held(self, kind: str):
+    def test_tokens_of_a_step_under_way_dont_count(self, kind: str):
         source = opened(self.name, kind)
         assert source.hold("nobody") is None
-        source.add(Request("long", prompt_of(60), 4))
+        source.add(LONG)
+        assert source.hold(LONG.id) is None, "it has no place yet"
         assert source.prepare()
-        assert source.hold("long") is None, "its batch is prepared"
+        assert source.hold(LONG.id) is None and not source.prompts(), "its batch is prepared"
         source.step()
-        assert source.hold("long") is None, "half of its prompt is computed"
+        image = source.hold(LONG.id)
+        assert image is not None and source.prompts() == [(LONG.id, 32, 28)]
+        assert (image.advance(), image.layout.tokens) == (32, 60)
+        assert source.prepare()
+        assert image.advance() == 32
+        source.step()
+        assert image.advance() == 60 and not source.prompts()
+        assert not source.prepare() and not source.has_work, "it pauses"
+        source.resume(LONG.id)
+        assert image.gone and Collected(source).run().tokens[LONG.id] == drawn(model_of(self.name), LONG)
+
+    @pytest.mark.parametrize("way", ["length", "cancelled", "error"])
+    def test_a_prompt_that_ends_has_no_image(self, kind: str, way: str):
+        """Its place may be another's at once."""
+        source = opened(self.name, kind)
+        source.add(replace(LONG, max_new_tokens=1))
+        here = Collected(source).run(1)
+        image = source.hold(LONG.id)
+        assert image is not None and not image.gone
+        if way == "cancelled":
+            source.cancel(LONG.id)
+        elif way == "error":
+            source._entries[LONG.id].end("error", "a fault, says the test")
+        else:
+            here.run()
+        assert image.gone
+        with pytest.raises(CacheGone):
+            image.advance()
+        if way != "error":
+            here.run()
+            assert is_empty(source)
 
 
 def layout_of(*entries: tuple[int, int]) -> CacheLayout:
@@ -205,6 +282,29 @@ def test_pieces_have_every_byte_once(most: int):
         entries = sum(part.end - part.start for part in piece)
         assert layout.piece_bytes(piece) <= most or entries == 1
     assert sum(map(layout.piece_bytes, pieces)) == layout.nbytes == 36
+
+
+@pytest.mark.parametrize("most", [1, 7, 100])
+def test_parts_have_every_byte_once(most: int):
+    """Of tensors that grow, each part has its tokens; others come with the last one."""
+    fixed, grown = layout_of((4, 3), (0, 8), (7, 1)), layout_of((5, 4), (5, 9))
+    layout = msgspec.structs.replace(
+        fixed, tensors=(*(msgspec.structs.replace(kept, grows=True) for kept in grown.tensors), *fixed.tensors)
+    )
+    assert layout.grows and not fixed.grows
+    covered: list[tuple[int, int]] = []
+    for first, end in ((0, 2), (2, 3), (3, 5)):
+        part = {
+            (each.tensor, entry)
+            for piece in layout.pieces(most, first, end)
+            for each in piece
+            for entry in range(each.start, each.end)
+        }
+        grows = {(tensor, token) for tensor in (0, 1) for token in range(first, end)}
+        assert part - grows == (set() if end < 5 else {(2, i) for i in range(4)} | {(4, i) for i in range(7)})
+        assert grows <= part
+        covered += part
+    assert len(covered) == len(set(covered)) == 10 + 4 + 7
 
 
 def test_layouts_travel_as_messages():

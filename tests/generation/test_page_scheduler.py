@@ -278,7 +278,7 @@ def test_steps_that_were_repeated_are_not_timed(built: Callable[[str], PreTraine
     clock, model = StepClock(), zoo.ZOO["mixtral"].build()
     batcher = PagedBatcher(model, kv_tokens=256, step_target_ms=1.0, clock=clock)
     observed: list[tuple[int, int, float]] = []
-    batcher._chunk_size.observe = lambda *step: observed.append(step)  # type: ignore[method-assign]
+    batcher.chunk_size.observe = lambda *step: observed.append(step)  # type: ignore[method-assign]
     batcher.add(Request("a", prompt_of(10), 3))
     assert batcher.prepare()
 

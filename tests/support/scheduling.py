@@ -24,6 +24,7 @@ GROUPS = WAITING | {
     "forking": (
         "tests/cache/test_host_store.py",
         "tests/cluster/test_processes.py",
+        "tests/generation/test_balanced_ranks.py",
         "tests/generation/test_isolation_ranks.py",
         "tests/group/test_ranks_gloo.py",
         "tests/transport/",
