@@ -117,7 +117,7 @@ class _Meter:
             failed_hand_overs=moved.failed,
             hand_over_bytes=moved.nbytes,
             preempted=sum(rank.counters.preempted for rank in simulation.ranks),
-            imbalance={role: _imbalance(tallies, size) for role, tallies in by_role.items()},
+            imbalance={role: _imbalance(tallies) for role, tallies in by_role.items()},
             step_ms={role: _mean_step_ms(tallies) for role, tallies in by_role.items()},
             hit_rate=hits / max(1, hits + misses),
             placements=0 if simulation.windows is None else simulation.windows.placements,
@@ -125,8 +125,8 @@ class _Meter:
         )
 
 
-def _imbalance(tallies: Sequence[GroupTally], size: int) -> float:
-    return sum(one.most_tokens for one in tallies) * size / max(1, sum(one.tokens for one in tallies))
+def _imbalance(tallies: Sequence[GroupTally]) -> float:
+    return sum(one.most_tokens for one in tallies) / max(1, sum(one.tokens for one in tallies))
 
 
 def _mean_step_ms(tallies: Sequence[GroupTally]) -> float:

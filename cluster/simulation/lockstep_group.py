@@ -31,7 +31,8 @@ class GroupTally:
     Attributes:
         steps: made.
         seconds: that they took.
-        tokens, most_tokens: of all ranks together; and of each step's busiest rank.
+        tokens: of all ranks together.
+        most_tokens: of each step's busiest rank, once for each rank that has some.
         gaps: for each step of each rank that decoded: seconds since it decoded last, and its streams; in turn.
     """
 
@@ -198,6 +199,6 @@ class LockstepGroup:
         tally.steps += 1
         tally.seconds += seconds
         tally.tokens += int(tokens_R.sum())
-        tally.most_tokens += int(tokens_R.max())
+        tally.most_tokens += int(tokens_R.max()) * int(np.count_nonzero(tokens_R))
         tally.gaps.append((now_s - self._decoded_s_R[decodes_R], tokens_R[decodes_R]))
         self._decoded_s_R[decodes_R] = now_s

@@ -174,6 +174,7 @@ def print_load(division: RankGroups, figures: Sequence[LoadFigures]) -> None:
     title = f"{division.ranks} ranks in {division.groups} groups{roles}: simulated"
     caption = (
         "TTFT: arrival to first token. TPOT: time per further token, of each request; gap: between two of its tokens on one "
-        "rank. imbalance: tokens of a step's busiest rank over the mean" + (", prefill | decode" if roles else "")
+        "rank. imbalance: tokens of a step's busiest rank over the mean of those that have some"
+        + (", prefill | decode" if roles else "")
     )
     table_console(_PLAIN_WIDTH).print(record_table(title, _COLUMNS, figures, caption))
