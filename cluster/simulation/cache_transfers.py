@@ -1,7 +1,7 @@
 """``CacheTransfers``: the ranks' side of simulated hand-overs. It answers the driver as ``rank/hand_over_threads.py`` does.
 
-The source holds its request before a step, the target makes room before one of its own, and the bytes take their time. The
-transfers of a rank take turns on its link.
+The source holds its request before a step, the target makes room before one of its own, and the bytes take their time; those
+of a prompt that is being computed follow its steps. The transfers of a rank take turns on its link.
 """
 
 from __future__ import annotations
@@ -16,13 +16,19 @@ from epslots.generation.cache_image import CacheImage
 from epslots.simulation.grouped_cluster import GroupedCluster
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Transfer:
-    """A hand-over whose source holds its request.
+    """A hand-over whose source lets its request's cache be read.
 
     Attributes:
         began_s: when it has begun to.
-        image: of the request's cache at the source.
+        image: of the cache at the source; of a prompt that is being computed, it grows.
+        room: the place at the target.
+        sent: tokens that are on their way, or there.
+        arrives_s: when they are all there.
+        copying_s: that they have taken.
+        early: it has begun before the prompt was computed.
+        held_s: since when the request makes no step.
     """
 
     number: int
@@ -31,6 +37,12 @@ class _Transfer:
     target: int
     began_s: float
     image: CacheImage
+    room: CacheImage | None = None
+    sent: int = 0
+    arrives_s: float = 0.0
+    copying_s: float = 0.0
+    early: bool = False
+    held_s: float = 0.0
 
 
 class CacheTransfers:
@@ -55,6 +67,8 @@ class CacheTransfers:
         self._cluster, self._ranks = cluster, ranks
         self._put, self._at, self._report = put, at, report
         self._targets: dict[int, int] = {}
+        self._growing: dict[int, list[_Transfer]] = {}
+        """By source: those whose prompts are being computed."""
         self._free_s = [0.0] * len(ranks)
         """When each rank's link is free."""
 
@@ -74,39 +88,59 @@ class CacheTransfers:
         self._put(target, partial(self._reserve, _Transfer(number, id, source, target, now_s, image)))
 
     def _reserve(self, one: _Transfer) -> None:
-        room = None if one.image.gone else self._ranks[one.target].reserve(one.id, one.image.layout)
-        if room is None:
+        one.room = None if one.image.gone else self._ranks[one.target].reserve(one.id, one.image.layout)
+        if one.room is None:
             self._fail(one)
             return
-        self._at(0.0, partial(self._send, one, room))
+        self._at(0.0, partial(self._send, one))
 
-    def _send(self, one: _Transfer, room: CacheImage, now_s: float) -> None:
+    def _send(self, one: _Transfer, now_s: float) -> None:
+        """Send what is computed of a cache; the rest follows the steps."""
+        if one.image.gone:
+            self._give_up(one)
+            return
+        tokens = one.image.advance()
+        self._send_part(one, tokens, now_s)
+        if tokens < one.image.layout.tokens:
+            one.early = True
+            self._growing.setdefault(one.source, []).append(one)
+            return
+        one.held_s = now_s if one.early else one.began_s
+        self._at(one.arrives_s + self._cluster.hand_over.fixed_s, partial(self._complete, one))
+
+    def follow(self, source: int, now_s: float) -> None:
+        """A source has made a step: more of its prompts can be sent."""
+        for one in self._growing.pop(source, ()):
+            self._send(one, now_s)
+
+    def _send_part(self, one: _Transfer, tokens: int, now_s: float) -> None:
         """The bytes go as soon as both links are free."""
-        timing, nbytes = self._cluster.hand_over, self._nbytes(one)
+        nbytes = (tokens - one.sent) * self._cluster.kv_token_bytes
         same_node = self._cluster.node_of(one.source) == self._cluster.node_of(one.target)
-        begins_s = max(now_s, self._free_s[one.source], self._free_s[one.target])
-        ends_s = begins_s + timing.transfer_s(nbytes, same_node=same_node)
-        self._free_s[one.source] = self._free_s[one.target] = ends_s
-        self._at(ends_s + timing.fixed_s, partial(self._complete, one, room))
+        seconds = self._cluster.hand_over.transfer_s(nbytes, same_node=same_node)
+        one.arrives_s = max(now_s, self._free_s[one.source], self._free_s[one.target]) + seconds
+        self._free_s[one.source] = self._free_s[one.target] = one.arrives_s
+        one.sent, one.copying_s = tokens, one.copying_s + seconds
 
-    def _nbytes(self, one: _Transfer) -> int:
-        return one.image.layout.tokens * self._cluster.kv_token_bytes
-
-    def _complete(self, one: _Transfer, room: CacheImage, now_s: float) -> None:
-        if one.image.gone or room.gone:
-            self._put(one.target, partial(self._ranks[one.target].release, one.id))
-            self._fail(one)
+    def _complete(self, one: _Transfer, now_s: float) -> None:
+        if one.image.gone or one.room is None or one.room.gone:
+            self._give_up(one)
             return
-        room.complete()
+        one.room.complete()
         done = HandedOver(
             number=one.number,
             failure=None,
-            seconds=now_s - one.began_s,
-            nbytes=self._nbytes(one),
-            tokens=one.image.layout.tokens,
+            seconds=now_s - one.held_s,
+            copying_s=one.copying_s + self._cluster.hand_over.fixed_s,
+            nbytes=one.sent * self._cluster.kv_token_bytes,
+            tokens=one.sent,
             prompt_token_s=self._ranks[one.source].prompt_token_s,
         )
         self._report(one.source, done)
+
+    def _give_up(self, one: _Transfer) -> None:
+        self._put(one.target, partial(self._ranks[one.target].release, one.id))
+        self._fail(one)
 
     def _fail(self, one: _Transfer) -> None:
         self._put(one.source, partial(self._ranks[one.source].resume, one.id))

@@ -38,6 +38,10 @@ class CountedRows(RowCache):
         return False
 
     @property
+    def keeps_objects(self) -> bool:
+        return False
+
+    @property
     def free_tokens(self) -> int:
         return self._free
 

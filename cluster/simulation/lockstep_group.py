@@ -16,6 +16,7 @@ import numpy as np
 from cluster.simulation.simulated_rank import RankStep, SimulatedRank
 from cluster.simulation.trace_counts import TraceCounts
 from epslots.arrays import FloatArray, IntArray
+from epslots.generation.chunk_balance import balanced_chunk
 from epslots.generation.requests import Output
 from epslots.generation.row_admission import RunningRow
 from epslots.simulation.simulated_group import SimulatedGroup
@@ -61,6 +62,7 @@ class LockstepGroup:
     Attributes:
         steps: made so far.
         tally: since it was last taken.
+        stepped: ranks that were asked for the latest step, and made it.
         news_R: ranks with tokens that ``outputs`` hasn't returned, bool.
     """
 
@@ -91,6 +93,11 @@ class LockstepGroup:
         self._decoded_s_R = np.zeros(len(ranks))
         """When each rank has decoded last."""
         self._asked: list[int] = []
+        self._waiting_R = np.zeros(len(ranks), np.int64)
+        """Tokens of each rank's prompts that wait for the next step but one: chunks are balanced by them."""
+        self._seconds: list[float] = []
+        """Of each step."""
+        self.stepped: list[int] = []
 
     def take(self) -> GroupTally:
         """The sums since the last call."""
@@ -105,7 +112,7 @@ class LockstepGroup:
         """Enter the steps that a rank has made since it was last asked."""
         made = self.steps - int(self._settled_R[rank])
         if made and self.ranks[rank].coasting is not None:
-            self.ranks[rank].settle(made)
+            self.ranks[rank].settle(self._seconds[-made:])
         self._settled_R[rank] = self.steps
 
     def begin(self, now_s: float) -> float | None:
@@ -117,7 +124,8 @@ class LockstepGroup:
                 self._due_R[rank] = self.steps
                 command()
         self._asked = np.flatnonzero(self._due_R <= self.steps).tolist()
-        stretches = {rank: found for rank in self._asked if (found := self._ask(rank, now_s))}
+        balanced = balanced_chunk(self._waiting_R.tolist()) if self._waiting_R.any() else None
+        stretches = {rank: found for rank in self._asked if (found := self._ask(rank, balanced, now_s))}
         if not self._tokens_R.any():
             return None
         rank_N, place_N = np.nonzero(self._row_RM >= 0)
@@ -126,12 +134,13 @@ class LockstepGroup:
             counts_LRE[:, rank] += self._counts.of_stretches(those)
         return self.experts.step(counts_LRE, self._tokens_R) * self._depth / 1e9
 
-    def _ask(self, rank: int, now_s: float) -> list[tuple[int, int]]:
+    def _ask(self, rank: int, balanced: int | None, now_s: float) -> list[tuple[int, int]]:
         """Begin a rank's step; returns the stretches of the trace that are its chunks of prompts."""
         self.settle(rank)
         if not self._tokens_R[rank]:  # it was idle
             self._decoded_s_R[rank] = now_s
-        step = self.ranks[rank].begin()
+        step = self.ranks[rank].begin(balanced)
+        self._waiting_R[rank] = self.ranks[rank].waiting
         self._enter(rank, step)
         self._due_R[rank] = _NEVER
         self._decodes_R[rank] = step is not None and step.decodes
@@ -158,6 +167,7 @@ class LockstepGroup:
             seconds: that it took.
         """
         self.steps += 1
+        self._seconds.append(seconds)
         self._count(now_s, seconds)
         self.news_R |= self._decodes_R & (self._tokens_R > 0)
         self._row_RM[self._row_RM >= 0] += 1
@@ -174,6 +184,7 @@ class LockstepGroup:
                 if not self._decodes_R[rank] and not news.paused:
                     self._decoded_s_R[rank] = now_s
             self._go_on(rank)
+        self.stepped, self._asked = self._asked, []
         return first, ended
 
     def _go_on(self, rank: int) -> None:

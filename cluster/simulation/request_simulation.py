@@ -24,7 +24,7 @@ from cluster.driver.hand_overs import HandOvers
 from cluster.driver.rank_loads import RankCapacity
 from cluster.driver.request_router import TOGETHER_S
 from cluster.driver.scheduler import Scheduler
-from cluster.messages.hand_over import GoOn, HandedOver, HandOver, Release, TakeOver
+from cluster.messages.hand_over import GoOn, HandedOver, HandOver, PromptProgress, Release, TakeOver
 from cluster.messages.rank import Cancel, Command, Submit
 from cluster.rank.event_pace import EVENTS_EVERY_S
 from cluster.simulation.arrivals import Arrival
@@ -86,6 +86,8 @@ class RequestSimulation:
         self.times: dict[str, RequestTimes] = {}
         self.hand_over_s: list[float] = []
         self._handed_tokens = 0
+        self._progress: dict[int, list[PromptProgress]] = {}
+        """Of prompts, by the rank that hasn't sent it yet."""
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = itertools.count()
         self._first_rows: dict[str, int] = {}
@@ -258,10 +260,12 @@ class RequestSimulation:
             self._at(now_s + seconds, partial(self._end_step, group, seconds))
 
     def _end_step(self, group: int, seconds: float, now_s: float) -> None:
-        one = self.groups[group]
+        one, first_rank = self.groups[group], group * self._cluster.group_size
         first, ended = one.end(now_s, seconds)
         if self.windows is not None:
             self.windows.step(group, seconds / self._cluster.depth)
+        if self.role_of(first_rank) == "prefill":
+            self._follow_prompts(group, now_s)
         due_R = one.news_R & (now_s >= self._sent_s_GR[group] + EVENTS_EVERY_S)
         for rank in {*first, *np.flatnonzero(due_R).tolist()}:
             self._deliver(group, rank, now_s)
@@ -274,4 +278,16 @@ class RequestSimulation:
         """Send a rank's outputs to the driver: as ``rank/event_pace.py`` decides, first tokens at once, others in batches."""
         if self.groups[group].news_R[rank]:
             self._sent_s_GR[group, rank] = now_s
-            self._take(group * self._cluster.group_size + rank, self.groups[group].outputs(rank))
+            number = group * self._cluster.group_size + rank
+            for progress in self._progress.pop(number, ()):
+                self.hand_overs.consider_early(number, progress)
+            self._take(number, self.groups[group].outputs(rank))
+
+    def _follow_prompts(self, group: int, now_s: float) -> None:
+        """Note how far prompts are: for the driver, and for hand-overs that have begun."""
+        for rank in self.groups[group].stepped:
+            number = group * self._cluster.group_size + rank
+            self._transfers.follow(number, now_s)
+            if prompts := self.ranks[number].prompts():
+                self._progress.setdefault(number, []).extend(PromptProgress(*prompt) for prompt in prompts)
+                self.groups[group].news_R[rank] = True

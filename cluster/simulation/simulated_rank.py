@@ -7,6 +7,7 @@ enters them together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.simulation.counted_rows import CountedRows
@@ -17,9 +18,9 @@ from epslots.generation.chunk_size import ChunkSize
 from epslots.generation.engine_stats import EngineCounters
 from epslots.generation.requests import Output, Request
 from epslots.generation.row_admission import RowAdmission, RunningRow
-from epslots.generation.row_plan import RowBatch, RowState, decodes, next_batch
+from epslots.generation.row_plan import RowBatch, RowState, decodes, following_prompt_tokens, next_batch
 from epslots.generation.row_support import RowSupport
-from epslots.generation.tracked_request import TrackedRequest
+from epslots.generation.tracked_request import PromptState, TrackedRequest
 
 _PLAIN = RowSupport((), (), whole_prompts=False, replays=False, together=True, restart=None)
 # As ``Batcher`` times prompts.
@@ -73,6 +74,7 @@ class SimulatedRank:
     Attributes:
         counters: of its engine.
         served: requests that it was given, those that were handed over included.
+        waiting: tokens of its prompts that it could compute in the next step but one (``StepLoad``).
         prompt_token_s: simulated seconds of a prompt's token, lately; 0 = none was timed.
     """
 
@@ -80,6 +82,7 @@ class SimulatedRank:
         self.counters = EngineCounters()
         self.served = 0
         self.prompt_token_s = 0.0
+        self.waiting = 0
         self._rows = CountedRows(engine.kv_tokens, engine.max_requests)
         self._admission = RowAdmission(self._rows, engine, _PLAIN, self.counters)
         self._chunk = ChunkSize(
@@ -87,7 +90,7 @@ class SimulatedRank:
         )
         self._entries: dict[str, TrackedRequest] = {}
         self._arrived = 0
-        self._most_requests, self._times_steps = engine.max_requests, engine.step_target_ms is not None
+        self._most_requests, self._most_tokens = engine.max_requests, engine.max_batch_tokens
         self._step: RankStep | None = None
         """The step under way; while the rank coasts, each of its steps."""
         self._prompt_was_last = False
@@ -120,18 +123,22 @@ class SimulatedRank:
                 self._admission.leave(entry)
 
     def hold(self, id: str) -> CacheImage | None:
-        """Let a decoding request make no step; returns its cache, or None if it isn't decoding."""
+        """Let a request make no step after its prompt; returns its cache, or None if it has none yet."""
         entry = self._entries.get(id)
         if entry is None or entry.reason is not None:
             return None
         if not entry.held:
-            entry.image = self._admission.image_of(entry)
+            entry.image = self._admission.image_of(entry, lambda: True)
         return entry.image
 
     def resume(self, id: str) -> None:
         """Let a request that is held go on here."""
         if id in self._entries:
             self._entries[id].resume()
+
+    def prompts(self) -> list[PromptState]:
+        """Prompts of which a part is computed."""
+        return self._admission.prompts()
 
     def reserve(self, id: str, layout: CacheLayout) -> CacheImage | None:
         """A place for the cache of a request that comes from another rank; None if there is no room."""
@@ -144,24 +151,30 @@ class SimulatedRank:
 
     # Steps.
 
-    def begin(self) -> RankStep | None:
-        """The rank's part of the next step; None if it has nothing to do."""
+    def begin(self, balanced: int | None) -> RankStep | None:
+        """The rank's part of the next step; None if it has nothing to do.
+
+        Args:
+            balanced: a length of chunks for the sake of the group's other ranks; None = any.
+        """
+        self.waiting = 0
         self._admission.admit()
-        planned = self._plan()
+        planned = self._plan(balanced)
         active = self._admission.active
         self._step = (
             None if planned is None else RankStep(tuple(active[i] for i in planned.rows), planned.width, planned.decodes)
         )
         return self._step
 
-    def _plan(self) -> RowBatch | None:
+    def _plan(self, balanced: int | None) -> RowBatch | None:
         """As ``RowBatcher`` plans: where the cache is full, the last rows are given up."""
         while active := self._admission.active:
             states = [RowState(known=one.entry.length, computed=one.row.length, stop=one.stop) for one in active]
-            room = self._chunk.prompt_tokens(sum(map(decodes, states)))
+            room = self._chunk.prompt_tokens(sum(map(decodes, states)), balanced)
             planned = next_batch(states, room, prompt_was_last=self._prompt_was_last)
             assert planned is not None, "every active row has a token left to compute"
             if self._admission.make_room(len(planned.rows) * planned.width, rows=0):
+                self.waiting = following_prompt_tokens(states, planned, self._most_tokens)
                 return planned
             self._admission.preempt(self._admission.running[-1])
         return None
@@ -205,7 +218,7 @@ class SimulatedRank:
         active = self._admission.active
         unfinished = sum(entry.reason is None for entry in self._entries.values())
         may_admit = len(self._admission.running) < min(unfinished, self._most_requests)
-        if may_admit or self._times_steps or not active or not all(map(_continues_text, active)):
+        if may_admit or not active or not all(map(_continues_text, active)):
             return 0
         left = min(running.entry.request.max_new_tokens - len(running.entry.tokens) for running in active) - 1
         steps = min(left, self._rows.free_tokens // len(active))
@@ -217,14 +230,16 @@ class SimulatedRank:
         """The step that the rank makes again and again since ``coasts``."""
         return self._step
 
-    def settle(self, steps: int) -> None:
-        """Enter so many of the steps that ``coasts`` has promised."""
-        step = self._step
+    def settle(self, seconds_S: Sequence[float]) -> None:
+        """Enter steps that ``coasts`` has promised, by their seconds."""
+        step, steps = self._step, len(seconds_S)
         assert step is not None
         for running in step.rows:
             self._rows.extend(running.row, steps)
             running.entry.tokens += [_TOKEN] * steps
             assert len(running.entry.tokens) < running.entry.request.max_new_tokens, "it would have ended"
+        for seconds in seconds_S:
+            self._chunk.observe(0, step.tokens, seconds)
         self.counters.steps += steps
         self._prompt_was_last = False
 

@@ -136,6 +136,17 @@ def test_hand_overs_fail_and_go_on_where_they_were():
     assert counts.nbytes % 10**5 == 0 and counts.nbytes > 0
 
 
+def test_hand_overs_begin_before_prompts_end():
+    """Where a cache takes long to copy: most of it is there when the prompt is done, and texts stand still for less."""
+    cluster = replace(cluster_of(ranks=4, groups=2, prefill_ranks=2, kv_tokens=2000), kv_token_bytes=10**7)
+    load = replace(LOAD, rate=4.0, requests=30, prompt_tokens=(400, 600), new_tokens=(20, 40))
+    simulation = served(cluster, load)
+    counts = simulation.hand_overs.counts
+    assert counts.early > 0 and counts.failed == 0
+    whole_s = cluster.hand_over.fixed_s + cluster.hand_over.transfer_s(400 * 10**7, same_node=True)
+    assert min(simulation.hand_over_s) < whole_s / 2
+
+
 def test_a_controller_places_experts():
     """The cluster's own, by its own messages: groups migrate, and follow what it publishes."""
     simulation = served(replace(cluster_of(), window_steps=8), replace(LOAD, requests=120))

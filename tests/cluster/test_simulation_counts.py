@@ -7,7 +7,8 @@ That needs requests whose ranks don't depend on how long a step takes on this ma
     with roles     one request after the other; and the rank that computed a prompt waits for the order to hand it over, which
                    takes no time in the simulation
 
-Not compared: times; and assignments that depend on them, of requests that wait until another one has ended.
+Not compared: times; and what depends on them: assignments of requests that wait until another one has ended, chunks that are
+balanced between ranks, and hand-overs that begin before a prompt's end.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 import pytest
 
+import cluster.simulation.lockstep_group
+import epslots.generation.engine
 from cluster.api import Cluster
 from cluster.driver.hand_over_costs import HandOverCosts
 from cluster.driver.scheduler import Scheduler
@@ -76,6 +79,13 @@ def serve_simulated(simulation: RequestSimulation, waves: Sequence[Wave]) -> lis
         assert all(simulation.times[request.id].tokens == request.max_new_tokens for request in requests)
     simulation.check()
     return [(rank.served, *(getattr(rank.counters, name) for name in COUNTED)) for rank in simulation.ranks]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (epslots.generation.engine, cluster.simulation.lockstep_group):
+        monkeypatch.setattr(module, "balanced_chunk", lambda _: None)
+    monkeypatch.setattr(HandOverCosts, "begins_early", lambda *_: False)
 
 
 @pytest.fixture
