@@ -144,7 +144,7 @@ def test_hand_overs_begin_before_prompts_end():
     counts = simulation.hand_overs.counts
     assert counts.early > 0 and counts.failed == 0
     whole_s = cluster.hand_over.fixed_s + cluster.hand_over.transfer_s(400 * 10**7, same_node=True)
-    assert min(simulation.hand_over_s) < whole_s / 2
+    assert min(simulation.hand_over_s) < whole_s, "no hand-over after its prompt takes less"
 
 
 def test_a_controller_places_experts():
