@@ -9,10 +9,12 @@ from dataclasses import replace
 from cluster.driver.controller_client import ControllerClient
 from cluster.driver.loop_thread import CLOSED, LoopThread
 from cluster.driver.supervisor import Supervisor
+from cluster.driver.workers import WorkerRecord
 from cluster.errors import ClusterError, raised_anew
+from cluster.generation import Generation
 from cluster.messages.controller import Explanation
 from cluster.queue_room import QueueRoom
-from cluster.reports import ClusterState, ClusterStats, PlacementReport, placement_report, rank_stats
+from cluster.reports import ClusterState, ClusterStats, GroupReport, PlacementReport, placement_report, rank_stats
 from epslots.config import check_count
 from epslots.errors import ConfigError
 from epslots.generation.engine_stats import sum_engines
@@ -57,7 +59,21 @@ class ClusterControl:
             free=room.free,
             places=room.places,
             failure=CLOSED if self._closed else None if supervisor.failure is None else str(supervisor.failure),
+            groups=tuple(
+                GroupReport(group.role, group.epoch, group.formed, group.serving, group.router.handing_over)
+                for group in supervisor.groups
+            ),
         )
+
+    def group_of(self, generation: Generation) -> int | None:
+        """The number of the group that serves a request now; None if none does, because it waits or is done."""
+        self._check_open()
+
+        async def ask() -> int | None:
+            worker = self._supervisor.router.worker_of(generation.id)
+            return worker.group if isinstance(worker, WorkerRecord) else None
+
+        return self._thread.call(ask())
 
     def stats(self, layers: Sequence[int] = ()) -> ClusterStats:
         """Counters of all ranks since each was loaded, at the end of the current step.

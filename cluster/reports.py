@@ -83,6 +83,25 @@ class ClusterStats:
 
 
 @dataclass(frozen=True)
+class GroupReport:
+    """A group, as the driver knows it.
+
+    Attributes:
+        role: what it serves.
+        epoch: number of its process group; -1 before the first.
+        formed: it serves now; else its ranks load, or form it.
+        ranks: number of its ranks that serve.
+        handing_over: hand-overs under way from or to its ranks.
+    """
+
+    role: Role
+    epoch: int
+    formed: bool
+    ranks: int
+    handing_over: int
+
+
+@dataclass(frozen=True)
 class ClusterState:
     """The driver's knowledge, without asking a rank.
 
@@ -94,6 +113,7 @@ class ClusterState:
         free: requests that the queue has room for.
         places: requests that it has room for when it is empty.
         failure: why the cluster can't go on; None if it can.
+        groups: each group, by its number.
     """
 
     ranks: int
@@ -103,6 +123,7 @@ class ClusterState:
     free: int
     places: int
     failure: str | None
+    groups: tuple[GroupReport, ...] = ()
 
 
 @dataclass(frozen=True)

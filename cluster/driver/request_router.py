@@ -95,6 +95,10 @@ class RequestRouter:
         """The number of a rank's requests."""
         return len(self._scheduler.served_by(worker))
 
+    def worker_of(self, id: str) -> Hashable | None:
+        """The rank that has a request; None if none has it."""
+        return self._scheduler.worker_of(id)
+
     # Requests.
 
     def submit(self, choices: Sequence[tuple[Request, Caller]], stop: Sequence[str]) -> None:
@@ -235,6 +239,11 @@ class GroupRouter:
         self._idle = IdleTracker()
         self._ranks: tuple[Hashable, ...] = ()
         self.serves = False
+
+    @property
+    def handing_over(self) -> int:
+        """Hand-overs under way from or to the group's ranks; any thread may ask."""
+        return sum(map(self._scheduler.moves_of, self._ranks))
 
     def begin(self, epoch: int) -> None:
         """A new epoch is about to form. Its ranks may fall asleep before all of them have reported ``Formed``."""

@@ -74,6 +74,10 @@ class Scheduler:
         """A rank's requests."""
         return list(self._served.get(worker, {}).values())
 
+    def worker_of(self, id: str) -> Hashable | None:
+        """The rank that has a request; None if none has it."""
+        return entry.worker if (entry := self._entries.get(id)) is not None else None
+
     def busy(self, workers: Iterable[Hashable]) -> bool:
         """Whether any of these ranks has a request that makes steps: one that is handed over doesn't."""
         return any(id not in self._moves for worker in workers for id in self._served.get(worker, ()))
@@ -282,6 +286,10 @@ class Scheduler:
                 self._moving[worker] -= 1
                 if not self._moving[worker]:
                     del self._moving[worker]
+
+    def moves_of(self, worker: Hashable) -> int:
+        """Hand-overs under way from or to a rank; any thread may ask."""
+        return self._moving[worker]
 
     def share_memory(self, one: Hashable, other: Hashable) -> bool:
         """Whether two ranks can share memory."""
