@@ -60,8 +60,8 @@ class ClusterControl:
             places=room.places,
             failure=CLOSED if self._closed else None if supervisor.failure is None else str(supervisor.failure),
             groups=tuple(
-                GroupReport(group.role, group.epoch, group.formed, group.serving, group.router.handing_over)
-                for group in supervisor.groups
+                GroupReport(number, group.role, group.epoch, group.formed, group.serving, group.router.handing_over)
+                for number, group in enumerate(supervisor.groups)
             ),
         )
 

@@ -45,7 +45,7 @@ def test_it_waits_for_a_group():
     assert there.state is ControllerState.WAITING
     assert there.answer(told(1, 2)).set_placement is None
     assert there.answer(Rebalance()).set_placement is None
-    assert explained(there).group == -1
+    assert explained(there).epoch == -1
     assert there.answer(meeting(placement_of(2))).state is ControllerState.WATCHING
 
 

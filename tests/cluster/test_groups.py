@@ -38,8 +38,8 @@ def test_each_group_is_a_whole_model(open_cluster: Open, folder: Path):
     assert cluster.ranks == 4
     until(cluster, lambda: sum(isinstance(order, Attach) for order in backend.orders) == 2)
     assert backend.controllers_started == 1, "one controller plans for both"
-    assert [cluster.explain(group).group for group in (0, 1)] == epochs(cluster)
-    assert [cluster.rebalance(group).group for group in (0, 1)] == epochs(cluster)
+    assert [cluster.explain(group).epoch for group in (0, 1)] == epochs(cluster)
+    assert [cluster.rebalance(group).epoch for group in (0, 1)] == epochs(cluster)
     assert len(cluster.placement(1).ranks) == 2
     with pytest.raises(ConfigError, match="group=2; allowed: 0 to 1"):
         cluster.explain(2)
@@ -152,7 +152,7 @@ def test_whole_groups_come_and_go(open_cluster: Open, folder: Path):
     assert [client.frozen for client in cluster._supervisor.controllers] == [True] * 3
     cluster.scale(ranks=1)
     assert cluster.ranks == len(epochs(cluster)) == len(cluster._supervisor.controllers) == 1
-    assert [cluster.explain().group] == epochs(cluster), "the last group's controller is gone"
+    assert [cluster.explain().epoch] == epochs(cluster), "the last group's controller is gone"
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12)) == expected(folder, PROMPTS, 12)
     assert running.result().tokens == expected(folder, [PROMPTS[0]], 60)[0], "its rank was no longer needed, or stayed"
     cluster.scale(2)

@@ -335,6 +335,9 @@ def test_absurd_windows_are_refused(change: dict[str, Any], says: str):
         (0, 0),
         (1, 1),
         (0, 0),
+        (0, 0),
+        (0, 0),
+        (0, 0),
     )
     window.check(np.array([3, 2]))
     with pytest.raises(ConfigError, match=says):

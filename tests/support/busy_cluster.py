@@ -166,11 +166,14 @@ class BusyCluster(ScriptedCluster):
     def explain(self) -> Explanation:
         return Explanation(
             state=ControllerState.WATCHING,
-            group=3,
+            epoch=3,
+            role="mixed",
             placement=7,
             adopted=7,
             pending_migrations=0,
             windows=31,
+            pooled=1,
+            speeds=(1000,) * self.ranks,
             incomplete=0,
             dropped=0,
             refused=0,

@@ -23,6 +23,7 @@ import torch
 import cluster.rank.rank_loop
 from cluster.controller.controller import Controller
 from cluster.controller.group_controllers import GroupControllers
+from cluster.controller.role_forecasts import MakeForecast
 from cluster.driver.backend import WorkerDied
 from cluster.errors import ClusterError
 from cluster.messages.controller import Order, decode_addressed, decode_order
@@ -274,7 +275,11 @@ class _Bomb:
 class FakeBackend:
     """Threads as processes. ``room`` is the number of bundles that there could be; controllers are made as told."""
 
-    def __init__(self, room: int = 8, make_controller: Callable[[], Controller] = lambda: Controller(lambda: 0.0)) -> None:
+    def __init__(
+        self,
+        room: int = 8,
+        make_controller: Callable[[MakeForecast], Controller] = lambda forecast: Controller(lambda: 0.0, forecast=forecast),
+    ) -> None:
         self.room = room
         self.make_controller = make_controller
         self.controllers: list[FakeController] = []
