@@ -73,7 +73,7 @@ class LayerStats(msgspec.Struct, frozen=True):
     wait_s: float
     """Part of ``layer_s``: waiting for other ranks' counts."""
     compute_s: float
-    """Part of ``layer_s``: a CPU's computing, without its waits for experts and ranks. 0 on CUDA, whose times the host can't see."""
+    """Part of ``layer_s``: a CPU's computing, without waits for experts and ranks. 0 on CUDA, where it isn't known."""
 
     @property
     def bytes_fetched(self) -> int:

@@ -57,6 +57,8 @@ FAST = (
     "placement/test_model_planner.py",
     "placement/test_placement.py",
     "placement/test_planner.py",
+    "placement/test_pooled_forecast.py",
+    "placement/test_rank_speeds.py",
     "placement/test_slot_quotas.py",
     "planner/",
     "simulation/test_traffic.py",

@@ -37,7 +37,8 @@ class RankSpeeds:
 
     def __init__(self, ranks: int) -> None:
         self.speed_R: IntArray = np.full(ranks, USUAL)
-        self._work_R, self._taken_R = np.zeros(ranks), np.zeros(ranks)
+        self._work_R, self._taken_R = np.zeros(ranks), np.zeros(ranks)  # of late
+        self._seen_R = np.zeros(ranks)  # taken since the beginning
 
     def learn(self, work_ns_R: FloatArray, taken_ns_R: FloatArray) -> bool:
         """Learn from one window of all ranks; returns whether a speed has changed.
@@ -49,7 +50,8 @@ class RankSpeeds:
         known_R = taken_ns_R > 0
         self._work_R = np.where(known_R, _MEMORY * self._work_R + work_ns_R, self._work_R)
         self._taken_R = np.where(known_R, _MEMORY * self._taken_R + taken_ns_R, self._taken_R)
-        measured_R = (self._taken_R >= _LEAST_NS) & (self._work_R > 0)
+        self._seen_R += taken_ns_R
+        measured_R = (self._seen_R >= _LEAST_NS) & (self._work_R > 0)
         if not measured_R.any():
             return False
         rate_R = self._work_R[measured_R] / self._taken_R[measured_R]
