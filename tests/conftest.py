@@ -44,6 +44,7 @@ FAST = (
     "cluster/test_rank_loads.py",
     "cluster/test_retries.py",
     "cluster/test_scheduler.py",
+    "cluster/test_topology.py",
     "contracts/",
     "generation/test_request_checker.py",
     "generation/test_sampling.py",

@@ -19,6 +19,7 @@ from tests.support.ray_helpers import PatientDriver, RayNodes, drive, node_hosts
 
 CPU = {"CPU": 1.0}
 GPU = {"GPU": 1.0, "CPU": 1.0}
+RACK = {"epslots/rack": "r1"}
 
 
 def node(name: str, total: dict[str, float], **free: float) -> Node:
@@ -138,7 +139,7 @@ def test_a_lost_nodes_rank_moves_to_a_node_that_joins(ray_nodes: RayNodes):
 
 
 def test_pack_and_spread(ray_nodes: RayNodes):
-    with ray_nodes.further(3), drive(ranks=0, address=ray_nodes.address):
+    with ray_nodes.further(3, labels=RACK) as first_in_rack, drive(ranks=0, address=ray_nodes.address):
         for strategy, counts in (("PACK", [2]), ("STRICT_PACK", [2]), ("SPREAD", [1, 1])):
             until(lambda: ray.available_resources().get("CPU") == 5)  # what was there before is gone
             with drive(ranks=2, address=ray_nodes.address, strategy=strategy) as driver:
@@ -151,6 +152,11 @@ def test_pack_and_spread(ray_nodes: RayNodes):
         with drive(ranks=4, address=ray_nodes.address, groups=2) as driver:  # three together would divide the second group
             first, second, third, fourth = hosts_of(driver, 4)
             assert first == second != third == fourth
+        with ray_nodes.further(1, labels=RACK) as next_in_rack:  # together with the first one it has room for four
+            until(lambda: ray.available_resources().get("CPU") == 6)
+            with drive(ranks=4, address=ray_nodes.address) as driver:
+                found = Counter(hosts_of(driver, 4))
+                assert found == {node_hosts()[first_in_rack._node_id]: 3, node_hosts()[next_in_rack._node_id]: 1}
 
 
 @pytest.mark.parametrize(
