@@ -45,6 +45,7 @@ FAST = (
     "cluster/test_retries.py",
     "cluster/test_scheduler.py",
     "cluster/test_topology.py",
+    "cluster/test_group_deal.py",
     "contracts/",
     "generation/test_request_checker.py",
     "generation/test_sampling.py",

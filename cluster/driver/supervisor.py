@@ -56,6 +56,7 @@ from cluster.messages.rank import (
     decode_events,
     encode,
 )
+from epslots.errors import ConfigError
 from epslots.generation.requests import Request
 from epslots.planner.cost_model import Costs
 from epslots.progress import StartDisplay
@@ -171,20 +172,36 @@ class Supervisor:
         self.router.submit(choices, stop)
         self._changes.notify()
 
-    async def scale(self, ranks: int) -> None:
-        """Change the number of ranks; returns when that many serve. If there are several groups, whole ones come and go.
+    async def scale(self, ranks: int | None, groups: int | None) -> None:
+        """Change the number of ranks and groups; returns when that many serve (``GroupDeal.changed``).
 
         Raises:
+            ConfigError: there is no way to it.
             ClusterError: there is no room for them, or they don't come up; the others go on.
         """
         async with self._scaling:
-            if ranks >= self.pool.size:
-                await self.pool.reserve(ranks)
-                await self.pool.grow(ranks)
-                return
-            self.pool.shrink(ranks)
-            await self.pool.wait_until_serving(range(ranks))
-            await self.pool.reserve(ranks)
+            old = self.groups.deal
+            deal, count = old.changed(ranks, groups)
+            if deal.size != old.size and self._load.origin is not None:
+                raise ConfigError(
+                    f"{deal.size} ranks a group; allowed for a cluster whose ranks outlive their driver: {old.size}, as the "
+                    f"next driver expects"
+                )
+            common = old.common(deal)
+            stay = min(self.pool.size, count) if deal.size is None else len(common.dealt)
+            if stay < self.pool.size:
+                self.pool.shrink(stay)
+                self.groups.deal = common
+                await self.pool.wait_until_serving(range(stay))
+                await self.pool.reserve(stay)
+            if count > stay:
+                before, self.groups.deal = self.groups.deal, deal
+                try:
+                    await self.pool.reserve(count)
+                except ClusterError:
+                    self.groups.deal = before
+                    raise
+            await self.pool.grow(count)
 
     async def reports(
         self, layers: tuple[int, ...] | None = None, group: int | None = None
@@ -249,7 +266,7 @@ class Supervisor:
                 await worker.handle.command(encode(Adopt()))
             else:
                 neighbours = await self._backend.neighbours(worker.bundle)
-                ranks = -(-self.pool.size // self._load.groups)
+                ranks = len(self.groups.bundles_of(worker.group, self.pool.size))
                 load = msgspec.structs.replace(self._load, neighbours=neighbours, ranks=ranks)
                 await worker.handle.command(encode(load))
             while True:

@@ -12,7 +12,6 @@ from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Protocol
 
 import msgspec
@@ -20,6 +19,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from cluster.driver.group_deal import runs
 from cluster.errors import ClusterError
 from cluster.ray_backend.calls import ANSWER_S, ask, begin
 from cluster.ray_backend.handles import RAY_ERRORS, reason_of
@@ -61,14 +61,6 @@ class LastingGroups(Protocol):
 
     def end_group(self, group: PlacementGroup, effect: Callable[[], None]) -> None:
         """Have a placement group removed by ``effect``, if it is certainly this driver's."""
-
-
-def by_groups(first: int, count: int, size: int | None) -> list[int]:
-    """``count`` bundles from number ``first`` on, divided where an expert-parallel group of ``size`` bundles ends."""
-    if size is None:
-        return [count]
-    ends = [*range(first - first % size + size, first + count, size), first + count]
-    return [end - begin for begin, end in pairwise([first, *ends])]
 
 
 class Bundles:
@@ -123,15 +115,19 @@ class Bundles:
         self._bundles = [_Bundle(group, index) for group, bundles in groups for index in range(bundles)]
         self.keep(min(count, len(self._bundles)))
 
-    async def add(self, count: int) -> None:
+    async def add(self, count: int, group_of: Sequence[int] = ()) -> None:
         """Reserve further bundles.
+
+        Args:
+            group_of: the expert-parallel group of each bundle, by number; () = groups of ``group_size`` follow each other.
 
         Raises:
             ClusterError: there is no room, or a node lacks the model; the bundles are unchanged.
         """
         bundles = self._unused[:count]
         if len(bundles) < count:
-            bundles += await self._make(len(self._bundles) + len(bundles), count - len(bundles))
+            first = len(self._bundles) + len(bundles)
+            bundles += await self._make(first, self._groups_of(len(self._bundles) + count, group_of))
         self._unused = self._unused[count:]
         self._bundles += bundles
 
@@ -177,28 +173,34 @@ class Bundles:
                 )
             await asyncio.sleep(_POLL_S)
 
-    async def _make(self, first: int, count: int) -> list[_Bundle]:
+    def _groups_of(self, count: int, group_of: Sequence[int]) -> list[int]:
+        """The group of each of ``count`` bundles; all are one unless Ray packs each of them by itself."""
+        if self._group_size is None:
+            return [0] * count
+        return list(group_of[:count]) or [bundle // self._group_size for bundle in range(count)]
+
+    async def _make(self, first: int, group_of: Sequence[int]) -> list[_Bundle]:
         """Reserve bundles from number ``first`` on: a placement group for each expert-parallel group."""
-        selector = await self._find_room(count)
-        parts = by_groups(first, count, self._group_size)
-        labels = await self._near(first, parts) if self._strategy == "PACK" else [{}] * len(parts)
+        selector = await self._find_room(len(group_of) - first)
+        parts = runs(group_of[first:])
+        labels: list[dict[str, str]] = [{}] * len(parts)
         if selector is not None:
             labels = [{NODE_LABEL: selector}] * len(parts)
+        elif self._strategy == "PACK":
+            nodes, taken = await ask(read_nodes), await self.nodes()
+            beside: dict[int, list[str]] = {}
+            for node, group in zip(taken, group_of, strict=False):
+                beside.setdefault(group, []).append(node)
+            labels = near_labels(nodes, self._need, [(count, beside.get(group, ())) for group, count in parts])
         made: list[_Bundle] = []
         try:
-            for part, label in zip(parts, labels, strict=True):
-                made += await self._reserve_near(part, label)
+            for (_, count), label in zip(parts, labels, strict=True):
+                made += await self._reserve_near(count, label)
         except BaseException:
             for group in {bundle.group.id: bundle.group for bundle in made}.values():
                 self._remove(group)
             raise
         return made
-
-    async def _near(self, first: int, parts: Sequence[int]) -> list[dict[str, str]]:
-        """Labels of the nodes for each part of a reservation; the first part may go on with a group that is there."""
-        size = len(self._bundles) if self._group_size is None else first % self._group_size
-        nodes, taken = await ask(read_nodes), await self.nodes()
-        return near_labels(nodes, self._need, parts, [node for node in taken[len(taken) - size :] if node] if size else [])
 
     async def _reserve_near(self, count: int, label: dict[str, str]) -> list[_Bundle]:
         """One placement group on nodes with this label; on any, if others have taken the room there."""

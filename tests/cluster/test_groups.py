@@ -160,6 +160,31 @@ def test_whole_groups_come_and_go(open_cluster: Open, folder: Path):
     assert backend.bundles == 2
 
 
+def test_groups_grow_while_requests_go_on(open_cluster: Open, folder: Path):
+    """Each forms anew with its new rank; those that came last go first."""
+    cluster, backend = open_cluster(ranks=2, groups=2, window_steps=4)
+    running = [cluster.submit(prompt, max_new_tokens=60) for prompt in PROMPTS[:2]]
+    cluster.scale(ranks=4, groups=2)
+    assert backend.dealt == [0, 1, 0, 1]
+    stats = cluster.stats()
+    assert [(rank.group, rank.rank) for rank in stats.ranks] == [(0, 0), (0, 1), (1, 2), (1, 3)]
+    assert [len(cluster.placement(group).ranks) for group in (0, 1)] == [2, 2]
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12)) == expected(folder, PROMPTS, 12)
+    assert [one.result().tokens for one in running] == expected(folder, PROMPTS[:2], 60)
+    cluster.scale(ranks=2, groups=1)
+    assert (cluster.ranks, len(cluster.state().groups), backend.dealt) == (2, 1, [0, 0])
+    assert tokens_of(cluster.generate(PROMPTS[:2], max_new_tokens=12)) == expected(folder, PROMPTS[:2], 12)
+
+
+def test_groups_that_find_no_room_stay_as_they_are(open_cluster: Open, folder: Path):
+    cluster, _ = open_cluster(ranks=2, groups=2, backend=FakeBackend(room=3))
+    with pytest.raises(ClusterError, match="4 ranks need 4 bundles, and there are 3"):
+        cluster.scale(ranks=4, groups=2)
+    cluster.scale(groups=3)
+    assert (cluster.ranks, [group.ranks for group in cluster.state().groups]) == (3, [1, 1, 1])
+    assert tokens_of(cluster.generate(PROMPTS[:2], max_new_tokens=12)) == expected(folder, PROMPTS[:2], 12)
+
+
 def test_groups_have_one_size(open_cluster: Open):
     with pytest.raises(ConfigError, match="groups=2 with ranks=3; allowed: a number that divides the ranks"):
         open_cluster(ranks=3, groups=2)
@@ -168,7 +193,7 @@ def test_groups_have_one_size(open_cluster: Open):
     cluster, _ = open_cluster(ranks=4, groups=2)
     for wrong, message in (
         ({"ranks": 3}, "ranks=3; allowed: multiples of 2"),
-        ({"ranks": 4, "groups": 1}, "allowed: groups alone, each of 2 ranks"),
+        ({"ranks": 2, "groups": 2}, "allowed: at least 2 ranks a group"),
         ({"groups": 0}, "groups=0"),
         ({}, "ranks or groups"),
     ):

@@ -11,7 +11,6 @@ import ray
 
 from cluster.driver.backend import WorkerDied
 from cluster.errors import ClusterError
-from cluster.ray_backend.bundles import by_groups
 from cluster.ray_backend.connect import RANK_RESOURCE
 from cluster.ray_backend.nodes import Node, NoRoom, choose_nodes, count_bundles, need_of_bundle
 from tests.support.rank_helpers import PATIENCE_S, until
@@ -157,14 +156,6 @@ def test_pack_and_spread(ray_nodes: RayNodes):
             with drive(ranks=4, address=ray_nodes.address) as driver:
                 found = Counter(hosts_of(driver, 4))
                 assert found == {node_hosts()[first_in_rack._node_id]: 3, node_hosts()[next_in_rack._node_id]: 1}
-
-
-@pytest.mark.parametrize(
-    ("first", "count", "size", "parts"),
-    [(0, 6, None, [6]), (0, 6, 2, [2, 2, 2]), (3, 5, 4, [1, 4]), (4, 2, 4, [2]), (5, 1, 2, [1]), (0, 3, 4, [3])],
-)
-def test_each_group_is_packed_by_itself(first: int, count: int, size: int | None, parts: list[int]):
-    assert by_groups(first, count, size) == parts
 
 
 def test_too_many_ranks_are_refused_with_who_holds_the_rest(ray_nodes: RayNodes):

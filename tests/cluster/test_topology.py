@@ -41,20 +41,21 @@ FLEET = [
     ],
 )
 def test_a_group_gets_the_smallest_domain_with_room(parts: list[int], wanted: list[dict[str, str]]):
-    assert near_labels(FLEET, CPU, parts) == wanted
+    assert near_labels(FLEET, CPU, [(count, ()) for count in parts]) == wanted
 
 
 def test_nodes_without_labels_are_any_nodes():
-    assert near_labels([node("1", 2), node("2", 2)], CPU, [3, 1]) == [{}, {}]
-    assert near_labels([node("1", 2), node("2", 2, rack="a"), node("3", 2, rack="a")], CPU, [3]) == [{RACK: "a"}]
+    assert near_labels([node("1", 2), node("2", 2)], CPU, [(3, ()), (1, ())]) == [{}, {}]
+    assert near_labels([node("1", 2), node("2", 2, rack="a"), node("3", 2, rack="a")], CPU, [(3, ())]) == [{RACK: "a"}]
 
 
 def test_a_group_that_grows_stays_where_it_is():
-    assert near_labels(FLEET, CPU, [6], ["a1"]) == [{RACK: "a"}]
-    assert near_labels(FLEET, CPU, [6], ["b1"]) == [{ZONE: "x"}]
-    assert near_labels(FLEET, CPU, [4], ["b1"]) == [{}], "on its node"
-    assert near_labels(FLEET, CPU, [6], ["a1", "c1"]) == [{REGION: "r"}]
-    assert near_labels(FLEET, CPU, [6], ["lost"]) == [{}], "no domain is nearer to it than another"
+    assert near_labels(FLEET, CPU, [(6, ["a1"])]) == [{RACK: "a"}]
+    assert near_labels(FLEET, CPU, [(6, ["b1"])]) == [{ZONE: "x"}]
+    assert near_labels(FLEET, CPU, [(4, ["b1"])]) == [{}], "on its node"
+    assert near_labels(FLEET, CPU, [(6, ["a1", "c1"])]) == [{REGION: "r"}]
+    assert near_labels(FLEET, CPU, [(6, ["b1"]), (6, ["a1"])]) == [{ZONE: "x"}, {ZONE: "x"}], "a1 and a2 have two left"
+    assert near_labels(FLEET, CPU, [(6, ["lost"])]) == [{}], "no domain is nearer to it than another"
 
 
 NODES = st.lists(
@@ -72,7 +73,7 @@ def test_labels_have_room_and_none_nearer_has(fleet: list[tuple[int, str | None,
         for level in LEVELS
         for value in {one.labels.get(level) for one in nodes} - {None}
     }
-    found = near_labels(nodes, CPU, parts)
+    found = near_labels(nodes, CPU, [(count, ()) for count in parts])
     assert len(found) == len(parts)
     fits_one = max(one.free["CPU"] for one in nodes) >= parts[0]
     if found[0]:

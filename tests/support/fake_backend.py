@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Literal, NoReturn
 
@@ -349,10 +349,10 @@ class FakeBackend:
         await self.resize(ranks or 1)
         return self.bundles
 
-    async def resize(self, ranks: int) -> None:
+    async def resize(self, ranks: int, group_of: Sequence[int] = ()) -> None:
         if ranks > self.room:
             raise ClusterError(f"{ranks} ranks need {ranks} bundles, and there are {self.room}")
-        self.bundles = ranks
+        self.bundles, self.dealt = ranks, list(group_of)
 
     async def start_worker(self, bundle: int) -> FakeWorker:
         assert bundle < self.bundles
@@ -380,7 +380,7 @@ class FakeBackend:
             controller.kill()
         return reason
 
-    async def reopen(self, ranks: int) -> None:
+    async def reopen(self, ranks: int, group_of: Sequence[int] = ()) -> None:
         assert self.bundles == 0
         if self.refuse_reopening:
             raise ClusterError(self.refuse_reopening.pop(0))
