@@ -156,6 +156,23 @@ def test_what_is_decided_is_taken_to_all_ranks(run: Run):
     run(scenario())
 
 
+def test_learned_speeds_reach_the_ranks_requests(run: Run):
+    """Those of this epoch alone."""
+
+    async def scenario() -> None:
+        async with steered(FakeBackend(make_controller=lambda _: controller(Planner()))) as (client, ranks, _):
+            for rank, seconds in enumerate((0.05, 0.2)):
+                one = window(compute_s=(seconds, 0.0, 0.0))
+                client.take_report(LoadReport(ranks.epoch, rank, 1, one))
+            await until(lambda: ranks.speeds[-1:] == [(1600, 400)])
+            ranks.form()
+            before = len(ranks.speeds)
+            await until(lambda: len(ranks.speeds) > before)
+            assert ranks.speeds[before:] == [(1000, 1000)]
+
+    run(scenario())
+
+
 @pytest.mark.parametrize("fault", ["crash", "hang", "garbage", "bug"])
 @pytest.mark.parametrize("order", [1, 2])
 def test_one_that_fails_is_replaced_and_versions_grow(

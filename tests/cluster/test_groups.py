@@ -185,6 +185,20 @@ def test_groups_that_find_no_room_stay_as_they_are(open_cluster: Open, folder: P
     assert tokens_of(cluster.generate(PROMPTS[:2], max_new_tokens=12)) == expected(folder, PROMPTS[:2], 12)
 
 
+def test_slower_ranks_get_fewer_requests(open_cluster: Open):
+    """As the controller has learned, until the group forms anew."""
+    cluster, _ = open_cluster(ranks=2)
+    group, scheduler = cluster._supervisor.groups[0], cluster._supervisor.router._scheduler
+
+    async def speeds(*learned: int) -> list[float]:
+        group.learn_speeds(learned)
+        return [scheduler._ranks.of(worker).capacity(worker).speed for worker in group.members]
+
+    assert cluster._thread.call(speeds(500, 1500)) == [0.5, 1.5]
+    assert cluster._thread.call(speeds(1, 2, 3)) == [0.5, 1.5], "of another group"
+    scheduler.check()
+
+
 def test_groups_have_one_size(open_cluster: Open):
     with pytest.raises(ConfigError, match="groups=2 with ranks=3; allowed: a number that divides the ranks"):
         open_cluster(ranks=3, groups=2)
