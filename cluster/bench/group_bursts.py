@@ -8,6 +8,7 @@ All ways have two ranks, each a group of its own.
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from epslots.bench.report import MS, BenchReport, median
 
 _STREAMS, _STREAM_PROMPT, _STREAM_TOKENS = 8, 64, 160
 _PROMPT_TOKENS, _PROMPT_NEW_TOKENS, _EVERY_S = 1500, 32, 1.5
+_ARRIVALS_BEFORE = 8  # of tokens of each stream: all of them decode then, where they are to decode
 _TARGET_MS = 50
 _WAYS: dict[str, dict[str, Any]] = {
     "mixed": {"groups": 2},
@@ -58,6 +60,7 @@ def _measure(cache_dir: Path, folder: Path, rounds: int, settings: dict[str, Any
         "quiet P99 / P50": p99(quiet) / median(quiet),
         "P50 / quiet P50": median(bursty) / median(quiet),
         "P99 / quiet P50": p99(bursty) / median(quiet),
+        "P99 / quiet P99": p99(bursty) / p99(quiet),
         "longest / quiet P50": max(bursty) / median(quiet),
         "prompts": prompts,
         "hand-overs": hand_overs.done,
@@ -69,7 +72,8 @@ def _wave(cluster: Cluster, number: int, *, bursts: bool) -> tuple[list[float], 
     """Seconds of the streams' tokens, and the number of prompts that came meanwhile."""
     streams = [WatchedStream(cluster, token_ids(_STREAM_PROMPT, 1000 * number + i), _STREAM_TOKENS) for i in range(_STREAMS)]
     for stream in streams:
-        stream.wait_for(2)
+        stream.wait_for(_ARRIVALS_BEFORE)
+    began_s = time.perf_counter()
     chance, coming = random.Random(number), list[Generation]()
     while bursts and streams[0].running:
         prompt = token_ids(_PROMPT_TOKENS, 1000 * number + 100 + len(coming))
@@ -79,4 +83,4 @@ def _wave(cluster: Cluster, number: int, *, bursts: bool) -> tuple[list[float], 
         stream.join()
     for generation in coming:
         generation.result()
-    return [seconds for stream in streams for seconds in stream.token_seconds()], len(coming)
+    return [seconds for stream in streams for seconds in stream.token_seconds(began_s)], len(coming)

@@ -77,10 +77,12 @@ class WatchedStream:
         """Seconds between arrivals, of those gaps that lie in part between two times."""
         return [later - earlier for (earlier, _), (later, _) in pairwise(self.times) if later > begin and earlier < end]
 
-    def token_seconds(self) -> list[float]:
-        """Seconds of each token after the first arrival; tokens that come together share their time."""
+    def token_seconds(self, begin: float = 0.0) -> list[float]:
+        """Seconds of each token that arrives after ``begin``; tokens that come together share their time."""
         found: list[float] = []
         for (earlier, _), (later, tokens) in pairwise(self.times):
+            if earlier < begin:
+                continue
             found += [(later - earlier) / tokens] * tokens
         return found
 
