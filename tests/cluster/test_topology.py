@@ -51,10 +51,8 @@ def test_nodes_without_labels_are_any_nodes():
 
 def test_a_group_that_grows_stays_where_it_is():
     assert near_labels(FLEET, CPU, [(6, ["a1"])]) == [{RACK: "a"}]
-    assert near_labels(FLEET, CPU, [(6, ["b1"])]) == [{ZONE: "x"}]
-    assert near_labels(FLEET, CPU, [(4, ["b1"])]) == [{}], "on its node"
-    assert near_labels(FLEET, CPU, [(6, ["a1", "c1"])]) == [{REGION: "r"}]
-    assert near_labels(FLEET, CPU, [(6, ["b1"]), (6, ["a1"])]) == [{ZONE: "x"}, {ZONE: "x"}], "a1 and a2 have two left"
+    assert near_labels(FLEET, CPU, [(6, ["b1"]), (6, ["a1"])]) == [{ZONE: "x"}, {RACK: "a"}], "two left on a1, four on a2"
+    assert near_labels(FLEET, CPU, [(7, ["b1"]), (6, ["a1"])]) == [{ZONE: "x"}, {REGION: "r"}], "one less"
     assert near_labels(FLEET, CPU, [(6, ["lost"])]) == [{}], "no domain is nearer to it than another"
 
 

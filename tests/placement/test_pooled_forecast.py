@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epslots.errors import ConfigError
@@ -44,6 +44,7 @@ def test_windows_of_all_groups_say_more_than_one_groups():
     assert errors[4] < errors[1] / 2
 
 
+@settings(max_examples=15)
 @given(st.lists(st.integers(100, 4000), min_size=2, max_size=5))
 def test_each_group_expects_its_own_traffic(pairs: list[int]):
     random, pooled = np.random.default_rng(0), PooledForecast()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epslots.load_window import LoadWindow
@@ -66,6 +66,7 @@ def test_work_is_that_of_the_rank_that_computes():
     assert work_ns(moved, COSTS) == LAYERS * 50 * COSTS.pair_compute + uses
 
 
+@settings(max_examples=15)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 3), st.sampled_from([2.0, 3.0]))
 def test_a_rank_twice_as_slow_gets_half_the_load(seed: int, slow: int, times: float):
     """Planned by the speeds that its windows tell."""
