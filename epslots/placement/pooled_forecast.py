@@ -80,7 +80,7 @@ class PooledForecast:
 
     def _close(self) -> None:
         tokens, uses, steps = zip(*self._open.values(), strict=True)
-        self._forecast.add(sum(tokens), sum(uses), sum(steps))  # type: ignore[arg-type]  # there is one at least
+        self._forecast.add(sum(tokens), sum(uses), sum(steps))
         self._last = frozenset(self._open)
         self._open = {}
 
