@@ -18,7 +18,7 @@ from epslots.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class _Block:
+class _BundleBlock:
     """Bundles that come and go together; ``groups`` and ``size`` are those with it."""
 
     bundles: tuple[int, ...]
@@ -36,7 +36,7 @@ class GroupDeal:
 
     def __init__(self, groups: int, size: int | None) -> None:
         self._size = size
-        self._blocks = [] if size is None else [_Block((number,) * size, number + 1, size) for number in range(groups)]
+        self._blocks = [] if size is None else [_BundleBlock((number,) * size, number + 1, size) for number in range(groups)]
 
     @property
     def groups(self) -> int:
@@ -119,9 +119,9 @@ class GroupDeal:
         last = self._blocks[-1]
         if (further := size - last.size) > 0:
             bundles = tuple(number for number in range(last.groups) for _ in range(further))
-            self._blocks.append(_Block(bundles, last.groups, size))
+            self._blocks.append(_BundleBlock(bundles, last.groups, size))
         for number in range(last.groups, groups):
-            self._blocks.append(_Block((number,) * size, number + 1, size))
+            self._blocks.append(_BundleBlock((number,) * size, number + 1, size))
 
 
 def runs(groups: Sequence[int]) -> list[tuple[int, int]]:
