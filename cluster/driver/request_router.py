@@ -96,7 +96,7 @@ class RequestRouter:
         return len(self._scheduler.served_by(worker))
 
     def worker_of(self, id: str) -> Hashable | None:
-        """The rank that has a request; None if none has it."""
+        """The rank that serves a request; None if none does."""
         return self._scheduler.worker_of(id)
 
     # Requests.

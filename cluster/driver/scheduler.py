@@ -75,8 +75,9 @@ class Scheduler:
         return list(self._served.get(worker, {}).values())
 
     def worker_of(self, id: str) -> Hashable | None:
-        """The rank that has a request; None if none has it."""
-        return entry.worker if (entry := self._entries.get(id)) is not None else None
+        """The rank that serves a request; None if none does."""
+        entry = self._entries.get(id)
+        return None if entry is None or entry.ending else entry.worker
 
     def busy(self, workers: Iterable[Hashable]) -> bool:
         """Whether any of these ranks has a request that makes steps: one that is handed over doesn't."""

@@ -409,10 +409,13 @@ def test_the_state_is_known_without_asking_a_rank(open_cluster: Any):
     assert cluster.state() == ClusterState(
         ranks=1, epoch=epoch, queued=0, running=0, free=4, places=4, failure=None, groups=groups
     )
-    assert cluster.group_of(cluster.submit(PROMPTS[0], max_new_tokens=1)) in (0, None), "or it is done"
     assert cluster.limits.capacity >= 512
     held = cluster.submit(PROMPTS[0], max_new_tokens=400, stop_tokens=())
     assert cluster.state().free == 3
+    reader = held.portions()
+    next(reader)
+    assert cluster.group_of(held) == 0
     held.close()
+    assert cluster.group_of(held) is None
     cluster.close()
     assert cluster.state().failure == "the cluster was closed"
