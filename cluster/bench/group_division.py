@@ -1,4 +1,7 @@
-"""Four ranks as one group, and as two groups of two: tokens a second and hit rate, with as many slots on each rank."""
+"""Four ranks as one group, and as two groups of two: tokens a second and hit rate, with as many slots on each rank.
+
+A fetch takes as long as that of a large expert, on an emulated link, as the costs say that the ranks plan with.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from cluster.api import Cluster
 from cluster.bench.common import SLOTS, open_cluster, prompts
 from epslots.bench.report import BenchReport, ratio_of_rounds, spread
 
-_RANKS, _PROMPTS, _NEW_TOKENS = 4, 64, 64
+_RANKS, _PROMPTS, _NEW_TOKENS = 4, 32, 32
+_LINK = "1GB/s,1120us"
 _WAYS = {"1 group of 4": 1, "2 groups of 2": 2}
 
 
@@ -18,8 +22,8 @@ def measure_division(report: BenchReport, cache_dir: Path, rounds: int) -> None:
     seconds: dict[str, list[float]] = {way: [] for way in _WAYS}
     rows = []
     with (
-        open_cluster(cache_dir, _RANKS, groups=1) as one,
-        open_cluster(cache_dir, _RANKS, groups=2) as two,
+        open_cluster(cache_dir, _RANKS, groups=1, link=_LINK) as one,
+        open_cluster(cache_dir, _RANKS, groups=2, link=_LINK) as two,
     ):
         clusters = dict(zip(_WAYS, (one, two), strict=True))
         before = {}

@@ -72,7 +72,7 @@ def measure_kills(report: BenchReport, cache_dir: Path, rounds: int) -> None:
     Raises:
         AssertionError: a request was lost, or has other tokens than without a kill.
     """
-    kills = 2 * rounds
+    kills = -(-10 * rounds // 3)
     with open_cluster(cache_dir, **_MIXED) as cluster:
         mixed = _kill_often(cluster, [_now(number % 2) for number in range(kills)], prompts=0)
     with open_cluster(cache_dir, prefix_cache=False, **_SPLIT) as cluster:

@@ -26,11 +26,11 @@ PARTS: dict[str, Callable[[BenchReport, Path, int], None]] = {
 """Each takes the report, a folder for host stores, and the rounds."""
 
 
-def bench_groups(report: BenchReport, cache_dir: Path, *, rounds: int = 5, parts: str = ",".join(PARTS)) -> None:
+def bench_groups(report: BenchReport, cache_dir: Path, *, rounds: int = 3, parts: str = ",".join(PARTS)) -> None:
     """Routing, bursts of prompts, kills, hand-overs, and the division of ranks into groups.
 
     Args:
-        rounds: of each figure; and two kills of each kind.
+        rounds: of each figure; and ten kills of each kind for three rounds.
         parts: names in ``PARTS``, with commas between them.
 
     Raises:
