@@ -41,6 +41,7 @@ class _Tally:
         before, after: of the other groups' streams, by kill.
         own: longest gap of each stream of a group that lost a rank.
         requests, lost, different: of all kills.
+        cut: hand-overs that failed.
     """
 
     before: list[list[float]] = field(default_factory=list)
@@ -49,6 +50,7 @@ class _Tally:
     requests: int = 0
     lost: int = 0
     different: int = 0
+    cut: int = 0
 
     def row(self, kills: str) -> dict[str, Any]:
         before, after = ([gap for gaps in each for gap in gaps] for each in (self.before, self.after))
@@ -59,7 +61,8 @@ class _Tally:
             "longest before, ms": median([max(gaps) for gaps in self.before]) * MS,
             "longest after, ms": median([max(gaps) for gaps in self.after]) * MS,
             "most, ms": max(after) * MS,
-            "longest of the killed rank's group, ms": median(self.own) * MS,
+            "longest in its own group, ms": median(self.own) * MS if self.own else "-",
+            "hand-overs cut": self.cut,
             "requests": self.requests,
             "lost": self.lost,
             "different": self.different,
@@ -73,20 +76,17 @@ def measure_kills(report: BenchReport, cache_dir: Path, rounds: int) -> None:
         AssertionError: a request was lost, or has other tokens than without a kill.
     """
     kills = -(-10 * rounds // 3)
+    mixed, sources, targets = tallies = _Tally(), _Tally(), _Tally()
     with open_cluster(cache_dir, **_MIXED) as cluster:
-        mixed = _kill_often(cluster, [_now(number % 2) for number in range(kills)], prompts=0)
+        _kill_often(cluster, [(_now(number % 2), mixed) for number in range(kills)], prompts=0)
     with open_cluster(cache_dir, prefix_cache=False, **_SPLIT) as cluster:
-        chooses = [_amid_hand_over((_PREFILL, _DECODE)[number % 2]) for number in range(kills)]
-        split = _kill_often(cluster, chooses, prompts=_PROMPTS)
-        cut = cluster.stats().hand_overs.failed
+        turns = ((_amid_hand_over(_PREFILL), sources), (_amid_hand_over(_DECODE), targets))
+        _kill_often(cluster, [turns[number % 2] for number in range(kills)], prompts=_PROMPTS)
     title = f"SIGKILLs of a rank amid {_STREAMS} streams; gaps of other groups' streams, {_WINDOW_S:g} s before and after"
-    rows = [
-        {**mixed.row("amid decoding, 2 groups of 2"), "hand-overs cut": 0},
-        {**split.row("amid hand-overs, 1 + 2"), "hand-overs cut": cut},
-    ]
-    report.table(title, rows)
-    if any(tally.lost or tally.different for tally in (mixed, split)):
-        raise AssertionError(f"requests lost, tokens different: {[(one.lost, one.different) for one in (mixed, split)]}")
+    kinds = ("amid decoding, 2 groups of 2", "amid hand-overs, 1 + 2: prefill", "amid hand-overs, 1 + 2: decode")
+    report.table(title, [tally.row(kind) for tally, kind in zip(tallies, kinds, strict=True) if tally.after])
+    if any(tally.lost or tally.different for tally in tallies):
+        raise AssertionError(f"requests lost, tokens different: {[(one.lost, one.different) for one in tallies]}")
 
 
 def _now(group: int) -> _Choose:
@@ -109,13 +109,14 @@ def _amid_hand_over(groups: Iterable[int]) -> _Choose:
     return choose
 
 
-def _kill_often(cluster: Cluster, chooses: Sequence[_Choose], *, prompts: int) -> _Tally:
-    """Kill once for each of ``chooses``, each time amid the same streams and ``prompts`` long prompts that come then."""
+def _kill_often(cluster: Cluster, kills: Sequence[tuple[_Choose, _Tally]], *, prompts: int) -> None:
+    """Kill again and again, each time amid the same streams and ``prompts`` long prompts that come then."""
     asked = [(token_ids(_STREAM_PROMPT, number), _STREAM_TOKENS) for number in range(_STREAMS)]
     asked += [(token_ids(_PROMPT_TOKENS, 100 + number), _PROMPT_NEW_TOKENS) for number in range(prompts)]
     undisturbed = [cluster.submit(ids, max_new_tokens=new, stop_tokens=()).result().tokens for ids, new in asked]
-    ranks, tally = cluster.ranks, _Tally()
-    for number, choose in enumerate(chooses):
+    ranks = cluster.ranks
+    for number, (choose, tally) in enumerate(kills):
+        cut = cluster.stats().hand_overs.failed
         streams = [WatchedStream(cluster, ids, new) for ids, new in asked[:_STREAMS]]
         for stream in streams:
             stream.wait_for(_ARRIVALS_BEFORE)
@@ -134,8 +135,8 @@ def _kill_often(cluster: Cluster, chooses: Sequence[_Choose], *, prompts: int) -
         tally.requests += len(results)
         tally.lost, tally.different = tally.lost + lost, tally.different + different
         cluster.scale(ranks)  # returns when the next one serves
-        print(f"kill {number + 1} of {len(chooses)}: longest gap {max(tally.after[-1]):.3f} s", flush=True)
-    return tally
+        tally.cut += cluster.stats().hand_overs.failed - cut
+        print(f"kill {number + 1} of {len(kills)}: longest gap {max(tally.after[-1]):.3f} s", flush=True)
 
 
 def _note_gaps(tally: _Tally, streams: Sequence[WatchedStream], killed_s: float) -> None:
