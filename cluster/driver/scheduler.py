@@ -95,10 +95,10 @@ class Scheduler:
         for worker, capacity in capacities.items():
             self._ranks.serve(worker, capacity)
 
-    def pause(self, workers: Iterable[Hashable]) -> None:
-        """These ranks take no further requests until they serve again."""
+    def pause(self, workers: Iterable[Hashable], *, soon: bool = False) -> None:
+        """These ranks take no further requests until they serve again, which is expected ``soon`` or isn't."""
         for worker in workers:
-            self._ranks.pause(worker)
+            self._ranks.pause(worker, soon=soon)
 
     def release(self, worker: Hashable, *, blame: bool = True) -> tuple[list[ScheduledRequest], list[ScheduledRequest]]:
         """A rank is lost: move its requests to the queue.
