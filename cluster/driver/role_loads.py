@@ -1,8 +1,8 @@
 """``RoleLoads``: the ranks' loads by role: which ranks a prompt may go to, and which one decodes it afterwards. Pure.
 
 ``mixed`` and ``prefill`` ranks compute prompts, ``decode`` ranks go on with them. A role is a preference: where no rank of the
-one kind serves, those of the other do all. But prompts wait for a group that is about to serve again: or they would hold up all
-that is being decoded, each time that it forms anew.
+one kind serves, those of the other do all. But prompts wait for a group that soon serves again, or they would hold up all that
+is being decoded each time that it forms anew.
 """
 
 from __future__ import annotations
