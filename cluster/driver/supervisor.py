@@ -27,6 +27,7 @@ from cluster.driver.epochs import Epochs
 from cluster.driver.gap_log import log_gaps
 from cluster.driver.loop_thread import CLOSED, LoopThread
 from cluster.driver.request_router import Caller, RequestRouter
+from cluster.driver.scaling import Scaling
 from cluster.driver.shared_controller import SharedController
 from cluster.driver.worker_group import WorkerGroup
 from cluster.driver.worker_groups import WorkerGroups
@@ -56,7 +57,6 @@ from cluster.messages.rank import (
     decode_events,
     encode,
 )
-from epslots.errors import ConfigError
 from epslots.generation.requests import Request
 from epslots.planner.cost_model import Costs
 from epslots.progress import StartDisplay
@@ -108,7 +108,6 @@ class Supervisor:
         self._reports: dict[int, RankReport | None] = {}
         self._reports_asked = 0
         self._closing: asyncio.Task[None] | None = None
-        self._scaling = asyncio.Lock()
         self.workers = Workers(thread.spawn, self._take_loss)
         self._changes = self.workers.changes
         self.router = make_router(self.workers.send)
@@ -120,6 +119,7 @@ class Supervisor:
         self.pool = WorkerPool(
             backend, self.workers, self.groups, listen=self._listen, spawn=self._spawn, give_up_s=deadlines.give_up_s
         )
+        self._scaling = Scaling(self.pool, self.groups, outlives=load.origin is not None)
         thread.on_bug = lambda error: self._give_up(ClusterError(f"a bug: {error!r}"))
 
     # Calls of the cluster.
@@ -173,35 +173,13 @@ class Supervisor:
         self._changes.notify()
 
     async def scale(self, ranks: int | None, groups: int | None) -> None:
-        """Change the number of ranks and groups; returns when that many serve (``GroupDeal.changed``).
+        """Change the number of ranks and groups; returns when that many serve (``Scaling.scale``).
 
         Raises:
             ConfigError: there is no way to it.
             ClusterError: there is no room for them, or they don't come up; the others go on.
         """
-        async with self._scaling:
-            old = self.groups.deal
-            deal, count = old.changed(ranks, groups)
-            if deal.size != old.size and self._load.origin is not None:
-                raise ConfigError(
-                    f"{deal.size} ranks a group; allowed for a cluster whose ranks outlive their driver: {old.size}, as the "
-                    f"next driver expects"
-                )
-            common = old.common(deal)
-            stay = min(self.pool.size, count) if deal.size is None else len(common.dealt)
-            if stay < self.pool.size:
-                self.pool.shrink(stay)
-                self.groups.deal = common
-                await self.pool.wait_until_serving(range(stay))
-                await self.pool.reserve(stay)
-            if count > stay:
-                before, self.groups.deal = self.groups.deal, deal
-                try:
-                    await self.pool.reserve(count)
-                except ClusterError:
-                    self.groups.deal = before
-                    raise
-            await self.pool.grow(count)
+        await self._scaling.scale(ranks, groups)
 
     async def reports(
         self, layers: tuple[int, ...] | None = None, group: int | None = None

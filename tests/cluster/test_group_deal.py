@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.driver.group_deal import GroupDeal, runs
+from cluster.driver.scaling import Scaling
+from cluster.driver.worker_pool import WorkerPool
 from epslots.errors import ConfigError
 
 
@@ -68,6 +73,14 @@ def test_groups_are_of_one_size_whatever_comes_and_goes(groups: int, size: int, 
         if found.groups >= deal.groups and found.size is not None and deal.size is not None and found.size >= deal.size:
             assert stay == deal.dealt, "nothing ends where more is wanted"
         deal = found
+
+
+def test_ranks_that_outlive_their_driver_keep_their_groups():
+    """The next driver divides them as the last one did."""
+    groups: Any = SimpleNamespace(deal=GroupDeal(2, 1))
+    scaling = Scaling(cast(WorkerPool, None), groups, outlives=True)
+    with pytest.raises(ConfigError, match="2 ranks a group; allowed for a cluster whose ranks outlive their driver: 1"):
+        asyncio.run(scaling.scale(4, 2))
 
 
 def test_runs_are_groups_that_follow_each_other():
