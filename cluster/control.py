@@ -9,10 +9,12 @@ from dataclasses import replace
 from cluster.driver.controller_client import ControllerClient
 from cluster.driver.loop_thread import CLOSED, LoopThread
 from cluster.driver.supervisor import Supervisor
+from cluster.driver.workers import WorkerRecord
 from cluster.errors import ClusterError, raised_anew
+from cluster.generation import Generation
 from cluster.messages.controller import Explanation
 from cluster.queue_room import QueueRoom
-from cluster.reports import ClusterState, ClusterStats, PlacementReport, placement_report, rank_stats
+from cluster.reports import ClusterState, ClusterStats, GroupReport, PlacementReport, placement_report, rank_stats
 from epslots.config import check_count
 from epslots.errors import ConfigError
 from epslots.generation.engine_stats import sum_engines
@@ -57,7 +59,21 @@ class ClusterControl:
             free=room.free,
             places=room.places,
             failure=CLOSED if self._closed else None if supervisor.failure is None else str(supervisor.failure),
+            groups=tuple(
+                GroupReport(number, group.role, group.epoch, group.formed, group.serving, group.router.handing_over)
+                for number, group in enumerate(supervisor.groups)
+            ),
         )
+
+    def group_of(self, generation: Generation) -> int | None:
+        """The number of the group that serves a request now; None if none does, because it waits or is done."""
+        self._check_open()
+
+        async def ask() -> int | None:
+            worker = self._supervisor.router.worker_of(generation.id)
+            return worker.group if isinstance(worker, WorkerRecord) else None
+
+        return self._thread.call(ask())
 
     def stats(self, layers: Sequence[int] = ()) -> ClusterStats:
         """Counters of all ranks since each was loaded, at the end of the current step.
@@ -79,7 +95,7 @@ class ClusterControl:
                         worker,
                         report,
                         router.count_served(worker),
-                        before=supervisor.groups.first_of(worker.group),
+                        before=supervisor.groups.ranks_before(worker.group),
                         role=supervisor.groups.role_of(worker.group),
                     )
                     for worker, report in reports
@@ -166,31 +182,22 @@ class ClusterControl:
         return self._supervisor.controllers[group]
 
     def scale(self, ranks: int | None = None, *, groups: int | None = None) -> None:
-        """Change the number of ranks, or of whole groups, while requests go on; returns when that many serve.
+        """Change the number of ranks, of groups, or of a group's ranks, while requests go on; returns when that many serve.
 
-        A cluster of several groups keeps their size: groups come and go as wholes.
+        Groups of several are of one size. With ``ranks`` alone or ``groups`` alone whole groups come and go; with both, groups
+        change their size, too: each forms anew with its new ranks, whenever these are there. What came last goes first.
 
         Args:
-            ranks: that there are to be.
-            groups: that there are to be, of as many ranks as each has now.
+            ranks: that there are to be, in all groups.
+            groups: that there are to be.
 
         Raises:
-            ConfigError: a number is less than 1; or the ranks make no whole groups.
+            ConfigError: a number is less than 1; the ranks make no whole groups; groups would have fewer ranks than they were
+                started with; or their size would change in a cluster whose ranks outlive this process.
             ClusterError: the new ranks find no devices, or don't come up; the others go on.
         """
         self._check_open()
-        size = self._supervisor.groups.group_size
-        if groups is not None:
-            check_count("groups", groups)
-            if size is None and groups != 1:
-                raise ConfigError(f"groups={groups}; allowed for a cluster that was started as one group: 1")
-            if size is not None:
-                if ranks not in (None, groups * size):
-                    raise ConfigError(f"ranks={ranks}, groups={groups}; allowed: groups alone, each of {size} ranks")
-                ranks = groups * size
-        if ranks is None:
-            raise ConfigError("scale() needs ranks or groups")
-        check_count("ranks", ranks)
-        if size is not None and ranks % size:
-            raise ConfigError(f"ranks={ranks}; allowed: multiples of {size}, the size of a group")
-        self._thread.call(self._supervisor.scale(ranks))
+        for name, count in (("ranks", ranks), ("groups", groups)):
+            if count is not None:
+                check_count(name, count)
+        self._thread.call(self._supervisor.scale(ranks, groups))

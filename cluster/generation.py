@@ -102,6 +102,11 @@ class Generation:
         weakref.finalize(self, stream.cancel_unless_done, cancel).atexit = False
 
     @property
+    def id(self) -> str:
+        """Of its request; no other one of the cluster has it."""
+        return self._choice.request.id
+
+    @property
     def index(self) -> int:
         """The prompt's position among those of one ``generate`` call."""
         return self._choice.index

@@ -9,7 +9,7 @@ from cluster.driver.controller_client import ControllerStats
 from cluster.driver.hand_overs import NO_HAND_OVERS, HandOverCounts
 from cluster.driver.workers import WorkerRecord
 from cluster.messages.rank import LayerPlacement, RankReport
-from epslots.generation.engine_stats import EngineStats
+from epslots.generation.engine_stats import EngineStats, sum_engines
 from epslots.rank_groups import Role
 from epslots.telemetry import Stats
 
@@ -41,6 +41,39 @@ class RankStats:
     descriptors: int
     threads: int
     role: Role = "mixed"
+
+
+@dataclass(frozen=True)
+class GroupStats:
+    """The counters of a group's ranks.
+
+    Attributes:
+        number: the group's, from 0.
+        role: what it serves.
+        ranks: each rank's counters.
+    """
+
+    number: int
+    role: Role
+    ranks: tuple[RankStats, ...]
+
+    @property
+    def engine(self) -> EngineStats:
+        """Sums of the ranks' ``engine``; ``steps`` is the largest."""
+        return sum_engines([rank.engine for rank in self.ranks])
+
+    @property
+    def requests(self) -> int:
+        """Requests that the ranks serve now."""
+        return sum(rank.requests for rank in self.ranks)
+
+    @property
+    def hits(self) -> int:
+        return sum(rank.stats.hits for rank in self.ranks)
+
+    @property
+    def misses(self) -> int:
+        return sum(rank.stats.misses for rank in self.ranks)
 
 
 @dataclass(frozen=True)
@@ -76,10 +109,38 @@ class ClusterStats:
         """Number of groups, as far as their ranks answered."""
         return 1 + max((rank.group for rank in self.ranks), default=0)
 
+    def by_group(self) -> tuple[GroupStats, ...]:
+        """The ranks' counters, group by group, as far as they answered."""
+        ranks: dict[int, list[RankStats]] = {}
+        for rank in self.ranks:
+            ranks.setdefault(rank.group, []).append(rank)
+        return tuple(GroupStats(number, of[0].role, tuple(of)) for number, of in sorted(ranks.items()))
+
     @property
     def controller(self) -> ControllerStats | None:
         """The first group's controller; None without one."""
         return self.controllers[0] if self.controllers else None
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """A group, as the driver knows it.
+
+    Attributes:
+        number: the group's, from 0.
+        role: what it serves.
+        epoch: number of its process group; -1 before the first.
+        formed: it serves now; else its ranks load, or form it.
+        ranks: number of its ranks that serve.
+        handing_over: hand-overs under way from or to its ranks.
+    """
+
+    number: int
+    role: Role
+    epoch: int
+    formed: bool
+    ranks: int
+    handing_over: int
 
 
 @dataclass(frozen=True)
@@ -94,6 +155,7 @@ class ClusterState:
         free: requests that the queue has room for.
         places: requests that it has room for when it is empty.
         failure: why the cluster can't go on; None if it can.
+        groups: each group, by its number.
     """
 
     ranks: int
@@ -103,6 +165,7 @@ class ClusterState:
     free: int
     places: int
     failure: str | None
+    groups: tuple[GroupReport, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ class LoadWindow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         host_bytes, peer_bytes: bytes fetched from the host and from peers, by layer.
         layer_s: seconds in each layer.
         wait_s: seconds of these spent waiting for other ranks' counts.
+        pairs_sent, pairs_received: own pairs that other ranks computed, and theirs that this rank did, by layer.
+        compute_s: seconds in which this rank computed experts, by layer; 0 where that isn't known.
         placement: version of the placement that is followed at the end.
         pending_migrations: copies and slots that have yet to be moved for it.
         dropped: windows before this one that the rank could not send.
@@ -49,6 +51,9 @@ class LoadWindow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     peer_bytes: tuple[int, ...]
     layer_s: tuple[float, ...]
     wait_s: tuple[float, ...]
+    pairs_sent: tuple[int, ...]
+    pairs_received: tuple[int, ...]
+    compute_s: tuple[float, ...]
     placement: int = 0
     pending_migrations: int = 0
     dropped: int = 0

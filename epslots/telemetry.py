@@ -72,6 +72,8 @@ class LayerStats(msgspec.Struct, frozen=True):
     """Seconds the host spent in the layer (on CUDA: queueing its work, and waiting for counts)."""
     wait_s: float
     """Part of ``layer_s``: waiting for other ranks' counts."""
+    compute_s: float
+    """Part of ``layer_s``: a CPU's computing, without waits for experts and ranks. 0 on CUDA, where it isn't known."""
 
     @property
     def bytes_fetched(self) -> int:
@@ -202,6 +204,10 @@ class Telemetry:
         counts = self._counts
         for name, amount in amounts.items():
             counts[name][layer] += amount
+
+    def counted(self, layer: int, name: str) -> float:
+        """A counter of a layer that is counted on the host, by its name."""
+        return self._counts[name][layer]
 
     def count_resident(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Count a step of a layer with every expert resident.

@@ -56,14 +56,18 @@ def prompts(count: int) -> list[str]:
     ]
 
 
-def open_cluster(cache_dir: Path, ranks: int = RANKS, **settings: Any) -> Cluster:
-    """A cluster of the example model with a local Ray. It plans with the costs of large experts, so that tokens travel."""
-    return Cluster(example_model(), ranks=ranks, cache_dir=cache_dir, **(SETTINGS | settings))
+def open_cluster(cache_dir: Path, ranks: int = RANKS, *, path: Path | None = None, **settings: Any) -> Cluster:
+    """A cluster with a local Ray. It plans with the costs of large experts, so that tokens travel.
+
+    Args:
+        path: of the model; None = the example.
+    """
+    return Cluster(path or example_model(), ranks=ranks, cache_dir=cache_dir, **(SETTINGS | settings))
 
 
-def pids(cluster: Cluster) -> list[int]:
-    """Process ids, by rank."""
-    found = [re.search(r"pid (\d+)", place) for place in cluster.placement().ranks]
+def pids(cluster: Cluster, group: int = 0) -> list[int]:
+    """Process ids of a group's ranks, by rank."""
+    found = [re.search(r"pid (\d+)", place) for place in cluster.placement(group).ranks]
     return [int(match[1]) for match in found if match is not None]
 
 

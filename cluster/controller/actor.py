@@ -17,7 +17,7 @@ class ControllerActor:
 
     def __init__(self) -> None:
         die_with_parent()
-        self._controllers = GroupControllers(lambda: Controller(time.perf_counter))
+        self._controllers = GroupControllers(lambda forecast: Controller(time.perf_counter, forecast=forecast))
 
     def process(self) -> bytes:
         """The ``ActorProcess``, as msgpack; the first call."""

@@ -22,6 +22,7 @@ from functools import partial
 import msgspec
 import numpy as np
 
+from cluster.controller.role_forecasts import MakeForecast, RoleForecasts
 from cluster.messages.controller import (
     Attach,
     ControllerState,
@@ -38,17 +39,17 @@ from cluster.messages.placement import LoadReport, SetPlacement
 from epslots.arrays import IntArray
 from epslots.errors import ConfigError
 from epslots.load_window import LoadWindow
-from epslots.placement.forecast import Forecast
 from epslots.placement.model_planner import movement_budget
 from epslots.placement.placement import Placement, pack, unpack
 from epslots.placement.planner import RankHardware, propose
+from epslots.placement.pooled_forecast import GroupForecast
+from epslots.placement.rank_speeds import RankSpeeds, work_ns
 from epslots.placement.replanner import OVERDUE, SHARE, Propose, Replanner
 from epslots.planner.cost_model import Costs
 
 _MOST_GATHERED = 3
 """Windows that some ranks may have reported while others haven't."""
 _MOST_REFUSALS = 8
-_USUAL_SPEED = 1000
 _MOST_BYTES = 2**59
 
 
@@ -57,6 +58,7 @@ class _Group:
     """The attached group."""
 
     epoch: int
+    role: str
     hardware: RankHardware
     costs: Costs
     num_experts_L: IntArray
@@ -74,7 +76,7 @@ class Controller:
         clock: seconds, to measure the planning; no decision depends on it.
         share: part of a step's time that fetches for a placement may take.
         planner: plans a placement; another one in tests.
-        forecast: makes a new ``Forecast``; another one in tests.
+        forecast: gives the group its way to the forecast of its role; None = to one of its own.
     """
 
     def __init__(
@@ -83,10 +85,12 @@ class Controller:
         *,
         share: float = SHARE,
         planner: Propose = propose,
-        forecast: Callable[[], Forecast] = Forecast,
+        forecast: MakeForecast | None = None,
     ) -> None:
-        self._clock, self._share = clock, share
-        self._make_replanner = partial(Replanner, planner=planner, forecast=forecast)
+        self._clock, self._share, self._planner = clock, share, planner
+        self._make_forecast = partial(RoleForecasts().of, 0) if forecast is None else forecast
+        self._forecast: GroupForecast | None = None
+        self._speeds = RankSpeeds(0)
         self._group: _Group | None = None
         self._current: Placement | None = None
         """The newest placement of the group, whether or not its ranks follow it yet."""
@@ -136,7 +140,8 @@ class Controller:
                 self._frozen = frozen
             case Explain():
                 explanation = self._explain()
-        return Reply(self.state, self._newest, self._windows, set_placement, explanation)
+        speeds = tuple(self._speeds.speed_R.tolist())
+        return Reply(self.state, self._newest, self._windows, set_placement, explanation, speeds)
 
     def _attach(self, order: Attach) -> None:
         """Start over with a group, but keep what was learned of the traffic, which doesn't depend on the ranks."""
@@ -156,10 +161,13 @@ class Controller:
         members = [np.flatnonzero(pools == pool).tolist() for pool in np.unique(pools)]
         known = self._replanner
         if known is None or known.num_experts_L.tolist() != placement.num_experts_L.tolist():
-            self._replanner = self._make_replanner(placement.num_experts_L, members)
+            forecast = self._forecast = self._make_forecast(order.role, tuple(placement.num_experts_L.tolist()))
+            self._replanner = Replanner(placement.num_experts_L, members, planner=self._planner, forecast=lambda: forecast)
+        self._speeds = RankSpeeds(ranks)  # they may be other ranks
         self._group = _Group(
             epoch=group.epoch,
-            hardware=RankHardware(node_R=node_R, speed_R=np.full(ranks, _USUAL_SPEED), costs=group.costs),
+            role=order.role,
+            hardware=RankHardware(node_R=node_R, speed_R=self._speeds.speed_R, costs=group.costs),
             costs=group.costs,
             num_experts_L=placement.num_experts_L,
             expert_bytes=max(group.expert_bytes),
@@ -241,6 +249,7 @@ class Controller:
             return False
         self._windows_since += 1
         self._windows += 1
+        self._learn_speeds(windows, group)
         self._step_s = max(window.seconds for window in windows.values()) / steps
         layers, experts = len(group.num_experts_L), int(group.num_experts_L.max())
         tokens_LE = sum((w.tokens_LE(layers, experts) for w in windows.values()), np.zeros((layers, experts), np.int64))
@@ -248,6 +257,12 @@ class Controller:
         assert self._replanner is not None, "it is made with the group"
         self._replanner.learn(tokens_LE, uses_LE, windows[0].reuse_LD(layers, experts), steps)  # all ranks have the same reuse
         return True
+
+    def _learn_speeds(self, windows: Mapping[int, LoadWindow], group: _Group) -> None:
+        by_rank = [windows[rank] for rank in range(group.ranks)]
+        work_ns_R = np.array([work_ns(window, group.costs) for window in by_rank])
+        if self._speeds.learn(work_ns_R, np.array([1e9 * sum(window.compute_s) for window in by_rank])):
+            self._group = replace(group, hardware=replace(group.hardware, speed_R=self._speeds.speed_R))
 
     # Placements.
 
@@ -293,11 +308,14 @@ class Controller:
     def _explain(self) -> Explanation:
         return Explanation(
             state=self.state,
-            group=-1 if self._group is None else self._group.epoch,
+            epoch=-1 if self._group is None else self._group.epoch,
+            role="mixed" if self._group is None else self._group.role,
             placement=self._newest,
             adopted=self._adopted,
             pending_migrations=self._pending_migrations,
             windows=self._windows,
+            pooled=0 if self._forecast is None else self._forecast.groups,
+            speeds=tuple(self._speeds.speed_R.tolist()),
             incomplete=self._incomplete,
             dropped=self._dropped,
             refused=self._refused,

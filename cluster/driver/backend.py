@@ -7,6 +7,7 @@ controller   a process without a bundle, which plans placements; after its death
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 
@@ -90,8 +91,11 @@ class Backend(Protocol):
             ClusterError: nodes lack devices, or the model, or don't answer; the message says what to do.
         """
 
-    async def resize(self, ranks: int) -> None:
+    async def resize(self, ranks: int, group_of: Sequence[int] = ()) -> None:
         """Reserve further bundles, or release the last ones, whose workers have ended.
+
+        Args:
+            group_of: the group of each bundle, by number: those of one are placed near each other. () = as they were opened.
 
         Raises:
             ClusterError: as ``open``; the bundles are unchanged.
@@ -122,8 +126,11 @@ class Backend(Protocol):
         From then on only ``reopen`` and ``close`` work.
         """
 
-    async def reopen(self, ranks: int) -> None:
+    async def reopen(self, ranks: int, group_of: Sequence[int] = ()) -> None:
         """After ``lost``: wait until bundles can be reserved again, and reserve those from 0 to ``ranks`` - 1.
+
+        Args:
+            group_of: as that of ``resize``.
 
         Raises:
             ClusterError: that failed; it can be called again.

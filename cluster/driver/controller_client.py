@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
@@ -39,6 +39,7 @@ from cluster.messages.controller import (
 )
 from cluster.messages.placement import GetGroupState, GroupState, LoadReport, PlacementRejected, SetPlacement
 from cluster.messages.rank import Command
+from epslots.rank_groups import Role
 
 logger = logging.getLogger("epslots.cluster")
 
@@ -56,6 +57,7 @@ class Ranks(Protocol):
 
     epoch: int
     formed: bool
+    role: Role
 
     @property
     def members(self) -> list[WorkerRecord]:
@@ -63,6 +65,9 @@ class Ranks(Protocol):
 
     def keep_placement(self, placement: bytes) -> None:
         """Begin with this placement if all ranks are replaced at once."""
+
+    def learn_speeds(self, speeds: Sequence[int]) -> None:
+        """Give the ranks requests by these speeds, in the order of their numbers; 1000 = usual."""
 
 
 @dataclass(frozen=True)
@@ -300,7 +305,7 @@ class ControllerClient:
             return
         self._ranks.keep_placement(state.placement)
         offered = None if self._offered is None else self._offered.placement
-        order = Attach(group=state, offered=offered, published=self._newest, frozen=self.frozen)
+        order = Attach(group=state, offered=offered, published=self._newest, frozen=self.frozen, role=self._ranks.role)
         await self._call(handle, order, attaches=epoch)
 
     async def _answer(self, handle: ControllerHandle, question: _Question) -> None:
@@ -329,6 +334,8 @@ class ControllerClient:
         if reply.set_placement is not None:
             self._publish(reply.set_placement)
         self._newest = max(self._newest, reply.version)
+        if reply.speeds and self._attached == self._ranks.epoch and self._ranks.formed:
+            self._ranks.learn_speeds(reply.speeds)
         return reply
 
     def _publish(self, place: SetPlacement) -> None:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # A request waits this long for others: ranks that get many in one message need fewer steps than if each began one more.
 TOGETHER_S = 0.005
+SOON_S = 2.0
+"""A group that broke serves again so soon, mostly in a tenth of it. Prompts that only it is to compute wait for so long."""
 
 
 class Caller(Protocol):
@@ -94,6 +96,10 @@ class RequestRouter:
     def count_served(self, worker: Hashable) -> int:
         """The number of a rank's requests."""
         return len(self._scheduler.served_by(worker))
+
+    def worker_of(self, id: str) -> Hashable | None:
+        """The rank that serves a request; None if none does."""
+        return self._scheduler.worker_of(id)
 
     # Requests.
 
@@ -238,6 +244,12 @@ class GroupRouter:
         self._idle = IdleTracker()
         self._ranks: tuple[Hashable, ...] = ()
         self.serves = False
+        self._pauses = 0
+
+    @property
+    def handing_over(self) -> int:
+        """Hand-overs under way from or to the group's ranks; any thread may ask."""
+        return sum(map(self._scheduler.moves_of, self._ranks))
 
     def begin(self, epoch: int) -> None:
         """A new epoch is about to form. Its ranks may fall asleep before all of them have reported ``Formed``."""
@@ -252,7 +264,15 @@ class GroupRouter:
     def pause(self) -> None:
         """The group is broken: assign no request to its ranks until ``serve``. They keep those that they have."""
         self.serves = False
-        self._scheduler.pause(self._ranks)
+        self._scheduler.pause(self._ranks, soon=True)
+        self._pauses += 1
+        asyncio.get_running_loop().call_later(SOON_S, self._stop_waiting, self._pauses)
+
+    def _stop_waiting(self, pause: int) -> None:
+        """The group hasn't come back in time: its requests are others' now."""
+        if not self.serves and pause == self._pauses:
+            self._scheduler.pause(self._ranks)
+            self._assign_soon()
 
     def fell_asleep(self, worker: Hashable, epoch: int, step: int) -> None:
         """A rank reports that no rank of its group had work in this step."""

@@ -1,7 +1,8 @@
 """``RoleLoads``: the ranks' loads by role: which ranks a prompt may go to, and which one decodes it afterwards. Pure.
 
 ``mixed`` and ``prefill`` ranks compute prompts, ``decode`` ranks go on with them. A role is a preference: where no rank of the
-one kind serves, those of the other do all.
+one kind serves, those of the other do all. But prompts wait for a group that soon serves again, or they would hold up all that
+is being decoded each time that it forms anew.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class RoleLoads:
     def __init__(self) -> None:
         self.costs = HandOverCosts()
         self._prompts, self._decoding = RankLoads(), RankLoads()
+        self._returning: set[Hashable] = set()
+        """Ranks for prompts that are paused, and will soon serve again."""
 
     def __contains__(self, worker: Hashable) -> bool:
         return worker in self._prompts or worker in self._decoding
@@ -36,14 +39,20 @@ class RoleLoads:
 
     def serve(self, worker: Hashable, capacity: RankCapacity) -> None:
         """A rank takes requests from now on, with this capacity."""
+        self._returning.discard(worker)
         (self._decoding if capacity.role == "decode" else self._prompts).serve(worker, capacity)
 
-    def pause(self, worker: Hashable) -> None:
-        """A rank keeps its requests, and takes no further ones until it serves again."""
+    def pause(self, worker: Hashable, *, soon: bool = False) -> None:
+        """A rank keeps its requests, and takes no further ones until it serves again, which is expected ``soon`` or isn't."""
         self.of(worker).pause(worker)
+        if soon and worker in self._prompts:
+            self._returning.add(worker)
+        else:
+            self._returning.discard(worker)
 
     def remove(self, worker: Hashable) -> None:
         """A rank is lost."""
+        self._returning.discard(worker)
         self.of(worker).remove(worker)
 
     def for_prompt(self, request: Costly, decoding_holds: Callable[[RankLoads], int]) -> RankLoads:
@@ -54,7 +63,7 @@ class RoleLoads:
         """
         if not self._decoding.serving:
             return self._prompts
-        if not self._prompts.serving:
+        if not self._prompts.serving and not self._returning:
             return self._decoding
         worker = self._decoding.least_loaded(request)
         if worker is None:

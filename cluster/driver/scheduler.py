@@ -75,6 +75,11 @@ class Scheduler:
         """A rank's requests."""
         return list(self._served.get(worker, {}).values())
 
+    def worker_of(self, id: str) -> Hashable | None:
+        """The rank that serves a request; None if none does."""
+        entry = self._entries.get(id)
+        return None if entry is None or entry.ending else entry.worker
+
     def busy(self, workers: Iterable[Hashable]) -> bool:
         """Whether any of these ranks has a request that makes steps: one that is handed over, after its prompt, doesn't."""
         served = (item for worker in workers for item in self._served.get(worker, {}).items())
@@ -92,10 +97,10 @@ class Scheduler:
         for worker, capacity in capacities.items():
             self._ranks.serve(worker, capacity)
 
-    def pause(self, workers: Iterable[Hashable]) -> None:
-        """These ranks take no further requests until they serve again."""
+    def pause(self, workers: Iterable[Hashable], *, soon: bool = False) -> None:
+        """These ranks take no further requests until they serve again, which is expected ``soon`` or isn't."""
         for worker in workers:
-            self._ranks.pause(worker)
+            self._ranks.pause(worker, soon=soon)
 
     def release(self, worker: Hashable, *, blame: bool = True) -> tuple[list[ScheduledRequest], list[ScheduledRequest]]:
         """A rank is lost: move its requests to the queue.
@@ -307,6 +312,10 @@ class Scheduler:
                 self._moving[worker] -= 1
                 if not self._moving[worker]:
                     del self._moving[worker]
+
+    def moves_of(self, worker: Hashable) -> int:
+        """Hand-overs under way from or to a rank; any thread may ask."""
+        return self._moving[worker]
 
     def share_memory(self, one: Hashable, other: Hashable) -> bool:
         """Whether two ranks can share memory."""

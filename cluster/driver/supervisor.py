@@ -27,6 +27,7 @@ from cluster.driver.epochs import Epochs
 from cluster.driver.gap_log import log_gaps
 from cluster.driver.loop_thread import CLOSED, LoopThread
 from cluster.driver.request_router import Caller, RequestRouter
+from cluster.driver.scaling import Scaling
 from cluster.driver.shared_controller import SharedController
 from cluster.driver.worker_group import WorkerGroup
 from cluster.driver.worker_groups import WorkerGroups
@@ -107,7 +108,6 @@ class Supervisor:
         self._reports: dict[int, RankReport | None] = {}
         self._reports_asked = 0
         self._closing: asyncio.Task[None] | None = None
-        self._scaling = asyncio.Lock()
         self.workers = Workers(thread.spawn, self._take_loss)
         self._changes = self.workers.changes
         self.router = make_router(self.workers.send)
@@ -119,6 +119,7 @@ class Supervisor:
         self.pool = WorkerPool(
             backend, self.workers, self.groups, listen=self._listen, spawn=self._spawn, give_up_s=deadlines.give_up_s
         )
+        self._scaling = Scaling(self.pool, self.groups, outlives=load.origin is not None)
         thread.on_bug = lambda error: self._give_up(ClusterError(f"a bug: {error!r}"))
 
     # Calls of the cluster.
@@ -171,20 +172,14 @@ class Supervisor:
         self.router.submit(choices, stop)
         self._changes.notify()
 
-    async def scale(self, ranks: int) -> None:
-        """Change the number of ranks; returns when that many serve. If there are several groups, whole ones come and go.
+    async def scale(self, ranks: int | None, groups: int | None) -> None:
+        """Change the number of ranks and groups; returns when that many serve (``Scaling.scale``).
 
         Raises:
+            ConfigError: there is no way to it.
             ClusterError: there is no room for them, or they don't come up; the others go on.
         """
-        async with self._scaling:
-            if ranks >= self.pool.size:
-                await self.pool.reserve(ranks)
-                await self.pool.grow(ranks)
-                return
-            self.pool.shrink(ranks)
-            await self.pool.wait_until_serving(range(ranks))
-            await self.pool.reserve(ranks)
+        await self._scaling.scale(ranks, groups)
 
     async def reports(
         self, layers: tuple[int, ...] | None = None, group: int | None = None
@@ -249,7 +244,7 @@ class Supervisor:
                 await worker.handle.command(encode(Adopt()))
             else:
                 neighbours = await self._backend.neighbours(worker.bundle)
-                ranks = -(-self.pool.size // self._load.groups)
+                ranks = len(self.groups.bundles_of(worker.group, self.pool.size))
                 load = msgspec.structs.replace(self._load, neighbours=neighbours, ranks=ranks)
                 await worker.handle.command(encode(load))
             while True:

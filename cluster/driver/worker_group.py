@@ -13,7 +13,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from cluster.driver.backend import WorkerDied
 from cluster.driver.epochs import Epochs
@@ -85,6 +85,8 @@ class WorkerGroup:
         self._broken_by: str | None = None
         """Why the group broke, since it last began to form; and whether that was in a step."""
         self._broken_in_step = False
+        self._speeds: list[float] = []
+        """Of the members, as far as they were learned in this epoch."""
         self._contacts: dict[str, bytes] = {}
         """Published in this epoch, and not yet passed on."""
 
@@ -133,6 +135,27 @@ class WorkerGroup:
     def keep_placement(self, placement: bytes) -> None:
         """Begin with this placement if all ranks are replaced at once."""
         self.placement = placement
+
+    def learn_speeds(self, speeds: Sequence[int]) -> None:
+        """Give the ranks requests by these speeds, in the order of their numbers; 1000 = usual."""
+        found = [speed / 1000 for speed in speeds]
+        if self.formed and found != self._speeds and len(found) == len(self.members):
+            self._speeds = found
+            self.router.serve(self._capacities(self.members))
+
+    def _capacities(self, members: Sequence[WorkerRecord]) -> dict[Hashable, RankCapacity]:
+        return {
+            worker: RankCapacity(
+                self._kv_tokens,
+                worker.loaded.max_requests,
+                worker.loaded.shares_prefixes,
+                speed=speed,
+                role=self.role,
+                machine=worker.loaded.machine,
+            )
+            for worker, speed in zip(members, self._speeds, strict=True)
+            if worker.loaded is not None
+        }
 
     def lose_all(self, cause: WorkerDied) -> None:
         """Lose all workers: they are started anew, and form a group as if it were the first."""
@@ -217,19 +240,8 @@ class WorkerGroup:
         self.formed = self.stood = True
         self.serving = len(members)
         logger.info("epoch %d: %d ranks serve", self.epoch, len(members))
-        self.router.serve(
-            {
-                worker: RankCapacity(
-                    self._kv_tokens,
-                    worker.loaded.max_requests,
-                    worker.loaded.shares_prefixes,
-                    role=self.role,
-                    machine=worker.loaded.machine,
-                )
-                for worker in members
-                if worker.loaded is not None
-            }
-        )
+        self._speeds = [1.0] * len(members)
+        self.router.serve(self._capacities(members))
         self._on_formed()
         self._workers.changes.notify()
         return None

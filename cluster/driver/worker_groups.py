@@ -1,7 +1,6 @@
 """``WorkerGroups``: all groups of a cluster. Each is a whole model, and forms, breaks and serves without the others.
 
-Bundles are dealt to groups in order: the first group has bundles 0 to ``group_size`` - 1, and so on. The first groups may
-compute prompts for the others.
+``group_deal.py`` says which bundle is in which group. The first groups may compute prompts for the others.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from cluster.driver.backend import WorkerDied
+from cluster.driver.group_deal import GroupDeal
 from cluster.driver.worker_group import WorkerGroup
 from cluster.driver.workers import WorkerRecord
 from cluster.errors import ClusterError
@@ -30,7 +30,7 @@ class WorkerGroups:
         spawn: runs a coroutine in the background; its ClusterError ends the cluster.
 
     Attributes:
-        group_size: bundles of a group; None = all are one group.
+        deal: the groups of bundles, those included that are yet to come.
         prefill_groups: groups that compute prompts, the first ones; the others decode. 0 = every group does both.
     """
 
@@ -41,7 +41,7 @@ class WorkerGroups:
         spawn: Callable[[Callable[[], Coroutine[Any, Any, None]]], object],
     ) -> None:
         self._make, self._end, self._spawn = make, end, spawn
-        self.group_size: int | None = None
+        self.deal = GroupDeal(1, None)
         self.prefill_groups = 0
         self._groups: list[WorkerGroup] = []
 
@@ -55,7 +55,7 @@ class WorkerGroups:
         return self._groups[number]
 
     def divide(self, ranks: int, groups: int, prefill_ranks: int = 0) -> None:
-        """Divide so many ranks into groups of one size, which stays.
+        """Divide so many ranks into groups of one size.
 
         Args:
             prefill_ranks: ranks of groups that compute prompts; 0 = every group computes its own.
@@ -71,7 +71,7 @@ class WorkerGroups:
                 f"prefill_ranks={prefill_ranks} with {ranks} ranks in {groups} groups; allowed: multiples of {size}, and at "
                 f"least one group that decodes"
             )
-        self.group_size = None if groups == 1 else size
+        self.deal = GroupDeal(groups, None if groups == 1 else size)
         self.prefill_groups = prefill_ranks // size
 
     def role_of(self, number: int) -> Role:
@@ -80,20 +80,19 @@ class WorkerGroups:
 
     def number_of(self, bundle: int) -> int:
         """The number of a bundle's group."""
-        return 0 if self.group_size is None else bundle // self.group_size
+        return self.deal.group_of(bundle)
 
     def of(self, bundle: int) -> WorkerGroup:
         """The group of a bundle."""
         return self._groups[self.number_of(bundle)]
 
-    def bundles_of(self, number: int, bundles: int) -> range:
+    def bundles_of(self, number: int, bundles: int) -> list[int]:
         """A group's bundles, where there are so many in all."""
-        first = self.first_of(number)
-        return range(first, bundles if self.group_size is None else first + self.group_size)
+        return [bundle for bundle in range(bundles) if self.deal.group_of(bundle) == number]
 
-    def first_of(self, number: int) -> int:
-        """A group's first bundle."""
-        return 0 if self.group_size is None else number * self.group_size
+    def ranks_before(self, number: int) -> int:
+        """Number of ranks in the groups before this one."""
+        return number * (self.deal.size or 0)
 
     @property
     def formed(self) -> bool:
@@ -122,7 +121,7 @@ class WorkerGroups:
 
     def resize(self, bundles: int) -> None:
         """Have as many groups as so many bundles make. Groups beyond are stopped; their workers must be lost already."""
-        count = 1 if self.group_size is None else bundles // self.group_size
+        count = max(map(self.deal.group_of, range(bundles)), default=0) + 1
         while len(self._groups) > count:
             self._groups[-1].stop()
             self._end(self._groups.pop())

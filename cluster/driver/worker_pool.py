@@ -141,7 +141,7 @@ class WorkerPool:
         self._groups.resize(ranks)
 
     async def reserve(self, ranks: int) -> None:
-        """Resize the backend, even if it is lost meanwhile.
+        """Resize the backend, even if it is lost meanwhile, for the groups as they are dealt now.
 
         Raises:
             ClusterError: there is no room.
@@ -150,7 +150,7 @@ class WorkerPool:
             await self._workers.changes.wait_for(lambda: not self._lost or self._failure is not None)
             losses = self._losses
             try:
-                await self._backend.resize(ranks)
+                await self._backend.resize(ranks, [self._groups.number_of(bundle) for bundle in range(ranks)])
                 return
             except ClusterError:
                 if losses == self._losses or self._failure is not None:
@@ -303,7 +303,7 @@ class WorkerPool:
             async with asyncio.timeout(self._give_up_s):
                 while True:
                     try:
-                        await self._backend.reopen(self.size)
+                        await self._backend.reopen(self.size, [self._groups.number_of(bundle) for bundle in range(self.size)])
                         return
                     except ClusterError as error:
                         verdict = retries.failed(self._clock())

@@ -45,12 +45,14 @@ class Attach(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         offered: a newer placement, which was sent to the ranks and may not be followed yet.
         published: the highest version of a placement that the driver has seen.
         frozen: publish nothing unasked.
+        role: what the group serves; groups of one role share a forecast.
     """
 
     group: GroupState
     offered: bytes | None
     published: int
     frozen: bool
+    role: str = "mixed"
 
 
 class Learn(msgspec.Struct, tag=True, frozen=True):
@@ -131,11 +133,14 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         state: of the controller: "waiting", "watching", "moving" or "frozen".
-        group: epoch of the group; -1 = no group is attached.
+        epoch: of the group; -1 = no group is attached.
+        role: what the group serves.
         placement: the newest version of a placement.
         adopted: the version that all ranks follow, as of the last window.
         pending_migrations: copies that have yet to be fetched for it, as of the last window.
         windows: windows that all ranks reported, and that were learned from.
+        pooled: groups of this role whose windows the forecast learns from together.
+        speeds: of the ranks' computing, as learned; 1000 = usual, or not known.
         incomplete: windows that some rank didn't report, and that were left out.
         dropped: load reports that ranks and driver dropped, because the controller was busy.
         refused: load reports with impossible contents.
@@ -147,11 +152,14 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     state: ControllerState
-    group: int
+    epoch: int
+    role: str
     placement: int
     adopted: int
     pending_migrations: int
     windows: int
+    pooled: int
+    speeds: tuple[int, ...]
     incomplete: int
     dropped: int
     refused: int
@@ -161,16 +169,23 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     published: Judgement | None
     latest: Judgement | None
 
+    @property
+    def _differ(self) -> bool:
+        """Whether the ranks' speeds differ."""
+        return len(set(self.speeds)) > 1
+
     def __str__(self) -> str:
         lines = [
             f"{self.state}: placement {self.placement}, followed by all ranks: {self.adopted}, "
             f"copies to move: {self.pending_migrations}",
-            f"group {self.group}, {self.windows} windows learned from, {self.incomplete} incomplete, {self.dropped} messages "
-            f"dropped, {self.refused} refused",
+            f"epoch {self.epoch}, role {self.role}, {self.windows} windows learned from, {self.incomplete} incomplete, "
+            f"{self.dropped} messages dropped, {self.refused} refused",
             "no step was measured yet"
             if not self.step_s
             else f"a step takes {self.step_s * 1e3:.3g} ms, and fetches at most {self.bytes_per_step / 2**20:.3g} MiB for a "
             "placement on each rank",
+            f"the forecast is that of {self.pooled} {'group' if self.pooled == 1 else 'groups'} of this role",
+            *([f"speeds of the ranks, usual = 1: {', '.join(f'{speed / 1000:.2f}' for speed in self.speeds)}"] * self._differ),
             f"published: {self.published or 'nothing yet'}",
             f"latest: {self.latest or 'nothing yet'}",
             *(f"refused: {refusal}" for refusal in self.refusals),
@@ -186,6 +201,7 @@ class Reply(msgspec.Struct, frozen=True):
         windows: number of complete windows that it has learned from.
         set_placement: to be sent to all ranks; None if nothing was published.
         explanation: the answer to ``Explain`` and ``Rebalance``.
+        speeds: of the group's ranks, as far as they are known; 1000 = usual.
     """
 
     state: ControllerState
@@ -193,6 +209,7 @@ class Reply(msgspec.Struct, frozen=True):
     windows: int
     set_placement: SetPlacement | None = None
     explanation: Explanation | None = None
+    speeds: tuple[int, ...] = ()
 
 
 class Addressed(msgspec.Struct, frozen=True):

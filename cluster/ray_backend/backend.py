@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 from weakref import WeakSet
@@ -82,7 +83,7 @@ class RayBackend:
         self._life = self._connection.life
         return await self._reserve(ranks)
 
-    async def _reserve(self, ranks: int | None) -> int:
+    async def _reserve(self, ranks: int | None, group_of: Sequence[int] = ()) -> int:
         """Reserve all bundles, on the present nodes; returns their number."""
         assert self._connection is not None
         if self._adoption is not None:
@@ -101,7 +102,7 @@ class RayBackend:
             self._adoption.drop_survivors(ranks)
             self._bundles.inherit(self._adoption.groups, ranks)
         if ranks > len(self._bundles):
-            await self._bundles.add(ranks - len(self._bundles))
+            await self._bundles.add(ranks - len(self._bundles), group_of)
         return ranks
 
     @property
@@ -124,15 +125,15 @@ class RayBackend:
         self._actors.clear()
         return reason
 
-    async def reopen(self, ranks: int) -> None:
+    async def reopen(self, ranks: int, group_of: Sequence[int] = ()) -> None:
         assert self._life is not None, "it is open"
         while self._life.lost.done():
             self._life = await asyncio.wrap_future(self._life.next)
-        await self._reserve(ranks)
+        await self._reserve(ranks, group_of)
 
-    async def resize(self, ranks: int) -> None:
+    async def resize(self, ranks: int, group_of: Sequence[int] = ()) -> None:
         if ranks > len(self._bundles):
-            await self._bundles.add(ranks - len(self._bundles))
+            await self._bundles.add(ranks - len(self._bundles), group_of)
         else:
             self._bundles.keep(ranks)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import uuid
@@ -11,7 +12,6 @@ from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Protocol
 
 import msgspec
@@ -19,15 +19,20 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from cluster.driver.group_deal import runs
 from cluster.errors import ClusterError
 from cluster.ray_backend.calls import ANSWER_S, ask, begin
 from cluster.ray_backend.handles import RAY_ERRORS, reason_of
 from cluster.ray_backend.imports import function
 from cluster.ray_backend.nodes import NODE_LABEL, Node, NoRoom, choose_nodes, read_nodes
+from cluster.ray_backend.topology import near_labels
+
+logger = logging.getLogger("epslots.cluster")
 
 _NAME = "epslots, "  # of placement groups
 _FREE_S = 3.0  # wait for the places of processes that have just ended
 _RESERVE_S = 20.0
+_RESERVE_NEAR_S = 5.0  # near each other, before that is given up
 _REMOVE_S = 5.0
 _LOOK_S = 60.0  # the first task on a node may have to wait for a process, and that for a slow disk
 _POLL_S = 0.2  # between looks at Ray's tables: Ray sends no message when a place becomes free or a node joins
@@ -37,10 +42,15 @@ _look = ray.remote(num_cpus=0, max_retries=0)(function("cluster.ray_backend.node
 
 @dataclass(frozen=True)
 class _Bundle:
-    """A bundle, by its index in its placement group."""
+    """A bundle, by its index in its placement group; ``within``: the label that it is bound to, for people."""
 
     group: PlacementGroup
     index: int
+    within: str = ""
+
+
+class NotReserved(ClusterError):
+    """Ray didn't reserve places in time."""
 
 
 class LastingGroups(Protocol):
@@ -53,19 +63,12 @@ class LastingGroups(Protocol):
         """Have a placement group removed by ``effect``, if it is certainly this driver's."""
 
 
-def by_groups(first: int, count: int, size: int | None) -> list[int]:
-    """``count`` bundles from number ``first`` on, divided where an expert-parallel group of ``size`` bundles ends."""
-    if size is None:
-        return [count]
-    ends = [*range(first - first % size + size, first + count, size), first + count]
-    return [end - begin for begin, end in pairwise([first, *ends])]
-
-
 class Bundles:
     """Reserved bundles, numbered from 0. Placement groups have a fixed size, so each growth makes another group.
 
     Ray packs the bundles of one placement group onto few nodes, not runs of them: so every expert-parallel group, whose ranks
-    exchange tokens in each layer, has a placement group of its own.
+    exchange tokens in each layer, has a placement group of its own. One that fits on no node is kept within a rack, zone or
+    region by the nodes' labels (``topology.py``); bundles of a lost node move within that, too.
 
     Args:
         need: resources of one bundle.
@@ -112,15 +115,19 @@ class Bundles:
         self._bundles = [_Bundle(group, index) for group, bundles in groups for index in range(bundles)]
         self.keep(min(count, len(self._bundles)))
 
-    async def add(self, count: int) -> None:
+    async def add(self, count: int, group_of: Sequence[int] = ()) -> None:
         """Reserve further bundles.
+
+        Args:
+            group_of: the expert-parallel group of each bundle, by number; () = groups of ``group_size`` follow each other.
 
         Raises:
             ClusterError: there is no room, or a node lacks the model; the bundles are unchanged.
         """
         bundles = self._unused[:count]
         if len(bundles) < count:
-            bundles += await self._make(len(self._bundles) + len(bundles), count - len(bundles))
+            first = len(self._bundles) + len(bundles)
+            bundles += await self._make(first, self._groups_of(len(self._bundles) + count, group_of))
         self._unused = self._unused[count:]
         self._bundles += bundles
 
@@ -160,41 +167,73 @@ class Bundles:
                 return node
             if asyncio.get_running_loop().time() > ends:
                 raise ClusterError(
-                    f"the node of rank {bundle} is gone, and Ray found no place on another within {self._place_s:g} s; start "
-                    f"a node (`ray start --address=...`), or go on with fewer ranks (scale)"
+                    f"the node of rank {bundle} is gone, and Ray found no place on another"
+                    f"{self._bundles[bundle].within} within {self._place_s:g} s; start a node (`ray start --address=...`), "
+                    f"or go on with fewer ranks (scale)"
                 )
             await asyncio.sleep(_POLL_S)
 
-    async def _make(self, first: int, count: int) -> list[_Bundle]:
+    def _groups_of(self, count: int, group_of: Sequence[int]) -> list[int]:
+        """The group of each of ``count`` bundles; all are one unless Ray packs each of them by itself."""
+        if self._group_size is None:
+            return [0] * count
+        return list(group_of[:count]) or [bundle // self._group_size for bundle in range(count)]
+
+    async def _make(self, first: int, group_of: Sequence[int]) -> list[_Bundle]:
         """Reserve bundles from number ``first`` on: a placement group for each expert-parallel group."""
-        selector = await self._find_room(count)
+        selector = await self._find_room(len(group_of) - first)
+        parts = runs(group_of[first:])
+        labels: list[dict[str, str]] = [{}] * len(parts)
+        if selector is not None:
+            labels = [{NODE_LABEL: selector}] * len(parts)
+        elif self._strategy == "PACK":
+            nodes, taken = await ask(read_nodes), await self.nodes()
+            beside: dict[int, list[str]] = {}
+            for node, group in zip(taken, group_of, strict=False):
+                beside.setdefault(group, []).append(node)
+            labels = near_labels(nodes, self._need, [(count, beside.get(group, ())) for group, count in parts])
         made: list[_Bundle] = []
         try:
-            for part in by_groups(first, count, self._group_size):
-                made += await self._reserve(part, selector)
+            for (_, count), label in zip(parts, labels, strict=True):
+                made += await self._reserve_near(count, label)
         except BaseException:
             for group in {bundle.group.id: bundle.group for bundle in made}.values():
                 self._remove(group)
             raise
         return made
 
-    async def _reserve(self, count: int, selector: str | None) -> list[_Bundle]:
-        """One placement group."""
+    async def _reserve_near(self, count: int, label: dict[str, str]) -> list[_Bundle]:
+        """One placement group on nodes with this label; on any, if others have taken the room there."""
+        if label and NODE_LABEL not in label:
+            try:
+                return await self._reserve(count, label, wait_s=_RESERVE_NEAR_S)
+            except NotReserved as error:
+                logger.warning("a group of %d ranks is not placed near each other, by %s: %s", count, label, error)
+                label = {}
+        return await self._reserve(count, label)
+
+    async def _reserve(self, count: int, label: dict[str, str], wait_s: float = _RESERVE_S) -> list[_Bundle]:
+        """One placement group, on nodes with this label.
+
+        Raises:
+            NotReserved: Ray didn't reserve it in time, though there was room.
+            ClusterError: there is no room any more, or a node lacks the model.
+        """
         group = await ask(
             lambda: placement_group(
                 [self._need] * count,
                 strategy=self._strategy,
                 name=f"{self._name} {uuid.uuid4().hex[:8]}" if self._lasting is None else self._lasting.name_group(),
                 lifetime=None if self._lasting is None else "detached",
-                bundle_label_selector=None if selector is None else [{NODE_LABEL: selector}] * count,
+                bundle_label_selector=[label] * count if label else None,
             )
         )
         try:
-            if not await ask(group.wait, _RESERVE_S, deadline_s=_RESERVE_S + ANSWER_S):
+            if not await ask(group.wait, wait_s, deadline_s=wait_s + ANSWER_S):
                 self._remove(group)
                 await self._find_room(count)  # raises if a node was lost meanwhile
-                raise ClusterError(
-                    f"Ray did not reserve places for {count} ranks within {_RESERVE_S:g} s, though there was room; others may "
+                raise NotReserved(
+                    f"Ray did not reserve places for {count} ranks within {wait_s:g} s, though there was room; others may "
                     f"have taken it (`ray status -v` shows what waits). Try again"
                 )
             table = await ask(placement_group_table, group)
@@ -202,7 +241,8 @@ class Bundles:
         except BaseException:
             self._remove(group)
             raise
-        return [_Bundle(group, index) for index in range(count)]
+        near = "" if NODE_LABEL in label else "".join(f" with the label {key}={value}" for key, value in label.items())
+        return [_Bundle(group, index, near) for index in range(count)]
 
     async def _find_room(self, count: int) -> str | None:
         """Ray's selector of nodes for new bundles. Processes that have just ended may hold places for a moment."""

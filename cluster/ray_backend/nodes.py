@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -35,6 +35,7 @@ class Node:
         host: the address by which Ray knows it.
         name: of the machine.
         total, free: its resources, by name. Ray updates ``free`` some tenths of a second late.
+        labels: that Ray or the user gave it.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Node:
     name: str
     total: Resources
     free: Resources
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         known_by = self.host if self.name in ("", self.host) else f"{self.host} ({self.name})"
@@ -52,7 +54,14 @@ def read_nodes() -> list[Node]:
     """All nodes that are alive."""
     free = ray_state.available_resources_per_node()
     return [
-        Node(node["NodeID"], node["NodeManagerAddress"], node["NodeManagerHostname"], node["Resources"], free[node["NodeID"]])
+        Node(
+            node["NodeID"],
+            node["NodeManagerAddress"],
+            node["NodeManagerHostname"],
+            node["Resources"],
+            free[node["NodeID"]],
+            node["Labels"],
+        )
         for node in ray.nodes()
         if node["Alive"] and node["NodeID"] in free
     ]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from cluster.reports import ClusterState, ClusterStats
+from cluster.reports import ClusterState, ClusterStats, GroupReport, GroupStats
 from cluster.serve.live_window import computed_pairs
 from epslots.telemetry import LayerStats
 
@@ -48,6 +49,25 @@ _LAYER_COUNTERS = {
 }
 """Our names, the counters of ``LayerStats``, and their meanings."""
 
+_G = TypeVar("_G", GroupReport, GroupStats)
+_Meaning = tuple[type[CounterMetricFamily | GaugeMetricFamily], Callable[[_G], float], str]
+"""A metric's kind, its value, and its text."""
+_GROUP_GAUGES: dict[str, _Meaning[GroupReport]] = {
+    "ranks": (GaugeMetricFamily, lambda group: group.ranks, "Ranks of the group that serve."),
+    "formed": (GaugeMetricFamily, lambda group: group.formed, "1 if the group serves; 0 while it forms or its ranks load."),
+    "epoch": (GaugeMetricFamily, lambda group: group.epoch, "Number of the group; it grows when a rank is lost or joins."),
+    "hand_overs_running": (GaugeMetricFamily, lambda group: group.handing_over, "Hand-overs under way from or to its ranks."),
+}
+_GROUP_COUNTERS: dict[str, _Meaning[GroupStats]] = {
+    "requests": (GaugeMetricFamily, lambda group: group.requests, "Requests that its ranks have."),
+    "kv_cache_usage_perc": (GaugeMetricFamily, lambda group: group.engine.kv_usage, "Share of its caches in use; 1 = all."),
+    "prompt_tokens": (CounterMetricFamily, lambda group: group.engine.prompt_tokens, "Prompt tokens that it computed."),
+    "new_tokens": (CounterMetricFamily, lambda group: group.engine.new_tokens, "New tokens that it returned."),
+    "expert_hits": (CounterMetricFamily, lambda group: group.hits, "Uses of an expert that found it in a slot."),
+    "expert_misses": (CounterMetricFamily, lambda group: group.misses, "Uses of an expert that had to fetch it first."),
+}
+"""By our names: of what the driver knows of a group, and of what its ranks have counted."""
+
 
 class ClusterCollector(Collector):
     """Makes metrics of the latest sample.
@@ -81,7 +101,8 @@ class ClusterCollector(Collector):
         yield self._gauge("num_requests_waiting", state.queued, "Requests that wait for a rank with room.")
         yield self._gauge("num_requests_free", state.free, "Requests that the queue has room for.")
         yield self._gauge("ranks", state.ranks, "Ranks that serve.")
-        yield self._gauge("epoch", state.epoch, "Number of the group of ranks.")
+        yield self._gauge("epoch", state.epoch, "Number of the newest group of ranks.")
+        yield from self._by_group(state.groups, _GROUP_GAUGES)
 
     def _of_requests(self, stats: ClusterStats) -> Iterator[Metric]:
         engine = stats.engine
@@ -96,15 +117,18 @@ class ClusterCollector(Collector):
         yield self._gauge("longest_wait_seconds", stats.longest_wait_s, longest)
         yield self._gauge("ranks_missing", len(stats.missing), "Ranks that should serve, and don't now.")
         yield self._gauge("groups", stats.groups, "Groups of ranks: each is a whole model.")
+        yield from self._by_group(stats.by_group(), _GROUP_COUNTERS)
         hand_overs = stats.hand_overs
         yield self._counter("hand_overs", hand_overs.done, "Requests that went on at a decode rank, with their cache.")
         failed = "Hand-overs that failed, or whose request had ended: it went on where it was, or was computed again."
         yield self._counter("hand_overs_failed", hand_overs.failed, failed)
         yield self._counter("hand_over_bytes", hand_overs.nbytes, "Bytes of the caches that were handed over.")
         yield self._counter("hand_over_seconds", hand_overs.seconds, "Time in which requests stood still for hand-overs.")
-        memory = GaugeMetricFamily(f"{self._prefix}rank_memory_bytes", "Resident memory.", labels=["model_name", "rank"])
+        memory = GaugeMetricFamily(
+            f"{self._prefix}rank_memory_bytes", "Resident memory.", labels=["model_name", "rank", "group", "role"]
+        )
         for rank in stats.ranks:
-            memory.add_metric([self._model, str(rank.rank)], rank.memory_bytes)
+            memory.add_metric([self._model, str(rank.rank), str(rank.group), rank.role], rank.memory_bytes)
         yield memory
         uncaptured = GaugeMetricFamily(
             f"{self._prefix}rank_uncaptured",
@@ -142,6 +166,14 @@ class ClusterCollector(Collector):
         found: bytes = generate_latest(registry)
         return found
 
+    def _by_group(self, groups: Sequence[_G], meanings: Mapping[str, _Meaning[_G]]) -> Iterator[Metric]:
+        """A metric of each meaning, with a sample of each group."""
+        for name, (kind, read, text) in meanings.items():
+            family = kind(f"{self._prefix}group_{name}", text, labels=["model_name", "group", "role"])
+            for group in groups:
+                family.add_metric([self._model, str(group.number), group.role], read(group))
+            yield family
+
     def _counter(self, name: str, value: float, text: str) -> CounterMetricFamily:
         family = CounterMetricFamily(self._prefix + name, text, labels=["model_name"])
         family.add_metric([self._model], value)
@@ -169,10 +201,11 @@ class _LayerCollector(Collector):
 
 
 def balance(stats: ClusterStats) -> float:
-    """Mean of the ranks' computed pairs over the largest, averaged over layers; 1.0 without any."""
+    """Mean of the ranks' computed pairs over the largest, in their group, averaged over layers and groups; 1.0 without any."""
     found = []
-    for rows in zip(*(rank.stats.layers for rank in stats.ranks), strict=False):
-        loads = [computed_pairs(row) for row in rows]
-        if max(loads, default=0) > 0:
-            found.append(sum(loads) / len(loads) / max(loads))
+    for group in stats.by_group():
+        for rows in zip(*(rank.stats.layers for rank in group.ranks), strict=False):
+            loads = [computed_pairs(row) for row in rows]
+            if max(loads, default=0) > 0:
+                found.append(sum(loads) / len(loads) / max(loads))
     return sum(found) / len(found) if found else 1.0

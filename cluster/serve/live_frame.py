@@ -16,6 +16,7 @@ from cluster.serve.cluster_metrics import balance
 from cluster.serve.latencies import Quantiles
 from cluster.serve.live_window import LiveWindow
 from cluster.serve.placement_words import placement_words
+from epslots.rank_groups import Role
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class LiveRank(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         rank: its number.
+        group, role: of its group.
         where: node and process.
         requests: that it serves.
         computed: pairs that it computed a second; None before two samples.
@@ -98,10 +100,52 @@ class LiveRank(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     rank: int
+    group: int
+    role: Role
     where: str
     requests: int
     computed: float | None
     memory_bytes: int
+
+
+class LiveGroup(msgspec.Struct, frozen=True, kw_only=True):
+    """One group of ranks.
+
+    Attributes:
+        number: of the group, from 0.
+        role: what it serves.
+        formed: it serves now; else it forms, or its ranks load.
+        epoch: number of its process group; -1 before the first.
+        serving: number of its ranks that serve.
+        requests: that its ranks serve, as of their last answer.
+        handing_over: hand-overs under way from or to its ranks.
+        placement: version of its newest placement; -1 without a controller.
+        controller: that plans its placement: its state; "" without one.
+    """
+
+    number: int
+    role: Role
+    formed: bool
+    epoch: int
+    serving: int
+    requests: int
+    handing_over: int
+    placement: int
+    controller: str
+
+
+class LiveHandOvers(msgspec.Struct, frozen=True, kw_only=True):
+    """Hand-overs since the start.
+
+    Attributes:
+        done, failed: number of them.
+        mean_s, mean_bytes: of those that are done; 0 without one.
+    """
+
+    done: int
+    failed: int
+    mean_s: float
+    mean_bytes: float
 
 
 class LiveFrame(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,6 +161,8 @@ class LiveFrame(msgspec.Struct, frozen=True, kw_only=True):
         age_s: seconds since the ranks answered.
         ttft_s, per_token_s: P50 and P99 of the last minute's requests.
         layers: number of MoE layers.
+        groups: each group of ranks.
+        hand_overs: between groups; None if they have no roles.
         ranks: those that answered last.
         missing: a line for each rank that doesn't serve.
         placement: the placement and the controller's last decision, in sentences.
@@ -139,6 +185,8 @@ class LiveFrame(msgspec.Struct, frozen=True, kw_only=True):
     ttft_s: Quantiles | None
     per_token_s: Quantiles | None
     layers: int
+    groups: tuple[LiveGroup, ...]
+    hand_overs: LiveHandOvers | None
     ranks: tuple[LiveRank, ...]
     missing: tuple[str, ...]
     placement: tuple[str, ...]
@@ -193,6 +241,8 @@ def frame_of(known: Known, window: LiveWindow, at: float) -> LiveFrame:
         ttft_s=known.ttft_s,
         per_token_s=known.per_token_s,
         layers=0 if stats is None else len(stats.total.layers),
+        groups=() if state is None else _groups(state, stats),
+        hand_overs=None if stats is None else _hand_overs(stats),
         ranks=() if stats is None else _ranks(stats, changes, window.seconds),
         missing=() if stats is None else stats.missing,
         placement=() if stats is None else placement_words(stats, known.explanation),
@@ -230,10 +280,39 @@ def _totals(stats: ClusterStats) -> LiveTotals:
     )
 
 
+def _groups(state: ClusterState, stats: ClusterStats | None) -> tuple[LiveGroup, ...]:
+    counted = {} if stats is None else {group.number: group for group in stats.by_group()}
+    controllers = () if stats is None else stats.controllers
+    return tuple(
+        LiveGroup(
+            number=group.number,
+            role=group.role,
+            formed=group.formed,
+            epoch=group.epoch,
+            serving=group.ranks,
+            requests=counted[group.number].requests if group.number in counted else 0,
+            handing_over=group.handing_over,
+            placement=controllers[group.number].placement if group.number < len(controllers) else -1,
+            controller=controllers[group.number].state if group.number < len(controllers) else "",
+        )
+        for group in state.groups
+    )
+
+
+def _hand_overs(stats: ClusterStats) -> LiveHandOvers | None:
+    if all(rank.role == "mixed" for rank in stats.ranks):
+        return None
+    counts = stats.hand_overs
+    done = max(1, counts.done)
+    return LiveHandOvers(done=counts.done, failed=counts.failed, mean_s=counts.seconds / done, mean_bytes=counts.nbytes / done)
+
+
 def _ranks(stats: ClusterStats, changes: list[dict[str, float]] | None, seconds: float) -> tuple[LiveRank, ...]:
     return tuple(
         LiveRank(
             rank=rank.rank,
+            group=rank.group,
+            role=rank.role,
             where=rank.where,
             requests=rank.requests,
             computed=None if changes is None else changes[number]["computed"] / seconds,

@@ -34,10 +34,11 @@ class GroupWindows:
     def __init__(self, cluster: GroupedCluster, groups: Sequence[LockstepGroup]) -> None:
         self.placements = 0
         self._cluster, self._groups = cluster, groups
-        self._controllers = GroupControllers(lambda: Controller(lambda: 0.0))
+        self._controllers = GroupControllers(lambda forecast: Controller(lambda: 0.0, forecast=forecast))
         self._seconds = [0.0] * len(groups)
         for number, group in enumerate(groups):
-            self._order(number, Attach(group=self._state(number, group), offered=None, published=0, frozen=False))
+            role = cluster.division.role_of(number)
+            self._order(number, Attach(group=self._state(number, group), role=role, offered=None, published=0, frozen=False))
 
     def _order(self, group: int, order: Order) -> SetPlacement | None:
         return decode_reply(self._controllers.answer(address(group, encode(order)))).set_placement
@@ -92,6 +93,9 @@ class GroupWindows:
             peer_bytes=zeros,
             layer_s=(0.0,) * len(tokens_LE),
             wait_s=(0.0,) * len(tokens_LE),
+            pairs_sent=zeros,
+            pairs_received=zeros,
+            compute_s=(0.0,) * len(tokens_LE),
             placement=model.placement.version,
             pending_migrations=model.pending_migrations,
         )

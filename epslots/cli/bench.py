@@ -36,7 +36,8 @@ recovery: Seconds from the SIGKILL of a busy rank to the next token; requests lo
 
 soak: Requests, kills, stops, joins and leaves at random, for minutes; requests lost or different, and leaks.
 
-groups: Requests over 1,024 ranks, nothing computed: decisions a second; tokens of prompts reused, against routing at random.
+groups: Groups of ranks: streams beside long prompts with roles and without, kills, hand-overs, two groups against one; and
+routing over 1,024 ranks, nothing computed. Takes --parts.
 
 simulated-groups: SIMULATED, 1,024 ranks in 16 groups: times to the first and to each token over load, with roles and without.
 
@@ -60,7 +61,8 @@ def bench(
     ] = None,
     threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
     parts: Annotated[
-        Optional[str], typer.Option(help="batch, packed, serve: names of their parts, with commas between them; default: all.")
+        Optional[str],
+        typer.Option(help="batch, groups, packed, serve: names of their parts, with commas between them; default: all."),
     ] = None,
     redis: Annotated[
         Optional[str], typer.Option(help="serve: program of a Redis server, for the state of Ray's GCS; default: RocksDB.")

@@ -241,7 +241,10 @@ class MoELayer:
                 results_MH = self.execute(routed, plan)
                 results_NH = routed.send_back(results_MH)
                 self.migrate(plan)
-        self._telemetry.count(self.index, layer_s=time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self._telemetry.count(self.index, layer_s=seconds)
+        if self._resident is not None:
+            self._count_compute(seconds)
         if parts > 1:  # some rank has no memory for so many tokens at once
             return self._in_parts(parts, hidden_TH, index_TK, weights_TK)
         return self.combine(results_NH, batch)
@@ -327,9 +330,16 @@ class MoELayer:
     def execute(self, routed: Dispatch, plan: RankPlan) -> torch.Tensor:
         """The results of the pairs that are here, [M, H]."""
         self._peers.note(exchanging=True, computing=True)
+        began, stalled_s = time.perf_counter(), self._telemetry.counted(self.index, "stall_s")
         results_MH = self.experts.execute(routed, plan)
+        self._count_compute(time.perf_counter() - began - self._telemetry.counted(self.index, "stall_s") + stalled_s)
         self._peers.note(exchanging=True)
         return results_MH
+
+    def _count_compute(self, seconds: float) -> None:
+        """Count computing, from which the controller learns the rank's speed. A GPU computes later than its host asks."""
+        if self._device.type == "cpu":
+            self._telemetry.count(self.index, compute_s=seconds)
 
     def migrate(self, plan: RankPlan) -> None:
         """Begin what is fetched for the placement's sake; the step's last exchange."""

@@ -18,6 +18,7 @@ from epslots.arrays import IntArray
 from epslots.placement.forecast import Forecast
 from epslots.placement.placement import Placement
 from epslots.placement.planner import ExpectedLoad, Proposal, RankHardware, propose
+from epslots.placement.pooled_forecast import LearnsTraffic
 from epslots.placement.slot_quotas import deal_quotas, improve_quotas
 
 # The share of a step's time that migrations may take.
@@ -50,7 +51,7 @@ class Replanner:
         pools: Sequence[Sequence[int]],
         *,
         planner: Propose = propose,
-        forecast: Callable[[], Forecast] = Forecast,
+        forecast: Callable[[], LearnsTraffic] = Forecast,
     ) -> None:
         self.num_experts_L = num_experts_L
         self._pools = [np.array(pool) for pool in pools]

@@ -14,6 +14,7 @@ import pytest
 
 from cluster.api import Cluster
 from cluster.controller.controller import Controller
+from cluster.controller.role_forecasts import MakeForecast
 from cluster.driver import controller_client
 from cluster.errors import ClusterError
 from cluster.messages.controller import Attach
@@ -55,8 +56,8 @@ class Restless:
         return Proposal(found, False, 1, 1, int(found.wanted_LRE.sum()), 0.5, 0.6, NO_REASONS)
 
 
-def restless() -> Controller:
-    return Controller(lambda: 0.0, planner=Restless(), share=1.0)
+def restless(forecast: MakeForecast) -> Controller:
+    return Controller(lambda: 0.0, planner=Restless(), share=1.0, forecast=forecast)
 
 
 @pytest.fixture
@@ -311,7 +312,7 @@ def test_what_a_rank_can_not_follow_ends_nothing(open_cluster: Open, folder: Pat
             more = Placement(1, current.num_experts_L, current.home_LE, current.wanted_LRE, current.quota_LR + 1)
             return Proposal(more, False, 1, 1, 0, 0.5, 0.6, NO_REASONS)
 
-    backend = FakeBackend(make_controller=lambda: Controller(lambda: 0.0, planner=Foolish()))
+    backend = FakeBackend(make_controller=lambda _: Controller(lambda: 0.0, planner=Foolish()))
     cluster, _ = open_cluster(2, backend)
     with caplog.at_level(logging.WARNING, logger="epslots.cluster"):
         assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=40, **GREEDY)) == expected(folder, PROMPTS, 40)

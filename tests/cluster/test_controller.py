@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 
 from cluster.controller.controller import OVERDUE, SHARE
+from cluster.controller.group_controllers import GroupControllers
 from cluster.messages.controller import (
     ControllerState,
     Explain,
     Freeze,
     Learn,
     LoadReport,
+    Order,
     Rebalance,
+    Reply,
+    address,
     decode_order,
     decode_reply,
     encode,
@@ -45,7 +49,7 @@ def test_it_waits_for_a_group():
     assert there.state is ControllerState.WAITING
     assert there.answer(told(1, 2)).set_placement is None
     assert there.answer(Rebalance()).set_placement is None
-    assert explained(there).group == -1
+    assert explained(there).epoch == -1
     assert there.answer(meeting(placement_of(2))).state is ControllerState.WATCHING
 
 
@@ -102,6 +106,40 @@ def test_windows_count_when_all_ranks_have_told_and_only_once():
     there.answer(told(1, 3))  # again, as a whole
     assert len(planner.asked) == 1
     assert explained(there).windows == 1
+
+
+def test_slow_ranks_are_planned_for_and_explained():
+    planner = Planner()
+    there = controller(planner)
+    there.answer(meeting(placement_of(3), role="decode"))
+    seconds = (0.1, 0.3, 0.1)
+    windows = [window(compute_s=(each, 0.0, 0.0)) for each in seconds]
+    reply = there.answer(Learn(tuple(LoadReport(0, rank, 1, one) for rank, one in enumerate(windows)), 0))
+    assert reply.speeds == (1000, 333, 1000)
+    assert planner.asked[0][2].speed_R.tolist() == [1000, 333, 1000]
+    found = explained(there)
+    assert (found.speeds, found.role, found.pooled) == ((1000, 333, 1000), "decode", 1)
+    assert "speeds of the ranks, usual = 1: 1.00, 0.33, 1.00" in str(found)
+    assert "epoch 0, role decode" in str(found)
+
+
+def test_groups_of_a_role_learn_together():
+    """Each from the windows of all, whatever the others' epochs are; and others' roles apart."""
+    planner = Planner()
+    groups = GroupControllers(lambda forecast: controller(planner, forecast=forecast))
+
+    def ask(group: int, order: Order) -> Reply:
+        return decode_reply(groups.answer(address(group, encode(order))))
+
+    for group, role in enumerate(("prefill", "decode", "decode")):
+        ask(group, meeting(placement_of(2), epoch=group, role=role))
+    for number in (1, 2, 3):
+        for group, hot in enumerate(((90, 2, 2, 2, 2, 2), (2, 90, 2, 2, 2, 2), (2, 2, 90, 2, 2, 2))):
+            ask(group, told(number, 2, window(hot), epoch=group))
+    prefill, first, second = (expected.tokens_LE[0] for _, expected, *_ in planner.asked[-3:])
+    assert prefill[0] > 150 and max(prefill[1:]) < 10
+    assert first[1] > 40 and first[2] > 40 and second[1] > 40, "half of the windows are the other one's"
+    assert [explained(groups.by_group[group]).pooled for group in range(3)] == [1, 2, 2]
 
 
 def test_windows_that_a_rank_left_out_are_given_up():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Hashable
+from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, cast
@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 
 from cluster.controller.controller import Controller
+from cluster.controller.role_forecasts import MakeForecast
 from cluster.driver import controller_client as steering_module
 from cluster.driver.backend import Backend, WorkerHandle
 from cluster.driver.controller_client import ControllerClient
@@ -22,6 +23,7 @@ from cluster.messages.controller import Attach, ControllerState, Learn, Order, R
 from cluster.messages.placement import GetGroupState, LoadReport, SetPlacement
 from cluster.messages.rank import Command
 from epslots.placement.placement import Placement, pack
+from epslots.rank_groups import Role
 from tests.support.clock_loop import ClockLoop
 from tests.support.controller_helpers import Planner, controller, group_state_of, placement_of, window
 from tests.support.fake_backend import ControllerFault, FakeBackend, FakeController
@@ -35,6 +37,9 @@ class FakeRankCalls:
     def __init__(self, count: int = 2) -> None:
         self.epoch = -1
         self.formed = False
+        self.role: Role = "mixed"
+        self.speeds: list[tuple[int, ...]] = []
+        """Those that the controller has told."""
         self.members: list[WorkerRecord] = []
         self.followed: Placement = placement_of(count)
         self.answers = True
@@ -51,6 +56,9 @@ class FakeRankCalls:
 
     def keep_placement(self, placement: bytes) -> None:
         pass
+
+    def learn_speeds(self, speeds: Sequence[int]) -> None:
+        self.speeds.append(tuple(speeds))
 
     def send(self, worker: Hashable, command: Command) -> None:
         assert isinstance(worker, WorkerRecord)
@@ -91,7 +99,7 @@ async def steered(
 ) -> AsyncIterator[tuple[ControllerClient, FakeRankCalls, FakeBackend]]:
     """A group with controller_client; nothing of it is left afterwards."""
     before = asyncio.all_tasks()
-    backend = backend or FakeBackend(make_controller=lambda: controller(Planner(moves=True)))
+    backend = backend or FakeBackend(make_controller=lambda _: controller(Planner(moves=True)))
     ranks = FakeRankCalls()
     ranks.controller_client = controller_client = ControllerClient(
         partial(SharedController(cast(Backend, backend)).start, 0), ranks, ranks.send
@@ -148,6 +156,23 @@ def test_what_is_decided_is_taken_to_all_ranks(run: Run):
     run(scenario())
 
 
+def test_learned_speeds_reach_the_ranks_requests(run: Run):
+    """Those of this epoch alone."""
+
+    async def scenario() -> None:
+        async with steered(FakeBackend(make_controller=lambda _: controller(Planner()))) as (client, ranks, _):
+            for rank, seconds in enumerate((0.05, 0.2)):
+                one = window(compute_s=(seconds, 0.0, 0.0))
+                client.take_report(LoadReport(ranks.epoch, rank, 1, one))
+            await until(lambda: ranks.speeds[-1:] == [(1600, 400)])
+            ranks.form()
+            before = len(ranks.speeds)
+            await until(lambda: len(ranks.speeds) > before)
+            assert ranks.speeds[before:] == [(1000, 1000)]
+
+    run(scenario())
+
+
 @pytest.mark.parametrize("fault", ["crash", "hang", "garbage", "bug"])
 @pytest.mark.parametrize("order", [1, 2])
 def test_one_that_fails_is_replaced_and_versions_grow(
@@ -184,7 +209,7 @@ def test_one_that_fails_is_replaced_and_versions_grow(
 
 def test_hiring_is_tried_again_and_again(run: Run):
     async def scenario() -> None:
-        backend = FakeBackend(make_controller=lambda: controller(Planner()))
+        backend = FakeBackend(make_controller=lambda _: controller(Planner()))
         backend.refuse_controllers = ["no room"] * 3
         async with steered(backend, formed=False) as (controller_client, ranks, _):
             ranks.form()
@@ -231,7 +256,7 @@ class Gated(FakeController):
 
 
 class GatedBackend(FakeBackend):
-    def __init__(self, make: Callable[[], Controller]) -> None:
+    def __init__(self, make: Callable[[MakeForecast], Controller]) -> None:
         super().__init__(make_controller=make)
         self.gate = asyncio.Event()
         self.gate.set()
@@ -246,7 +271,7 @@ class GatedBackend(FakeBackend):
 
 def test_while_it_is_busy_windows_are_dropped_on_all_ranks_alike(run: Run):
     async def scenario() -> None:
-        backend = GatedBackend(lambda: controller(Planner()))
+        backend = GatedBackend(lambda _: controller(Planner()))
         async with steered(backend) as (controller_client, ranks, _):
             backend.gate.clear()
             ranks.tell(1)
@@ -273,7 +298,7 @@ def test_while_it_is_busy_windows_are_dropped_on_all_ranks_alike(run: Run):
 @pytest.mark.parametrize("turns", range(6))
 def test_an_answer_that_meets_the_end_does_not_prevent_it(run: Run, turns: int):
     async def scenario() -> None:
-        backend = GatedBackend(lambda: controller(Planner()))
+        backend = GatedBackend(lambda _: controller(Planner()))
         async with steered(backend) as (controller_client, ranks, _):
             backend.gate.clear()
             ranks.tell(1)
@@ -310,7 +335,7 @@ def test_without_a_controller_windows_are_dropped(run: Run):
 
 def test_what_comes_too_late_for_a_group_does_not_reach_the_next(run: Run):
     async def scenario() -> None:
-        backend = GatedBackend(lambda: controller(Planner(moves=True)))
+        backend = GatedBackend(lambda _: controller(Planner(moves=True)))
         async with steered(backend) as (controller_client, ranks, _):
             backend.gate.clear()
             ranks.tell(1)
@@ -353,7 +378,7 @@ def test_a_group_that_breaks_before_it_has_said_how_things_stand(run: Run):
             assert isinstance(met, Attach)
             assert met.group.epoch == 1
             assert len(met.group.nodes) == 3
-            assert (await controller_client.explain()).group == 1
+            assert (await controller_client.explain()).epoch == 1
             assert len(backend.controllers) == 1
 
     run(scenario())
@@ -396,7 +421,7 @@ def test_what_was_asked_is_answered_by_the_next_controller(run: Run):
     async def scenario() -> None:
         async with steered() as (controller_client, _, backend):
             backend.controller_at(1, "crash")
-            assert (await controller_client.explain()).group == 0
+            assert (await controller_client.explain()).epoch == 0
             assert len(backend.controllers) == 2
 
     run(scenario())
@@ -415,7 +440,7 @@ def test_an_order_is_given_once(run: Run):
 @pytest.mark.parametrize("turns", range(8))
 def test_giving_up_as_the_answer_comes_costs_no_controller(run: Run, turns: int):
     async def scenario() -> None:
-        backend = GatedBackend(lambda: controller(Planner()))
+        backend = GatedBackend(lambda _: controller(Planner()))
         async with steered(backend) as (controller_client, _, _2):
             backend.gate.clear()
             asking = asyncio.create_task(controller_client.explain())
@@ -424,7 +449,7 @@ def test_giving_up_as_the_answer_comes_costs_no_controller(run: Run, turns: int)
             await pass_turns(turns)
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
-            assert (await controller_client.explain()).group == 0
+            assert (await controller_client.explain()).epoch == 0
             assert len(backend.controllers) == 1
 
     run(scenario())
@@ -432,7 +457,7 @@ def test_giving_up_as_the_answer_comes_costs_no_controller(run: Run, turns: int)
 
 def test_an_order_that_nobody_waits_for_any_more_is_forgotten(run: Run):
     async def scenario() -> None:
-        backend = GatedBackend(lambda: controller(Planner()))
+        backend = GatedBackend(lambda _: controller(Planner()))
         async with steered(backend) as (controller_client, _, _2):
             backend.gate.clear()
             asking = asyncio.create_task(controller_client.rebalance())
@@ -440,7 +465,7 @@ def test_an_order_that_nobody_waits_for_any_more_is_forgotten(run: Run):
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
             backend.gate.set()
-            assert (await controller_client.explain()).group == 0
+            assert (await controller_client.explain()).epoch == 0
             assert sum(isinstance(order, Rebalance) for order in backend.orders) <= 1
 
     run(scenario())
@@ -459,7 +484,7 @@ class Backwards(Controller):
 
 def test_a_version_that_goes_back_is_not_taken_to_the_ranks(run: Run):
     async def scenario() -> None:
-        backend = FakeBackend(make_controller=lambda: Backwards(lambda: 0.0))
+        backend = FakeBackend(make_controller=lambda _: Backwards(lambda: 0.0))
         async with steered(backend) as (_, ranks, _2):
             ranks.tell(1)
             await until(lambda: len(backend.controllers) == 2)

@@ -138,7 +138,7 @@ class Lives(RuleBasedStateMachine):
         if not hasattr(self, "there"):
             return
         found = explained(self.there)
-        if found.group == -1:
+        if found.epoch == -1:
             assert found.state is ControllerState.WAITING
         elif self.frozen:
             assert found.state is ControllerState.FROZEN

@@ -38,8 +38,8 @@ def test_each_group_is_a_whole_model(open_cluster: Open, folder: Path):
     assert cluster.ranks == 4
     until(cluster, lambda: sum(isinstance(order, Attach) for order in backend.orders) == 2)
     assert backend.controllers_started == 1, "one controller plans for both"
-    assert [cluster.explain(group).group for group in (0, 1)] == epochs(cluster)
-    assert [cluster.rebalance(group).group for group in (0, 1)] == epochs(cluster)
+    assert [cluster.explain(group).epoch for group in (0, 1)] == epochs(cluster)
+    assert [cluster.rebalance(group).epoch for group in (0, 1)] == epochs(cluster)
     assert len(cluster.placement(1).ranks) == 2
     with pytest.raises(ConfigError, match="group=2; allowed: 0 to 1"):
         cluster.explain(2)
@@ -152,12 +152,51 @@ def test_whole_groups_come_and_go(open_cluster: Open, folder: Path):
     assert [client.frozen for client in cluster._supervisor.controllers] == [True] * 3
     cluster.scale(ranks=1)
     assert cluster.ranks == len(epochs(cluster)) == len(cluster._supervisor.controllers) == 1
-    assert [cluster.explain().group] == epochs(cluster), "the last group's controller is gone"
+    assert [cluster.explain().epoch] == epochs(cluster), "the last group's controller is gone"
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12)) == expected(folder, PROMPTS, 12)
     assert running.result().tokens == expected(folder, [PROMPTS[0]], 60)[0], "its rank was no longer needed, or stayed"
     cluster.scale(2)
     assert cluster.explain(1).state == "frozen"
     assert backend.bundles == 2
+
+
+def test_groups_grow_while_requests_go_on(open_cluster: Open, folder: Path):
+    """Each forms anew with its new rank; those that came last go first."""
+    cluster, backend = open_cluster(ranks=2, groups=2, window_steps=4)
+    running = [cluster.submit(prompt, max_new_tokens=60) for prompt in PROMPTS[:2]]
+    cluster.scale(ranks=4, groups=2)
+    assert backend.dealt == [0, 1, 0, 1]
+    stats = cluster.stats()
+    assert [(rank.group, rank.rank) for rank in stats.ranks] == [(0, 0), (0, 1), (1, 2), (1, 3)]
+    assert [len(cluster.placement(group).ranks) for group in (0, 1)] == [2, 2]
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12)) == expected(folder, PROMPTS, 12)
+    assert [one.result().tokens for one in running] == expected(folder, PROMPTS[:2], 60)
+    cluster.scale(ranks=2, groups=1)
+    assert (cluster.ranks, len(cluster.state().groups), backend.dealt) == (2, 1, [0, 0])
+    assert tokens_of(cluster.generate(PROMPTS[:2], max_new_tokens=12)) == expected(folder, PROMPTS[:2], 12)
+
+
+def test_groups_that_find_no_room_stay_as_they_are(open_cluster: Open, folder: Path):
+    cluster, _ = open_cluster(ranks=2, groups=2, backend=FakeBackend(room=3))
+    with pytest.raises(ClusterError, match="4 ranks need 4 bundles, and there are 3"):
+        cluster.scale(ranks=4, groups=2)
+    cluster.scale(groups=3)
+    assert (cluster.ranks, [group.ranks for group in cluster.state().groups]) == (3, [1, 1, 1])
+    assert tokens_of(cluster.generate(PROMPTS[:2], max_new_tokens=12)) == expected(folder, PROMPTS[:2], 12)
+
+
+def test_slower_ranks_get_fewer_requests(open_cluster: Open):
+    """As the controller has learned, until the group forms anew."""
+    cluster, _ = open_cluster(ranks=2)
+    group, scheduler = cluster._supervisor.groups[0], cluster._supervisor.router._scheduler
+
+    async def speeds(*learned: int) -> list[float]:
+        group.learn_speeds(learned)
+        return [scheduler._ranks.of(worker).capacity(worker).speed for worker in group.members]
+
+    assert cluster._thread.call(speeds(500, 1500)) == [0.5, 1.5]
+    assert cluster._thread.call(speeds(1, 2, 3)) == [0.5, 1.5], "of another group"
+    scheduler.check()
 
 
 def test_groups_have_one_size(open_cluster: Open):
@@ -168,7 +207,7 @@ def test_groups_have_one_size(open_cluster: Open):
     cluster, _ = open_cluster(ranks=4, groups=2)
     for wrong, message in (
         ({"ranks": 3}, "ranks=3; allowed: multiples of 2"),
-        ({"ranks": 4, "groups": 1}, "allowed: groups alone, each of 2 ranks"),
+        ({"ranks": 2, "groups": 2}, "allowed: at least 2 ranks a group"),
         ({"groups": 0}, "groups=0"),
         ({}, "ranks or groups"),
     ):

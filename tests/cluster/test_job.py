@@ -557,7 +557,10 @@ def without_logprobs(found: dict[int, dict[str, Any]]) -> dict[int, dict[str, An
 
 @pytest.mark.usefixtures("one_load_at_a_time")
 def test_a_job_on_real_ranks_broken_off_and_resumed(tmp_path: Path, cache_dir: Path):
-    """Every bad prompt has its line, and the texts are those of an undisturbed run on one rank, though it began on two."""
+    """Every bad prompt has its line, and the texts are those of an undisturbed run on one rank.
+
+    Though it began on two groups with roles, and went on with two that do all.
+    """
 
     class Breaks(Cluster):
         def generate(self, prompts: Any, **settings: Any) -> Any:
@@ -566,8 +569,8 @@ def test_a_job_on_real_ranks_broken_off_and_resumed(tmp_path: Path, cache_dir: P
                     raise ClusterError("all ranks are lost")
                 yield result
 
-    def ranks(count: int, kind: type[Cluster] = Cluster) -> Cluster:
-        settings: dict[str, Any] = {"slots": 8, "kv_tokens": 256, "dtype": "float32", "costs": TOKENS_TRAVEL}
+    def ranks(count: int, kind: type[Cluster] = Cluster, **groups: int) -> Cluster:
+        settings: dict[str, Any] = {"slots": 8, "kv_tokens": 256, "dtype": "float32", "costs": TOKENS_TRAVEL, **groups}
         return kind(example_model(), ranks=count, backend=FakeBackend(), cache_dir=cache_dir, progress=False, **settings)
 
     (tmp_path / "one").mkdir()
@@ -575,9 +578,9 @@ def test_a_job_on_real_ranks_broken_off_and_resumed(tmp_path: Path, cache_dir: P
         (folder / "in.jsonl").write_bytes(REAL)
     one, job = make_job(tmp_path / "one"), make_job(tmp_path)
     assert run_job(one, lambda: ranks(1)) == 1
-    assert run_job(job, lambda: ranks(2, Breaks)) == 3
+    assert run_job(job, lambda: ranks(2, Breaks, prefill_ranks=1)) == 3
     assert len(results(job)) == 2
-    assert run_job(job, lambda: ranks(1)) == 1
+    assert run_job(job, lambda: ranks(2, groups=2)) == 1
     found = results(job)
     assert without_logprobs(found) == without_logprobs(results(one))  # whose last digits differ with the batch
     assert sorted(found) == list(range(1, 16))

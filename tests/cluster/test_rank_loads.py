@@ -95,3 +95,19 @@ def test_the_most_free_cache_is_found_beyond_the_least_loaded():
     asked = Load(50, 1, alone=False)  # the last two have room, and most to do
     assert [loads.least_loaded(asked) for _ in range(3)] == [_TRIES + 1] * 3
     assert loads.least_loaded(Load(70, 1, alone=False)) is None
+
+
+@given(st.lists(st.integers(5, 50), min_size=60, max_size=90), st.sampled_from([2.0, 4.0]))
+def test_a_slow_rank_gets_its_share_of_the_work(due: list[int], times: float):
+    """A rank that is found to be so many times slower, in the middle of its work."""
+    loads = RankLoads()
+    for worker in range(3):
+        loads.serve(worker, RankCapacity(10**6, 10**3))
+    loads.serve(0, RankCapacity(10**6, 10**3, speed=1 / times))
+    given_R = [0, 0, 0]
+    for tokens in due:
+        worker = loads.least_loaded(load := Load(1, tokens, alone=False))
+        assert isinstance(worker, int)
+        loads.add(worker, load)
+        given_R[worker] += tokens
+    assert abs(given_R[0] * times - (given_R[1] + given_R[2]) / 2) <= 50 * (times + 1), "but for a request or two"

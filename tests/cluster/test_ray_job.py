@@ -1,6 +1,6 @@
 """A job through Ray's job API, on two nodes with token authentication: stopped in the middle, and submitted again.
 
-The second time with one rank: that is no part of what has been done.
+The first time with a group on each node, one of which computes prompts; then with one rank: that is no part of the results.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning"),  # Ray's client says it to aiohttp
 ]
 
-PROMPTS = [zoo.random_ids(1, 3 + 5 * (n % 4), seed=n)[0].tolist() for n in range(30)]
+PROMPTS = [zoo.random_ids(1, 3 + 15 * (n % 4), seed=n)[0].tolist() for n in range(30)]
 LINES = len(PROMPTS) + 1
 NEW = 20
 
@@ -58,8 +58,8 @@ def test_a_job_is_stopped_and_goes_on(ray_tokens: None, checkpoint: Callable[[st
     with start_nodes(dashboard=True) as nodes, nodes.further():
         client = JobSubmissionClient(f"http://{nodes.head.webui_url}")
 
-        def submit(module: str, ranks: int, attempts: int = 5) -> str:
-            command = shlex.join(map(str, [sys.executable, "-m", module, *arguments, "--ranks", ranks]))
+        def submit(module: str, ranks: Sequence[str], attempts: int = 5) -> str:
+            command = shlex.join(map(str, [sys.executable, "-m", module, *arguments, *ranks]))
             code = {"working_dir": str(ROOT), "excludes": [".git", "examples"]}
             try:
                 return client.submit_job(entrypoint=command, runtime_env=code)
@@ -68,7 +68,7 @@ def test_a_job_is_stopped_and_goes_on(ray_tokens: None, checkpoint: Callable[[st
                     raise
                 return submit(module, ranks, attempts - 1)
 
-        def run(module: str, ranks: int, stop_at: str | None = None, attempts: int = 4) -> tuple[str, str]:
+        def run(module: str, ranks: Sequence[str], stop_at: str | None = None, attempts: int = 4) -> tuple[str, str]:
             job = submit(module, ranks)
             log = follow(client, job, stop_at)
             # On a busy machine a node may be late to join, or to be free again. Then nothing was begun, and that is said.
@@ -79,11 +79,11 @@ def test_a_job_is_stopped_and_goes_on(ray_tokens: None, checkpoint: Callable[[st
             nodes.replace_lost()
             return run(module, ranks, stop_at, attempts - 1)
 
-        first, log = run("tests.support.held_job", 2, stop_at=HELD)
+        first, log = run("tests.support.held_job", ["--prefill-ranks", "1", "--decode-ranks", "1"], stop_at=HELD)
         assert client.get_job_status(first) == JobStatus.STOPPED, log
         done = output.read_text().count("\n")
         assert 0 < done < LINES, log
-        second, rest = run("cluster.job", 1)
+        second, rest = run("cluster.job", ["--ranks", "1"])
         assert client.get_job_status(second) == JobStatus.FAILED, rest  # as one line is no prompt
     assert f"going on: {done} of {LINES} prompts were done before" in rest, rest
     assert f"line {LINES}" in log + rest, log + rest

@@ -11,7 +11,6 @@ import ray
 
 from cluster.driver.backend import WorkerDied
 from cluster.errors import ClusterError
-from cluster.ray_backend.bundles import by_groups
 from cluster.ray_backend.connect import RANK_RESOURCE
 from cluster.ray_backend.nodes import Node, NoRoom, choose_nodes, count_bundles, need_of_bundle
 from tests.support.rank_helpers import PATIENCE_S, until
@@ -19,6 +18,7 @@ from tests.support.ray_helpers import PatientDriver, RayNodes, drive, node_hosts
 
 CPU = {"CPU": 1.0}
 GPU = {"GPU": 1.0, "CPU": 1.0}
+RACK = {"epslots/rack": "r1"}
 
 
 def node(name: str, total: dict[str, float], **free: float) -> Node:
@@ -138,7 +138,7 @@ def test_a_lost_nodes_rank_moves_to_a_node_that_joins(ray_nodes: RayNodes):
 
 
 def test_pack_and_spread(ray_nodes: RayNodes):
-    with ray_nodes.further(3), drive(ranks=0, address=ray_nodes.address):
+    with ray_nodes.further(3, labels=RACK) as first_in_rack, drive(ranks=0, address=ray_nodes.address):
         for strategy, counts in (("PACK", [2]), ("STRICT_PACK", [2]), ("SPREAD", [1, 1])):
             until(lambda: ray.available_resources().get("CPU") == 5)  # what was there before is gone
             with drive(ranks=2, address=ray_nodes.address, strategy=strategy) as driver:
@@ -151,14 +151,11 @@ def test_pack_and_spread(ray_nodes: RayNodes):
         with drive(ranks=4, address=ray_nodes.address, groups=2) as driver:  # three together would divide the second group
             first, second, third, fourth = hosts_of(driver, 4)
             assert first == second != third == fourth
-
-
-@pytest.mark.parametrize(
-    ("first", "count", "size", "parts"),
-    [(0, 6, None, [6]), (0, 6, 2, [2, 2, 2]), (3, 5, 4, [1, 4]), (4, 2, 4, [2]), (5, 1, 2, [1]), (0, 3, 4, [3])],
-)
-def test_each_group_is_packed_by_itself(first: int, count: int, size: int | None, parts: list[int]):
-    assert by_groups(first, count, size) == parts
+        with ray_nodes.further(1, labels=RACK) as next_in_rack:  # together with the first one it has room for four
+            until(lambda: ray.available_resources().get("CPU") == 6)
+            with drive(ranks=4, address=ray_nodes.address) as driver:
+                found = Counter(hosts_of(driver, 4))
+                assert found == {node_hosts()[first_in_rack._node_id]: 3, node_hosts()[next_in_rack._node_id]: 1}
 
 
 def test_too_many_ranks_are_refused_with_who_holds_the_rest(ray_nodes: RayNodes):

@@ -1,4 +1,7 @@
-"""``epslots serve`` as a process, with a Ray of its own: it serves, survives a rank's death, drains, and leaves nothing."""
+"""``epslots serve`` as a process, with a Ray of its own: it serves, survives a rank's death, drains, and leaves nothing.
+
+One rank computes prompts and hands them over to the other one.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,23 @@ from tests.support.http_service import COMPLETIONS, raw_request, read_until
 from tests.support.rank_helpers import PATIENCE_S
 
 KEY = "a-key-of-ours"
-BODY = {"prompt": "def read(path):\n", "max_tokens": 200, "temperature": 0, "ignore_eos": True}
+BODY = {"prompt": "def read(path):\n    return path\n\n" * 8, "max_tokens": 200, "temperature": 0, "ignore_eos": True}
 
 
 @pytest.fixture
 def process(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    options = ["--ranks", "2", "--slots", "4", "--port", "0", "--cache-dir", str(tmp_path / "stores")]
+    options = [
+        "--prefill-ranks",
+        "1",
+        "--decode-ranks",
+        "1",
+        "--slots",
+        "4",
+        "--port",
+        "0",
+        "--cache-dir",
+        str(tmp_path / "stores"),
+    ]
     with subprocess.Popen(
         [sys.executable, "-m", "epslots", "serve", *options],
         stderr=subprocess.PIPE,
@@ -58,6 +72,14 @@ def ask(port: int, method: str, path: str, body: Any = None, key: str = KEY) -> 
     return found
 
 
+def ask_text(port: int, path: str) -> str:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+    connection.request("GET", path, headers={"Authorization": f"Bearer {KEY}"})
+    found = connection.getresponse().read().decode()
+    connection.close()
+    return found
+
+
 def test_a_service_of_its_own(process: subprocess.Popen[str]):
     listening = re.search(r":(\d+);", line_with(process, "listening at"))
     assert listening is not None
@@ -69,6 +91,10 @@ def test_a_service_of_its_own(process: subprocess.Popen[str]):
     assert ask(port, "POST", COMPLETIONS, BODY, key="another-key")[0] == 401
     status, right = ask(port, "POST", COMPLETIONS, BODY)
     assert status == 200
+    metrics = ask_text(port, "/metrics")
+    assert re.search(r"^epslots:hand_overs_total\{.*\} 1\.0$", metrics, re.MULTILINE), metrics
+    decoded = re.search(r'^epslots:group_new_tokens_total\{group="1",.*role="decode"\} (\d+)', metrics, re.MULTILINE)
+    assert decoded is not None and 100 < int(decoded[1]) < 200, "the first ones came from where the prompt was computed"
     driver = psutil.Process(process.pid)
     children = driver.children(recursive=True)
     ranks = [child for child in children if "WorkerActor" in " ".join(child.cmdline())]

@@ -13,6 +13,7 @@ import cluster.rank.cache_exchange
 import cluster.rank.rank_reports
 from cluster.api import Cluster
 from cluster.config import cluster_config
+from cluster.driver import request_router
 from cluster.driver.hand_over_costs import HandOverCosts
 from cluster.driver.hand_overs import HandOvers
 from cluster.errors import ClusterError
@@ -196,6 +197,34 @@ def test_a_lost_rank_costs_no_token(open_cluster: Open, folder: Path, source: bo
         serve_again(cluster, 2)
         backend.on_link = lambda _: None
         assert trouble.done
+    check_empty(cluster, backend)
+
+
+@pytest.mark.parametrize("soon_s", [1e6, 0.0])
+def test_prompts_wait_a_while_for_their_group(
+    open_cluster: Open, folder: Path, monkeypatch: pytest.MonkeyPatch, soon_s: float
+):
+    """While it forms anew, but not for longer: then they are computed where they decode."""
+    monkeypatch.setattr(request_router, "SOON_S", soon_s)
+    cluster, backend = open_cluster(ranks=2, prefill_ranks=1)
+    group, router = cluster._supervisor.groups[0], cluster._supervisor.router
+    backend.unreachable.add(0)
+
+    async def break_up() -> None:
+        group.break_up("says the test")
+
+    cluster._thread.call(break_up())
+    running = [cluster.submit(prompt, max_new_tokens=NEW) for prompt in LONG]
+    if soon_s:
+        until(cluster, lambda: len(router._scheduler) == len(LONG) and not router._assignment_due)
+        assert router.queued == len(LONG)
+        backend.unreachable.clear()
+    assert [each.result().tokens for each in running] == expected(folder, LONG, NEW)
+    backend.unreachable.clear()
+    serve_again(cluster, 2)
+    prefill, decode = (rank.engine for rank in cluster.stats().ranks)
+    computed = prefill if soon_s else decode
+    assert computed.prompt_tokens + computed.reused_tokens >= sum(map(len, LONG))
     check_empty(cluster, backend)
 
 

@@ -178,6 +178,25 @@ def test_a_failed_hand_over_is_tried_again_later():
     assert tried == [1, 1 + RETRY_TOKENS, 1 + 3 * RETRY_TOKENS]
 
 
+def test_prompts_wait_for_a_group_that_soon_serves_again():
+    """Or they would hold up what is being decoded, whenever a group of the others forms anew."""
+    scheduler = with_roles(p=PREFILL, q=PREFILL, x=DECODE)
+    scheduler.pause(["p", "q"], soon=True)
+    scheduler.add([request("a", 50, 20)])
+    assert scheduler.assign() == []
+    scheduler.release("p")
+    assert scheduler.assign() == [], "another one of them is there"
+    scheduler.serve({"q": PREFILL})
+    assert [worker for worker, _ in scheduler.assign()] == ["q"]
+    for end in (lambda: scheduler.pause(["q"]), lambda: scheduler.release("q", blame=False)):
+        scheduler.pause(["q"], soon=True)
+        scheduler.add([request(f"b{len(scheduler)}", 50, 20)])
+        assert scheduler.assign() == []
+        end()
+        assert {worker for worker, _ in scheduler.assign()} == {"x"}, "it doesn't come, or is lost"
+    scheduler.check()
+
+
 def test_where_one_role_is_missing_the_other_does_all():
     scheduler = with_roles(p=PREFILL, x=DECODE)
     scheduler.pause(["p"])

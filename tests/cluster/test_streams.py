@@ -13,7 +13,7 @@ import pytest
 from cluster.api import Cluster
 from cluster.errors import ClusterError, Overloaded, RequestFailed
 from cluster.generation import Generation, PromptChoice
-from cluster.reports import ClusterState
+from cluster.reports import ClusterState, GroupReport
 from cluster.token_stream import TokenStream
 from epslots.errors import ConfigError
 from epslots.generation.portions import Portion
@@ -404,12 +404,18 @@ def test_text_with_special_tokens_lacks_the_one_that_ends_it():
 
 def test_the_state_is_known_without_asking_a_rank(open_cluster: Any):
     cluster, _ = with_text(open_cluster, max_queue=4)
+    epoch = cluster.state().epoch
+    groups = (GroupReport(0, "mixed", epoch, formed=True, ranks=1, handing_over=0),)
     assert cluster.state() == ClusterState(
-        ranks=1, epoch=cluster.state().epoch, queued=0, running=0, free=4, places=4, failure=None
+        ranks=1, epoch=epoch, queued=0, running=0, free=4, places=4, failure=None, groups=groups
     )
     assert cluster.limits.capacity >= 512
     held = cluster.submit(PROMPTS[0], max_new_tokens=400, stop_tokens=())
     assert cluster.state().free == 3
+    reader = held.portions()
+    next(reader)
+    assert cluster.group_of(held) == 0
     held.close()
+    assert cluster.group_of(held) is None
     cluster.close()
     assert cluster.state().failure == "the cluster was closed"

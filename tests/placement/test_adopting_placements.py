@@ -17,6 +17,8 @@ from epslots.group.join import join, start_rank
 from epslots.group.rank_group import RankGroup, group_of
 from epslots.placement.placement import Placement, default_placement
 from epslots.placement.placement_file import write_placement
+from epslots.placement.rank_speeds import work_ns
+from epslots.planner.cost_model import Costs
 from epslots.progress import ProgressDisplay
 from epslots.runtime import runtime_of
 from epslots.telemetry import WindowMeter
@@ -288,15 +290,19 @@ def test_windows_add_up_to_the_counters(checkpoint: Checkpoints, cache_dir: Path
         for index, (layer, was) in enumerate(zip(telemetry[rank].snapshot().layers, before[rank].layers, strict=True)):
             tokens = sum(window.tokens_LE(*shape)[index] for window in cut)
             assert tokens.tolist() == [a - b for a, b in zip(layer.tokens_per_expert, was.tokens_per_expert, strict=True)]
-            for name in ("hits", "misses", "host_bytes", "peer_bytes"):
+            for name in ("hits", "misses", "host_bytes", "peer_bytes", "pairs_sent", "pairs_received"):
                 assert sum(getattr(window, name)[index] for window in cut) == getattr(layer, name) - getattr(was, name)
             assert sum(window.layer_s[index] for window in cut) == pytest.approx(layer.layer_s - was.layer_s)
             assert 0 < layer.wait_s < layer.layer_s
+            assert 0 < layer.compute_s <= layer.layer_s - layer.wait_s - layer.stall_s + 1e-9
     first, second = windows
     for mine, other in zip(first, second, strict=True):
         assert mine.uses == other.uses and mine.reuse == other.reuse, "what all ranks know is equal"
     total = sum(window.tokens_LE(*shape) for cut in windows for window in cut)
     used = sum(window.uses_LE(*shape) for window in first)
+    alone = Costs(1, 1, 1, 1, 1, 1, 1)
+    uses = sum(sum(window.hits) + sum(window.misses) for cut in windows for window in cut)
+    assert sum(work_ns(window, alone) for cut in windows for window in cut) == total.sum() + uses, "each pair is computed once"
     assert ((total > 0) == (used > 0)).all() and (used <= total).all()
     assert sum(window.reuse_LD(*shape) for window in first).sum() > 0
 
@@ -334,6 +340,9 @@ def test_absurd_windows_are_refused(change: dict[str, Any], says: str):
         (9, 9),
         (0, 0),
         (1, 1),
+        (0, 0),
+        (0, 0),
+        (0, 0),
         (0, 0),
     )
     window.check(np.array([3, 2]))

@@ -35,7 +35,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 def test_the_page_shows_the_metrics_and_chats(browser: Browser):
     """One visit: with a key, a wrong one first; texts of the model stay texts."""
-    with BusyCluster((64, 1, 384), says=HOSTILE) as cluster, serving(cluster, keys=("first-key-1",)) as client:
+    roles = BusyCluster((64, 1, 384), says=HOSTILE, roles=("prefill", "decode"))
+    with roles as cluster, serving(cluster, keys=("first-key-1",)) as client:
         client.headers = {"Authorization": "Bearer first-key-1"}
         client.post(COMPLETIONS, {"prompt": [5, 6], "max_tokens": 4})
         with browser.page() as page:
@@ -65,7 +66,13 @@ def test_the_page_shows_the_metrics_and_chats(browser: Browser):
             hits, misses = found["epslots:expert_hits_total"], found["epslots:expert_misses_total"]
             assert shown["note-hits"] == f"{100 * hits / (hits + misses):.1f} % since the start"
             assert shown["tile-requests"] == "0 / 0"
-            assert page.text("group") == "64 ranks, epoch 3"
+            assert page.text("group") == "64 ranks in 2 groups, epoch 3"
+            assert page.run("[...document.querySelectorAll('#groups tr')].map(row => row.innerText)") == [
+                "0\tprefill\tserving\t32\t128\t0\t3\t7, watching",
+                "1\tdecode\tserving\t32\t128\t1\t4\t8, watching",
+            ]
+            assert page.text("groups-note") == "9 hand-overs, 2 failed; 30 ms and 1.0 MiB each"
+            assert page.run("document.querySelector('#ranks tr:last-child').children[1].textContent") == "1, decode"
             assert page.run("document.querySelectorAll('#ranks tr').length") == 64
             assert page.run("document.documentElement.scrollWidth") <= 1440
             assert page.run("sessionStorage.length") == 1

@@ -279,13 +279,52 @@ def test_the_pages_values_are_the_metrics(busy: BusyCluster):
     )
     assert (frame["serving"], frame["epoch"]) == (found["epslots:ranks"], found["epslots:epoch"])
     assert frame["recoveries"] == found["epslots:group_recoveries_total"]
-    assert {f"epslots:rank_memory_bytes rank={rank['rank']}": rank["memory_bytes"] for rank in frame["ranks"]} == {
+    of_rank = "epslots:rank_memory_bytes group={group} rank={rank} role={role}".format
+    assert {of_rank(**rank): rank["memory_bytes"] for rank in frame["ranks"]} == {
         name: value for name, value in found.items() if name.startswith("epslots:rank_memory_bytes")
     }
     assert (frame["model"], frame["layers"], shown["layer"]["number"]) == ("scripted", 3, 1)
     # The one request's times, which the histograms sum up.
     assert frame["ttft_s"] == [pytest.approx(found["epslots:time_to_first_token_seconds_sum"])] * 2
     assert frame["per_token_s"] == [pytest.approx(found["epslots:request_time_per_output_token_seconds_sum"])] * 2
+
+
+def test_groups_and_roles_are_shown_as_measured():
+    """Page and metrics: each group's role, state, requests and hand-overs; and which rank is in which group."""
+    with BusyCluster((4, 1, 8), roles=("prefill", "decode")) as cluster, serving(cluster) as client:
+        cluster.formed[1] = False
+        with watching(client) as following:
+            frame = following()["frame"]
+            found = samples(client)
+    assert [(rank["rank"], rank["group"], rank["role"]) for rank in frame["ranks"]] == [
+        (0, 0, "prefill"),
+        (1, 0, "prefill"),
+        (2, 1, "decode"),
+        (3, 1, "decode"),
+    ]
+    first, second = frame["groups"]
+    assert (first["role"], first["formed"], first["handing_over"], first["placement"]) == ("prefill", True, 0, 7)
+    assert (second["role"], second["formed"], second["handing_over"], second["placement"]) == ("decode", False, 1, 8)
+    assert (second["serving"], second["requests"], second["controller"]) == (2, 8, "watching")
+    assert frame["hand_overs"] == {"done": 9, "failed": 2, "mean_s": pytest.approx(0.03), "mean_bytes": 2**20}
+    prefill, decode = " group=0 role=prefill", " group=1 role=decode"
+    assert (found[f"epslots:group_formed{prefill}"], found[f"epslots:group_formed{decode}"]) == (1, 0)
+    assert (found[f"epslots:group_ranks{decode}"], found[f"epslots:group_hand_overs_running{decode}"]) == (2, 1)
+    assert (found[f"epslots:group_epoch{decode}"], found[f"epslots:group_requests{prefill}"]) == (4, 8)
+    of_ranks = cluster.stats().by_group()[0]
+    assert 0 < found[f"epslots:group_prompt_tokens_total{prefill}"] <= of_ranks.engine.prompt_tokens
+    assert 0 < found[f"epslots:group_expert_hits_total{prefill}"] < of_ranks.hits
+    assert found["epslots:hand_overs_total"] == 9
+
+
+def test_groups_without_roles_hand_nothing_over():
+    with (
+        BusyCluster((2, 1, 8), roles=("mixed", "mixed")) as cluster,
+        serving(cluster) as client,
+        watching(client) as following,
+    ):
+        frame = following()["frame"]
+    assert frame["hand_overs"] is None and [group["role"] for group in frame["groups"]] == ["mixed"] * 2
 
 
 def test_the_page_follows_the_services_life():

@@ -16,6 +16,7 @@ from cluster.reports import ClusterStats, RankStats
 from cluster.serve.access_log import AccessLog, line_of
 from cluster.serve.cluster_metrics import balance as balance_of
 from cluster.serve.record import RequestRecord
+from epslots.generation.engine_stats import sum_engines
 from epslots.telemetry import COUNTERS, LayerStats, Stats
 from tests.support import ROOT
 from tests.support.http_service import CHAT, COMPLETIONS, samples, serving
@@ -124,15 +125,17 @@ def test_layers_have_metrics_on_demand():
     ("sent", "received", "balance"), [((0, 0), (0, 0), 1.0), ((4, 0), (0, 4), 0.5), ((2, 0), (0, 2), 4 / 6)]
 )
 def test_balance_is_mean_load_over_largest(sent: Any, received: Any, balance: float):
-    class Rank:
-        def __init__(self, number: int) -> None:
-            self.stats = Stats((layer("a", pairs_sent=sent[number], pairs_received=received[number]),))
+    """In each group alone: those of different roles have different loads."""
 
-    class Ranks:
-        ranks = (Rank(0), Rank(1))
+    def rank(group: int, number: int, times: int) -> RankStats:
+        moved = {"pairs_sent": times * sent[number], "pairs_received": times * received[number]}
+        one = layer("a", **moved)
+        tokens = tuple(times * count for count in one.tokens_per_expert)
+        stats = Stats((msgspec.structs.replace(one, tokens_per_expert=tokens),))
+        return RankStats(group, number, "here", stats, sum_engines(()), 0, 0, 0, 0, 0)
 
-    stats: Any = Ranks()
-    assert balance_of(stats) == pytest.approx(balance)
+    ranks = tuple(rank(group, number, times) for group, times in ((0, 1), (1, 50)) for number in (0, 1))
+    assert balance_of(ClusterStats(0, 0, ranks, Stats(()), sum_engines(()), ())) == pytest.approx(balance)
 
 
 def logged(**settings: Any) -> list[dict[str, Any]]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from cluster.driver.controller_client import ControllerStats
+from cluster.driver.hand_overs import HandOverCounts
 from cluster.messages.controller import ControllerState, Explanation, Judgement
 from cluster.messages.rank import LayerPlacement
-from cluster.reports import ClusterState, ClusterStats, PlacementReport, RankStats
+from cluster.reports import ClusterState, ClusterStats, GroupReport, PlacementReport, RankStats
 from epslots.generation.engine_stats import EngineStats, sum_engines
+from epslots.rank_groups import Role
 from epslots.telemetry import COUNTERS, LayerStats, Stats, sum_over_ranks
 from tests.support.scripted_cluster import ScriptedCluster
 
@@ -42,11 +45,21 @@ class BusyCluster(ScriptedCluster):
     Args:
         shape: ranks, MoE layers, experts of each.
         share: of a layer's experts that a rank has slots for.
+        roles: of the groups, into which the ranks are divided.
     """
 
-    def __init__(self, shape: tuple[int, int, int] = (4, 2, 16), share: float = 0.25, **settings: Any) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int, int] = (4, 2, 16),
+        share: float = 0.25,
+        roles: tuple[Role, ...] = ("mixed",),
+        **settings: Any,
+    ) -> None:
         super().__init__(**settings)
         self.ranks, self.layers, self.experts = shape
+        self._roles, self._size = roles, self.ranks // len(roles)
+        self.formed = [True] * len(roles)
+        self.hand_overs = HandOverCounts(done=9, failed=2, nbytes=9 * 2**20, seconds=0.27)
         self.serving = self.ranks
         self.missing: tuple[str, ...] = ()
         self.asked_layers: list[tuple[int, ...]] = []
@@ -87,9 +100,11 @@ class BusyCluster(ScriptedCluster):
                     counts[expert] += int(level * 900 * self._random.uniform(0.6, 1.4))
 
     def state(self) -> ClusterState:
-        from dataclasses import replace
-
-        return replace(super().state(), ranks=self.serving)
+        groups = tuple(
+            GroupReport(number, role, 3 + number, self.formed[number], self._size, number)
+            for number, role in enumerate(self._roles)
+        )
+        return replace(super().state(), ranks=self.serving, groups=groups)
 
     def _layer(self, rank: int, layer: int) -> LayerStats:
         looks, counts = self._looks, self._tokens[rank][layer]
@@ -120,7 +135,8 @@ class BusyCluster(ScriptedCluster):
             kv_tokens=8192,
         )
         return RankStats(
-            group=0,
+            group=rank // self._size,
+            role=self._roles[rank // self._size],
             rank=rank,
             where=f"node-{rank // 8:02d}, process {4100 + rank}",
             stats=Stats(
@@ -158,7 +174,8 @@ class BusyCluster(ScriptedCluster):
             ranks=ranks,
             total=sum_over_ranks([rank.stats for rank in ranks]),
             engine=sum_engines([rank.engine for rank in ranks]),
-            controllers=(ControllerStats("watching", "node-00", 7, 1, 0, 0),),
+            controllers=tuple(ControllerStats("watching", "node-00", 7 + n, 1, 0, 0) for n in range(len(self._roles))),
+            hand_overs=self.hand_overs,
             missing=self.missing,
             placement=PlacementReport(3, tuple(rank.where for rank in ranks), placed, 7, 0),
         )
@@ -166,11 +183,14 @@ class BusyCluster(ScriptedCluster):
     def explain(self) -> Explanation:
         return Explanation(
             state=ControllerState.WATCHING,
-            group=3,
+            epoch=3,
+            role="mixed",
             placement=7,
             adopted=7,
             pending_migrations=0,
             windows=31,
+            pooled=1,
+            speeds=(1000,) * self.ranks,
             incomplete=0,
             dropped=0,
             refused=0,

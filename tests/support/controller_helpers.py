@@ -73,6 +73,9 @@ def window(tokens_E: Sequence[int] = (8,) * EXPERTS, *, steps: int = 10, **chang
         "peer_bytes": (0,) * LAYERS,
         "layer_s": (0.1,) * LAYERS,
         "wait_s": (0.01,) * LAYERS,
+        "pairs_sent": (0,) * LAYERS,
+        "pairs_received": (0,) * LAYERS,
+        "compute_s": (0.0,) * LAYERS,
     }
     return msgspec.msgpack.encode(msgspec.structs.replace(LoadWindow(**usual), **changes))
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Literal, NoReturn
 
@@ -23,6 +23,7 @@ import torch
 import cluster.rank.rank_loop
 from cluster.controller.controller import Controller
 from cluster.controller.group_controllers import GroupControllers
+from cluster.controller.role_forecasts import MakeForecast
 from cluster.driver.backend import WorkerDied
 from cluster.errors import ClusterError
 from cluster.messages.controller import Order, decode_addressed, decode_order
@@ -274,7 +275,11 @@ class _Bomb:
 class FakeBackend:
     """Threads as processes. ``room`` is the number of bundles that there could be; controllers are made as told."""
 
-    def __init__(self, room: int = 8, make_controller: Callable[[], Controller] = lambda: Controller(lambda: 0.0)) -> None:
+    def __init__(
+        self,
+        room: int = 8,
+        make_controller: Callable[[MakeForecast], Controller] = lambda forecast: Controller(lambda: 0.0, forecast=forecast),
+    ) -> None:
         self.room = room
         self.make_controller = make_controller
         self.controllers: list[FakeController] = []
@@ -344,10 +349,10 @@ class FakeBackend:
         await self.resize(ranks or 1)
         return self.bundles
 
-    async def resize(self, ranks: int) -> None:
+    async def resize(self, ranks: int, group_of: Sequence[int] = ()) -> None:
         if ranks > self.room:
             raise ClusterError(f"{ranks} ranks need {ranks} bundles, and there are {self.room}")
-        self.bundles = ranks
+        self.bundles, self.dealt = ranks, list(group_of)
 
     async def start_worker(self, bundle: int) -> FakeWorker:
         assert bundle < self.bundles
@@ -375,7 +380,7 @@ class FakeBackend:
             controller.kill()
         return reason
 
-    async def reopen(self, ranks: int) -> None:
+    async def reopen(self, ranks: int, group_of: Sequence[int] = ()) -> None:
         assert self.bundles == 0
         if self.refuse_reopening:
             raise ClusterError(self.refuse_reopening.pop(0))

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import NoReturn
 
@@ -138,7 +139,7 @@ class ProcessBackend:
     async def open(self, ranks: int | None) -> int:
         return ranks or 1
 
-    async def resize(self, ranks: int) -> None:
+    async def resize(self, ranks: int, group_of: Sequence[int] = ()) -> None:
         pass
 
     async def start_worker(self, bundle: int) -> ProcessWorker:
@@ -156,7 +157,7 @@ class ProcessBackend:
         await asyncio.Event().wait()
         raise AssertionError("it never is")
 
-    async def reopen(self, ranks: int) -> None:
+    async def reopen(self, ranks: int, group_of: Sequence[int] = ()) -> None:
         raise AssertionError("it never is lost")
 
     async def close(self, *, leave_ranks: bool = False) -> None:

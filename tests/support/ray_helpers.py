@@ -8,7 +8,7 @@ import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
@@ -63,12 +63,13 @@ class RayNodes:
         self.head = self.add()
         self.address: str = self._cluster.address
 
-    def add(self, num_cpus: int = 2) -> Node:
+    def add(self, num_cpus: int = 2, labels: Mapping[str, str] | None = None) -> Node:
         first = self._cluster.head_node is None
         serves_jobs = first and self._dashboard
         with nullcontext() if serves_jobs else lean_nodes():
             return self._cluster.add_node(
                 num_cpus=num_cpus,
+                labels=dict(labels or {}),
                 node_ip_address=f"127.{_PROCESS}.0.{next(_NUMBERS)}",
                 temp_dir=self._folder,
                 object_store_memory=80 * 2**20,
@@ -98,9 +99,9 @@ class RayNodes:
             NodeInfoGcsServiceStub(channel).UnregisterNode(request)
 
     @contextmanager
-    def further(self, num_cpus: int = 2) -> Iterator[Node]:
+    def further(self, num_cpus: int = 2, labels: Mapping[str, str] | None = None) -> Iterator[Node]:
         """One more node, for a while."""
-        node = self.add(num_cpus)
+        node = self.add(num_cpus, labels)
         try:
             yield node
         finally:

@@ -4,7 +4,7 @@ import { breakCharts, showCharts } from './charts.js';
 import { updateChat } from './chat.js';
 import { openFeed } from './feed.js';
 import { showHeat } from './heat.js';
-import { showGap, showPlacement, showRanks, showState, showTiles } from './panels.js';
+import { showGap, showGroups, showPlacement, showRanks, showState, showTiles } from './panels.js';
 
 const field = document.getElementById('layer');
 const back = document.getElementById('layer-back');
@@ -23,6 +23,7 @@ const chooseLayer = openFeed(
     showTiles(frame);
     showCharts(frame);
     showHeat(layer, frame);
+    showGroups(frame);
     showRanks(frame);
     showPlacement(frame);
     updateChat(frame);

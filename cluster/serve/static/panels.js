@@ -67,15 +67,22 @@ export function showTiles(frame) {
 const rows = document.getElementById('ranks');
 const ranksNote = document.getElementById('ranks-note');
 
+/** A group by its number, and its role if it has one. */
+function groupName(number, role) {
+  return role === 'mixed' ? String(number) : `${number}, ${role}`;
+}
+
 export function showRanks(frame) {
-  const stopped = frame.serving === 0;
+  const several = frame.groups.length > 1;
+  document.getElementById('ranks-group').hidden = !several;
   const found = frame.ranks.map((rank) => {
     const row = document.createElement('tr');
-    const state = element('td', stopped ? 'regrouping' : 'serving', 'state');
-    state.dataset.kind = stopped ? 'wait' : 'good';
+    const serves = frame.serving > 0 && frame.groups[rank.group]?.formed !== false;
+    const state = element('td', serves ? 'serving' : 'regrouping', 'state');
+    state.dataset.kind = serves ? 'good' : 'wait';
     const computed = rank.computed === null ? NONE : speed(rank.computed);
     row.append(
-      element('td', String(rank.rank)), state, element('td', count(rank.requests), 'number'), element('td', computed, 'number'),
+      element('td', String(rank.rank)), ...(several ? [element('td', groupName(rank.group, rank.role))] : []), state, element('td', count(rank.requests), 'number'), element('td', computed, 'number'),
       element('td', bytes(rank.memory_bytes), 'number'), element('td', rank.where, 'dim'),
     );
     return row;
@@ -85,12 +92,34 @@ export function showRanks(frame) {
     const state = element('td', 'missing', 'state');
     state.dataset.kind = 'bad';
     const reason = element('td', line, 'reason');
-    reason.colSpan = 4;
+    reason.colSpan = several ? 5 : 4;
     row.append(element('td', NONE), state, reason);
     found.unshift(row);
   }
   rows.replaceChildren(...found);
   write(ranksNote, frame.recoveries ? `regrouped ${frame.recoveries} ${frame.recoveries === 1 ? 'time' : 'times'}` : '');
+}
+
+const groups = document.getElementById('groups');
+
+export function showGroups(frame) {
+  document.getElementById('groups-part').hidden = frame.groups.length < 2;
+  groups.replaceChildren(...frame.groups.map((group) => {
+    const row = document.createElement('tr');
+    const state = element('td', group.formed ? 'serving' : 'forming', 'state');
+    state.dataset.kind = group.formed ? 'good' : 'wait';
+    row.append(
+      element('td', String(group.number)), element('td', group.role), state, element('td', count(group.serving), 'number'),
+      element('td', count(group.requests), 'number'), element('td', count(group.handing_over), 'number'),
+      element('td', group.epoch < 0 ? NONE : String(group.epoch), 'number'),
+      element('td', group.controller ? `${group.placement}, ${group.controller}` : 'stays', 'dim'),
+    );
+    return row;
+  }));
+  const handed = frame.hand_overs;
+  const failed = handed?.failed ? `, ${count(handed.failed)} failed` : '';
+  const each = handed?.done ? `; ${milliseconds(handed.mean_s)} ms and ${bytes(handed.mean_bytes)} each` : '';
+  write(document.getElementById('groups-note'), handed ? `${count(handed.done)} hand-overs${failed}${each}` : '');
 }
 
 const placement = document.getElementById('placement');
@@ -117,9 +146,11 @@ function stateOf(frame) {
     case 'failed':
       return ['bad', 'failed', 'The ranks have failed for good. The log of the service says why.'];
   }
+  const forming = frame.groups.filter((group) => !group.formed);
   if (frame.serving === 0) return ['bad', 'no ranks', 'No rank serves: the group is being formed anew. Requests wait, and go on from their last token.'];
   if (frame.age_s !== null && frame.age_s > OLD_S) return ['wait', 'busy', `The ranks have not answered for ${Math.round(frame.age_s)} s; their figures are old.`];
   if (frame.missing.length) return ['wait', 'short of ranks', frame.missing[0]];
+  if (forming.length) return ['wait', 'regrouping', `Group ${groupName(forming[0].number, forming[0].role)} is being formed; the others serve.`];
   return ['good', 'serving', ''];
 }
 
@@ -134,7 +165,8 @@ function setState([kind, text, sentence]) {
 export function showState(frame) {
   document.body.classList.remove('stale');
   write(document.getElementById('model'), frame.model);
-  const ranks = `${frame.serving} ${frame.serving === 1 ? 'rank' : 'ranks'}`;
+  const several = frame.groups.length > 1 ? ` in ${frame.groups.length} groups` : '';
+  const ranks = `${frame.serving} ${frame.serving === 1 ? 'rank' : 'ranks'}${several}`;
   write(document.getElementById('group'), frame.epoch < 0 ? '' : `${ranks}, epoch ${frame.epoch}`);
   document.title = `${frame.model} · epslots`;
   setState(stateOf(frame));

@@ -1,0 +1,53 @@
+"""``Scaling``: changes the number of ranks and groups while requests go on. ``group_deal.py`` decides which come and go."""
+
+from __future__ import annotations
+
+import asyncio
+
+from cluster.driver.worker_groups import WorkerGroups
+from cluster.driver.worker_pool import WorkerPool
+from cluster.errors import ClusterError
+from epslots.errors import ConfigError
+
+
+class Scaling:
+    """One change at a time. For the supervisor's thread.
+
+    Args:
+        outlives: the ranks outlive their driver, and the next one expects groups of the present size.
+    """
+
+    def __init__(self, pool: WorkerPool, groups: WorkerGroups, *, outlives: bool) -> None:
+        self._pool, self._groups, self._outlives = pool, groups, outlives
+        self._changing = asyncio.Lock()
+
+    async def scale(self, ranks: int | None, groups: int | None) -> None:
+        """Have so many ranks and groups (``GroupDeal.changed``); returns when they serve.
+
+        Raises:
+            ConfigError: there is no way to it.
+            ClusterError: there is no room for them, or they don't come up; the others go on.
+        """
+        async with self._changing:
+            old = self._groups.deal
+            deal, count = old.changed(ranks, groups)
+            if deal.size != old.size and self._outlives:
+                raise ConfigError(
+                    f"{deal.size} ranks a group; allowed for a cluster whose ranks outlive their driver: {old.size}, as the "
+                    f"next driver expects"
+                )
+            common = old.common(deal)
+            stay = min(self._pool.size, count) if deal.size is None else len(common.dealt)
+            if stay < self._pool.size:
+                self._pool.shrink(stay)
+                self._groups.deal = common
+                await self._pool.wait_until_serving(range(stay))
+                await self._pool.reserve(stay)
+            if count > stay:
+                before, self._groups.deal = self._groups.deal, deal
+                try:
+                    await self._pool.reserve(count)
+                except ClusterError:
+                    self._groups.deal = before
+                    raise
+            await self._pool.grow(count)

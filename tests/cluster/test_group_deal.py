@@ -1,0 +1,88 @@
+"""Which bundle is in which group, as ranks and groups come and go: groups are always of one size, and stay where they are."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.driver.group_deal import GroupDeal, runs
+from cluster.driver.scaling import Scaling
+from cluster.driver.worker_pool import WorkerPool
+from epslots.errors import ConfigError
+
+
+def test_groups_grow_and_come_at_the_end():
+    deal = GroupDeal(2, 2)
+    assert deal.dealt == [0, 0, 1, 1]
+    deal, ranks = deal.changed(6, 2)
+    assert (deal.dealt, ranks, deal.size) == ([0, 0, 1, 1, 0, 1], 6, 3)
+    deal, ranks = deal.changed(None, 3)
+    assert (deal.dealt, ranks) == ([0, 0, 1, 1, 0, 1, 2, 2, 2], 9)
+    assert deal.group_of(9) == 3, "of the next group"
+    assert deal.changed(4, 2)[0].dealt == [0, 0, 1, 1]
+    assert deal.changed(3, 1)[0].dealt == [0, 0, 0]
+
+
+def test_one_group_takes_any_number():
+    deal = GroupDeal(1, None)
+    assert deal.changed(7, None) == (deal, 7)
+    assert {deal.group_of(bundle) for bundle in range(9)} == {0}
+    with pytest.raises(ConfigError, match="groups=2; allowed for a cluster that was started as one group: 1"):
+        deal.changed(None, 2)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "groups", "says"),
+    [
+        (3, None, "ranks=3; allowed: multiples of 2, the size of a group; with groups=, multiples of that"),
+        (5, 2, "ranks=5, groups=2; allowed: a number of ranks that the groups divide equally"),
+        (2, 2, "2 ranks in 2 groups; allowed: at least 2 ranks a group, as many as each was started with"),
+        (None, None, "ranks or groups"),
+    ],
+)
+def test_what_cannot_be_dealt_is_refused(ranks: int | None, groups: int | None, says: str):
+    with pytest.raises(ConfigError, match=says):
+        GroupDeal(2, 2).changed(ranks, groups)
+
+
+@given(
+    st.integers(2, 4),
+    st.integers(1, 3),
+    st.lists(st.tuples(st.one_of(st.none(), st.integers(1, 30)), st.one_of(st.none(), st.integers(1, 6))), max_size=12),
+)
+def test_groups_are_of_one_size_whatever_comes_and_goes(groups: int, size: int, changes: list[tuple[int | None, int | None]]):
+    """And bundles that stay keep their groups."""
+    deal = GroupDeal(groups, size)
+    for ranks, wanted in changes:
+        try:
+            found, count = deal.changed(ranks, wanted)
+        except ConfigError:
+            continue
+        assert Counter(Counter(found.dealt).values()) == {found.size: found.groups}
+        assert len(found.dealt) == count == (count if ranks is None else ranks)
+        assert wanted in (None, found.groups)
+        stay = deal.common(found).dealt
+        assert deal.dealt[: len(stay)] == found.dealt[: len(stay)] == stay
+        assert len(stay) >= size, "the first group serves meanwhile"
+        if found.groups >= deal.groups and found.size is not None and deal.size is not None and found.size >= deal.size:
+            assert stay == deal.dealt, "nothing ends where more is wanted"
+        deal = found
+
+
+def test_ranks_that_outlive_their_driver_keep_their_groups():
+    """The next driver divides them as the last one did."""
+    groups: Any = SimpleNamespace(deal=GroupDeal(2, 1))
+    scaling = Scaling(cast(WorkerPool, None), groups, outlives=True)
+    with pytest.raises(ConfigError, match="2 ranks a group; allowed for a cluster whose ranks outlive their driver: 1"):
+        asyncio.run(scaling.scale(4, 2))
+
+
+def test_runs_are_groups_that_follow_each_other():
+    assert runs([0, 0, 1, 0, 2, 2]) == [(0, 2), (1, 1), (0, 1), (2, 2)]
+    assert runs([]) == []
