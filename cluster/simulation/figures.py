@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cluster.simulation.arrivals import Arrival, arrivals_of
 from cluster.simulation.lockstep_group import GroupTally
@@ -109,7 +111,7 @@ class _Meter:
             requests=len(requests),
             ttft_ms=_quartet([one.first_s - one.at_s for one in requests]),
             tpot_ms=_quartet([(one.last_s - one.first_s) / (one.tokens - 1) for one in several]),
-            gap_ms=_quartet(*(np.concatenate(parts) for parts in zip(*gaps, strict=True))),
+            gap_ms=_quartet(_joined([gap_R for gap_R, _ in gaps]), _joined([streams_R for _, streams_R in gaps])),
             hand_over_ms=_quartet(simulation.hand_over_s) if simulation.hand_over_s else None,
             tokens_per_s=(tokens_after - tokens_before) / (ended_s - began_s),
             reused=simulation.reused_of_prompts / max(1, self._prompt_tokens),
@@ -123,6 +125,10 @@ class _Meter:
             placements=0 if simulation.windows is None else simulation.windows.placements,
             kept_up=there_after <= _GROWTH * max(there_before, len(simulation.ranks)),
         )
+
+
+def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return np.concatenate(parts) if parts else np.zeros(0)
 
 
 def _imbalance(tallies: Sequence[GroupTally]) -> float:

@@ -171,6 +171,12 @@ def test_figures_tell_a_load_that_is_too_much(monkeypatch: pytest.MonkeyPatch):
     assert light.tokens_per_s == pytest.approx(20 * 30, rel=0.4), "what comes in goes out"
 
 
+def test_a_single_request_has_figures():
+    load = replace(LOAD, requests=1, new_tokens=(1, 1))
+    found = simulate_load(cluster_of(), traffic_of(), load)
+    assert found.requests == 1 and found.ttft_ms.p50 > 0 and found.tpot_ms.p50 == 0 and found.kept_up
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,18 +91,19 @@ def nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Counter[Hashable]:
-    """Requests that each worker was given. Those of a wave are assigned together."""
+    """Requests that each real rank was given, hand-overs included. Those of a wave are assigned together."""
     found: Counter[Hashable] = Counter()
-    assign = Scheduler.assign
+    assign, add = Scheduler.assign, RankLoop._add
 
     def together(scheduler: Scheduler) -> list[tuple[Hashable, Request]]:
-        if scheduler.queued < found["wave"]:
-            return []
-        assigned = assign(scheduler)
-        found.update(worker for worker, _ in assigned)
-        return assigned
+        return assign(scheduler) if scheduler.queued >= found["wave"] else []
+
+    def count(loop: RankLoop, request: Request) -> None:
+        found[loop] += 1
+        add(loop, request)
 
     monkeypatch.setattr(Scheduler, "assign", together)
+    monkeypatch.setattr(RankLoop, "_add", count)
     return found
 
 
@@ -116,7 +118,8 @@ def serve(cluster: Cluster, served: Counter[Hashable], waves: Sequence[Wave]) ->
     engines = {rank.rank: rank.engine for rank in cluster.stats().ranks}
     members = [worker for group in cluster._supervisor.groups for worker in group.members]
     by_worker = {worker: engines[number] for number, worker in enumerate(members)}
-    return [(served[one], *(getattr(by_worker[one], name) for name in COUNTED)) for one in workers]
+    loops: dict[Any, RankLoop] = {worker: worker.handle.loop for worker in members}  # type: ignore[union-attr]
+    return [(served[loops[one]], *(getattr(by_worker[one], name) for name in COUNTED)) for one in workers]
 
 
 WAVES: list[Wave] = [
@@ -147,7 +150,8 @@ def test_full_caches_count_alike(open_cluster: Open, served: Counter[Hashable]):
 
 def test_hand_overs_count_alike(open_cluster: Open, served: Counter[Hashable], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(HandOverCosts, "stays", lambda _self, to_compute, *_: to_compute <= SHORT)
-    waves: list[Wave] = [[request] for wave in WAVES for request in wave]
+    long: Wave = [(ids(60, 60), 30), (ids(45, 45), 20), (ids(60, 60) + ids(30, 9), 25), (ids(28, 28), 40)]
+    waves: list[Wave] = [[request] for wave in (*WAVES, long) for request in wave]
     cluster, backend = open_cluster(ranks=4, groups=2, prefill_ranks=2, max_batch_tokens=16)
     sources = [backend.workers[bundle].loop for bundle in (0, 1)]
     has_steps = RankLoop._has_steps_to_make
