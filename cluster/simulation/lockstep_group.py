@@ -172,7 +172,7 @@ class LockstepGroup:
         self.news_R |= self._decodes_R & (self._tokens_R > 0)
         self._row_RM[self._row_RM >= 0] += 1
         self._row_RM[self._row_RM == self._counts.tokens] = 0
-        first, ended = [], []
+        first, ended = list[int](), list[int]()
         for rank in self._asked:
             one = self.ranks[rank]
             if self._tokens_R[rank]:
