@@ -52,7 +52,7 @@ BOTH = pytest.mark.parametrize("early", [False, True], indirect=True, ids=["afte
 
 @pytest.fixture
 def early(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether hand-overs begin after a prompt's first step: with ``BOTH``. If so, a step waits until all before it was read."""
+    """Whether hand-overs begin after a prompt's first step (``BOTH``). If so, a step waits until all before it was read."""
     if not getattr(request, "param", False):
         return False
     judged: set[tuple[str, int]] = set()
