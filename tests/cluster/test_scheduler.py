@@ -239,8 +239,7 @@ def test_an_early_hand_over_is_one_at_a_time():
     scheduler = with_roles(p=PREFILL, x=DECODE)
     costs = scheduler._ranks.costs
     assert not costs.begins_early(100, 50, 50), "nothing was measured"
-    for id in "ab":
-        scheduler.add([request(id, 200, 20)])
+    scheduler.add([request("a", 200, 20)])
     scheduler.assign()
     costs.token_s = 1.0
     assert scheduler.begin_early_move("a", "x", 150, 50) is None, "another rank's"
@@ -248,6 +247,10 @@ def test_an_early_hand_over_is_one_at_a_time():
     move = scheduler.begin_early_move("a", "p", 150, 50)
     assert move is not None and move.early and move.target == "x"
     assert scheduler.busy(["p"]), "it is computed meanwhile"
+    costs.token_s = 0.0
+    scheduler.add([request("b", 200, 20)])
+    assert [worker for worker, _ in scheduler.assign()] == ["p"]
+    costs.token_s = 1.0
     assert scheduler.begin_early_move("a", "p", 170, 30) is None
     assert scheduler.begin_early_move("b", "p", 150, 50) is None, "one at a time"
     assert scheduler.end_move(move, done=False) == "stays"
