@@ -36,19 +36,25 @@ module belongs to the first group that names it.
 """
 
 LONG = (
-    "tests/generation/test_batchers.py",
-    "tests/generation/test_rows.py",
-    "tests/moe/test_batch_invariance.py",
-    "tests/group/test_ranks_driver.py",
-    "tests/cluster/test_cluster.py",
-    "tests/equality/test_matrix.py",
     "tests/simulated_gpu/test_captured_decoding.py",
-    "tests/placement/test_adopting_placements.py",
+    "tests/generation/test_rows.py",
+    "tests/generation/test_batchers.py",
+    "tests/equality/test_matrix.py",
+    "forking",
+    "tests/cluster/test_cluster.py",
+    "tests/moe/test_batch_invariance.py",
     "tests/simulated_gpu/test_models.py",
-    "tests/cluster/test_controlled_cluster.py",
     "tests/generation/test_engine.py",
+    "tests/group/test_ranks_driver.py",
+    "tests/cluster/test_controlled_cluster.py",
+    "tests/cli/test_cli.py",
+    "tests/generation/test_isolation.py",
 )
-"""Modules that take more than 15 seconds: one that began last would keep a core idle."""
+"""Modules and groups that take more than ten seconds: one that began last would keep a core idle.
+
+What forks ranks waits for them half of its time. So it begins when what waits for Ray is nearly done, and another computes
+beside it.
+"""
 
 _COMPUTING = 2
 """Processes that a machine of two cores needs, beside those that wait."""
@@ -60,7 +66,7 @@ def unit_of(nodeid: str) -> str:
 
 
 class GroupScheduling(LoadScopeScheduling):
-    """Groups first, then long modules, each in their order; then modules, those with the most tests first.
+    """What waits for Ray first, then what takes long, each in their order; then modules, those with the most tests first.
 
     With enough processes, one that has waited for Ray gets nothing else: it has left the cores to the others until then, and
     processes beyond the cores slow each other down.
@@ -70,7 +76,7 @@ class GroupScheduling(LoadScopeScheduling):
         return unit_of(nodeid)
 
     def _assign_work_unit(self, node: WorkerController) -> None:
-        for name in reversed((*GROUPS, *LONG)):
+        for name in reversed((*WAITING, *LONG)):
             if name in self.workqueue:
                 self.workqueue.move_to_end(name, last=False)
         super()._assign_work_unit(node)
