@@ -155,7 +155,7 @@ def test_an_oversubscribed_cache_loses_nothing(name: str):
     sizes = ((20, 8), (3, 28), (9, 28), (17, 20), (40, 4), (5, 26))
     requests = requests_of(sizes, seed=3)
     expected = expected_of(model, requests)
-    batcher = PagedBatcher(model, kv_tokens=96, max_batch_tokens=32)
+    batcher = PagedBatcher(model, kv_tokens=64, max_batch_tokens=32)
     memory = batcher._processor.cache.cache_tensor.data_ptr()
     assert finish(batcher, requests).tokens == expected
     # Where windows share the cache, its last pages are never given away before they are needed.

@@ -166,7 +166,7 @@ def test_pages_given_up_and_shared(name: str, checkpoint: Callable[[str], Path],
     ]
     expected = alone(model, requests, texts)
     together = texts()
-    stats = serve(model, requests, together, kv_tokens=112, chunk=100)
+    stats = serve(model, requests, together, kv_tokens=160, chunk=100)
     assert together.differing(expected) == 0
     assert (stats.preempted > 0) == (name == "gpt_oss"), "requests that share pages wait for their turn to read them"
     assert (stats.reused_tokens > 0) == (name == "qwen3_moe"), "windows aren't shared"
