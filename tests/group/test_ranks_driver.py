@@ -223,7 +223,7 @@ EPISODES = [
             ((1, 1, 1, 1), 16, 4, "gather", "lfu", 120, True),
             ((2, 9, 5), 9, 2, "work spreads", "lrfu", 150, False),
             ((6, 1), 10, 3, "nothing travels", "lrfu", 120, True),
-            ((5, 5, 5, 5), 20, 4, "copies travel", "lrfu", 120, False, True),
+            ((5, 5, 5, 5), 20, 4, "copies travel", "lrfu", 240, False, True),
             ((7, 7, 7), 16, 2, "copies travel", "lrfu", 120, False, True),
             ((1, 2, 1, 2, 1), 3, 1, "work spreads", "lru", 90, False),
             ((3, 2), 16, 2, "tokens travel", "lrfu", 250, False, False, Echo),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 
 from epslots.config import EngineConfig
@@ -12,7 +10,6 @@ from epslots.generation.planned_cache import with_cache
 from epslots.models.known_shapes import KNOWN_SHAPES, known_model, known_shape
 from epslots.models.model_shape import ModelShape
 
-shape_of = cache(known_shape)  # each is measured layer by layer
 BILLION = 10**9
 BF16 = 2
 
@@ -60,7 +57,7 @@ def row_bytes(shape: ModelShape, kv_tokens: int) -> int:
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_sizes_are_the_published_ones(name: str) -> None:
     total, tolerance, layers, experts, top_k, hidden, width, kv_per_token = EXPECTED[name]
-    shape = shape_of(name)
+    shape = known_shape(name)
     assert shape.parameters == pytest.approx(total, rel=tolerance)
     assert (shape.name, shape.dtype, len(shape.layers), shape.top_k) == (name, "bfloat16", layers, top_k)
     assert {layer.num_experts for layer in shape.layers} == {experts}
@@ -70,7 +67,7 @@ def test_sizes_are_the_published_ones(name: str) -> None:
 
 
 def test_gemmas_windows_stop_growing() -> None:
-    shape = shape_of("gemma-4-26b-a4b")
+    shape = known_shape("gemma-4-26b-a4b")
     windows = [tensor for tensor in shape.cache if tensor.kind == "window"]
     assert {(tensor.window, tensor.entry_bytes) for tensor in windows} == {(1024, 8 * 256 * BF16)}
     assert len(windows) == 2 * 25
@@ -97,7 +94,7 @@ def test_kimis_weights_add_up_by_hand() -> None:
     moe = 60 * ((384 + 1) * expert + 384 * hidden)
     total = moe + 61 * attention + 3 * hidden * 18432 + 2 * 163840 * hidden
     # Left out: norms and routing biases.
-    assert shape_of("kimi-k2").parameters == pytest.approx(total, rel=1e-5)
+    assert known_shape("kimi-k2").parameters == pytest.approx(total, rel=1e-5)
 
 
 def test_groks_weights_add_up_by_hand() -> None:
@@ -105,23 +102,23 @@ def test_groks_weights_add_up_by_hand() -> None:
     attention = 2 * hidden * hidden + 2 * hidden * 1024
     total = 64 * (8 * 3 * hidden * 32768 + attention + 8 * hidden + 4 * hidden) + 131072 * hidden + hidden
     # And the angles of its rotary embedding.
-    assert shape_of("grok-1").parameters == pytest.approx(total, rel=1e-8)
+    assert known_shape("grok-1").parameters == pytest.approx(total, rel=1e-8)
     hidden = 8192
     attention = 2 * hidden * hidden + 2 * hidden * 1024
     layer = 8 * 3 * hidden * 16384 + 3 * hidden * 32768 + attention + 8 * hidden + 4 * hidden
-    assert shape_of("grok-2").parameters == pytest.approx(64 * layer + 2 * 131072 * hidden + hidden, rel=1e-8)
+    assert known_shape("grok-2").parameters == pytest.approx(64 * layer + 2 * 131072 * hidden + hidden, rel=1e-8)
 
 
 def test_the_dtype_scales_everything() -> None:
-    half, full = shape_of("mixtral-8x7b"), shape_of("mixtral-8x7b", "float32")
+    half, full = known_shape("mixtral-8x7b"), known_shape("mixtral-8x7b", "float32")
     assert full.expert_bytes == 2 * half.expert_bytes
     assert row_bytes(full, 10) == 2 * row_bytes(half, 10)
     assert full.dense_bytes == pytest.approx(2 * half.dense_bytes, rel=1e-6)
-    assert shape_of("grok-1", "float32").dense_bytes == pytest.approx(2 * shape_of("grok-1").dense_bytes, rel=1e-6)
+    assert known_shape("grok-1", "float32").dense_bytes == pytest.approx(2 * known_shape("grok-1").dense_bytes, rel=1e-6)
 
 
 def test_unknown_names_and_dtypes_are_refused_with_what_there_is() -> None:
     with pytest.raises(ConfigError, match="kimi-k2"):
-        shape_of("kimi-k3")
+        known_shape("kimi-k3")
     with pytest.raises(ConfigError, match="bfloat16"):
-        shape_of("grok-1", "int4")
+        known_shape("grok-1", "int4")
