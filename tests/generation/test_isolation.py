@@ -104,7 +104,7 @@ def test_mates_get_the_tokens_they_would_get_without_it(name: str, way: str):
     innocent = without(token, guilty)
     later = expected_of(model, innocent)
     batcher = PagedBatcher(model, kv_tokens=512, max_batch_tokens=32)
-    guilt = Guilt(model, token, 1, WAYS[way]())
+    guilt = Guilt(model, token, 0, WAYS[way]())
     order = [*mates, *guilty]
     random.Random(way).shuffle(order)
     tokens, errors = served(batcher, order)
