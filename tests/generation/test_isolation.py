@@ -145,7 +145,7 @@ def test_one_at_a_time_the_next_request_goes_on(name: str, way: str):
     expected = {request.id: generated(model, request) for request in mates}
     token = unused(mates, expected)
     guilty = guilty_requests(token, (12,))
-    guilt = Guilt(model, token, 1, WAYS[way]())
+    guilt = Guilt(model, token, 0, WAYS[way]())
     batcher = RowBatcher(model, kv_tokens=128)
     tokens, errors = served(batcher, [mates[0], *guilty, mates[1]])
     guilt.remove()

@@ -163,10 +163,8 @@ def test_pages_given_up_and_shared(
 ):
     """A small cache: prompts are computed again with the tokens so far, or not at all, where pages of another hold them."""
     model = load(checkpoint(name), cache_dir, dtype="bfloat16")
-    requests = [
-        Request(str(n), prompt_of(70, seed=5)[: 70 - n % 3], new, sampling=Sampling(temperature=1, seed=n))
-        for n in range(count)
-    ]
+    prompt = prompt_of(70, seed=5)
+    requests = [Request(str(n), prompt[: 70 - n % 3], new, sampling=Sampling(temperature=1, seed=n)) for n in range(count)]
     expected = alone(model, requests, texts)
     together = texts()
     stats = serve(model, requests, together, kv_tokens=160, chunk=100)
