@@ -26,6 +26,7 @@ GROUPS = WAITING | {
         "tests/cluster/test_processes.py",
         "tests/generation/test_isolation_ranks.py",
         "tests/group/test_ranks_gloo.py",
+        "tests/serve/test_kills.py",
         "tests/transport/",
     ),
 }
@@ -49,8 +50,14 @@ LONG = (
     "tests/cluster/test_controlled_cluster.py",
     "tests/cli/test_cli.py",
     "tests/generation/test_isolation.py",
+    "tests/cuda_graph/test_triton_kernels.py",
+    "tests/models/test_known_shapes.py",
+    "tests/simulation/test_simulated_group.py",
+    "tests/host/test_compiled.py",
+    "tests/generation/test_paged_next_token.py",
+    "tests/serve/test_fuzz.py",
 )
-"""Modules and groups that take more than ten seconds: one that began last would keep a core idle.
+"""Modules and groups that take more than ten seconds, or half as many with few tests: one that began last would keep a core idle.
 
 What forks ranks waits for them half of its time. So it begins when what waits for Ray is nearly done, and another computes
 beside it.
