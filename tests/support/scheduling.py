@@ -57,7 +57,8 @@ LONG = (
     "tests/generation/test_paged_next_token.py",
     "tests/serve/test_fuzz.py",
 )
-"""Modules and groups that take more than ten seconds, or half as many with few tests: one that began last would keep a core idle.
+"""Modules and groups that take more than ten seconds, or more than five with few tests: one that began last would keep a core
+idle.
 
 What forks ranks waits for them half of its time. So it begins when what waits for Ray is nearly done, and another computes
 beside it.
