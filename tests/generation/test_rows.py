@@ -201,11 +201,11 @@ def test_cancelled_requests_leave_a_prepared_step(shares: bool):
 
 @pytest.mark.parametrize("name", ["qwen3_next", "jamba"])
 def test_a_prompts_logprobs_take_the_planned_rows_of_logits(name: str):
-    """One for each request, also where a prompt is computed whole; and after it was cancelled, none is added."""
+    """One for each request, also where all are taken before the next token's; and after it was cancelled, none is added."""
     model, rows = model_of(name), list[int]()
     hook = model.get_output_embeddings().register_forward_hook(lambda _, __, out: rows.append(out.shape[:-1].numel()))
     batcher = open_rows(model, max_batch_tokens=64)
-    for request in requests_of(((23, 6), (3, 9), (40, 3))):
+    for request in requests_of(((25, 6), (3, 9), (40, 3))):
         batcher.add(replace(request, prompt_logprobs=1))
     found = dict[str, int]()
     while batcher.prepare():
@@ -216,7 +216,7 @@ def test_a_prompts_logprobs_take_the_planned_rows_of_logits(name: str):
             found[output.id] = found.get(output.id, 0) + len(output.prompt_logprobs)
     hook.remove()
     assert max(rows) == batcher.max_requests
-    assert found == {"r0": 22, "r1": 2, "r2": 8}
+    assert found == {"r0": 24, "r1": 2, "r2": 8}
     batcher.close()
 
 
