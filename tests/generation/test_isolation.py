@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
@@ -61,6 +61,7 @@ def nothing_is_spoilt(batcher: PagedBatcher) -> bool:
 
 
 @settings(deadline=None)
+@example(size=1, guilty={0}, dear=True)
 @given(size=st.integers(1, 70), guilty=st.sets(st.integers(0, 69)), dear=st.booleans())
 def test_guilty_requests_come_out_and_others_pass_once(size: int, guilty: set[int], dear: bool):
     guilty = {item for item in guilty if item < size}
