@@ -79,15 +79,16 @@ OTHER: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="module")
 def modules() -> dict[str, ast.Module]:
     """The product's modules by dotted name, parsed."""
     files = [path for package in ("epslots", "cluster") for path in (ROOT / package).rglob("*.py")]
     return {".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text()) for path in files}
 
 
-def test_a_setting_is_in_three_files():
+def test_a_setting_is_in_three_files(modules: dict[str, ast.Module]):
     """Its declaration, its user, its option; as a name, a keyword, or a string."""
-    found = {name for name, tree in modules().items() if "host_compute" in set(_words(tree))}
+    found = {name for name, tree in modules.items() if "host_compute" in set(_words(tree))}
     assert found == {"epslots.config", "epslots.loading", "epslots.cli.options"}
 
 
@@ -280,11 +281,11 @@ def test_the_settings_of_a_digest_are_those_that_change_outputs():
     assert len({str(settings) for settings in predicted}) == 3
 
 
-def test_no_function_has_more_than_eight_parameters():
+def test_no_function_has_more_than_eight_parameters(modules: dict[str, ast.Module]):
     """Public keyword surfaces aside; and compiled kernels, which take arrays one by one."""
     found = {
         f"{name}.{function.name}"
-        for name, tree in modules().items()
+        for name, tree in modules.items()
         for function in ast.walk(tree)
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) and _parameters(function) > MOST_PARAMETERS
         if not any(

@@ -1,12 +1,14 @@
 """Invariant 1 as a matrix, architecture x mode: in any mode, a loaded model answers as plain transformers does.
 
 What an architecture decides is how its experts are stored and called; what a mode decides is where they are computed and when
-they come. So the modes of one rank that differ in slots alone run with every architecture, all others with one architecture
-of each layout (``LAYOUTS``, which ``test_every_layout_is_represented`` keeps complete).
+they come. So one mode runs with every architecture: one slot, through which each expert passes. All others run with one
+architecture of each layout (``LAYOUTS``, which ``test_every_layout_is_represented`` keeps complete); with
+``EPSLOTS_WHOLE_ZOO=1``, those that differ from it in slots alone with every architecture, too.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,7 +41,7 @@ class Cell:
         """Logits of a batch, greedy tokens of a prompt; and slots and tables agree afterwards."""
         assert_equal(model, self.reference)
         prompt = zoo.random_ids(1, 9, seed=2)
-        assert greedy(model, prompt) == greedy(self.reference, prompt)
+        assert greedy(model, prompt, 6) == greedy(self.reference, prompt, 6)
         runtime_of(model).check_integrity()
 
 
@@ -103,7 +105,7 @@ MODES = {
     "three ranks": on_three_ranks,
     "three ranks misled": misled_on_three_ranks,
 }
-WITH_EVERY_ARCHITECTURE = {"one slot", "a quarter", "all"}
+WITH_EVERY_ARCHITECTURE = {"one slot", "a quarter", "all"} if os.environ.get("EPSLOTS_WHOLE_ZOO") else {"one slot"}
 # Streams of hidden states beside each other, and experts chosen by token: what a rank without tokens computes differs most.
 FURTHER = [("deepseek_v4", "three ranks"), ("qwen4_exp", "three ranks")]
 

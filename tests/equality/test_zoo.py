@@ -151,15 +151,6 @@ def test_flags_are_true(name: str, checkpoint: Callable[[str], Path]) -> None:
         assert tiny.aligned == aligned
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_plain_generation_works(name: str, checkpoint: Callable[[str], Path]) -> None:
-    prompt = random_ids(length=8)
-    model: Any = reference(checkpoint(name))
-    tokens = model.generate(prompt, max_new_tokens=8, do_sample=False)
-    assert tokens.shape == (1, 16)
-    assert torch.equal(tokens[:, :8], prompt)
-
-
 def test_unaligned_strides_stop_the_default_implementation(checkpoint: Callable[[str], Path]) -> None:
     with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
         logits(reference(checkpoint("olmoe_unaligned"), experts_implementation="grouped_mm"))

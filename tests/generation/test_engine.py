@@ -37,7 +37,7 @@ DRAWN = Sampling(0.9, top_k=200, top_p=0.95, seed=12)
 
 def requests_of(rank: int, sampling: Sampling = GREEDY) -> list[Request]:
     """Of very different lengths; every third rank has none."""
-    sizes = [[(3, 12), (60, 2), (17, 7)], [(9, 5)], []][rank % 3]
+    sizes = [[(3, 8), (40, 2), (17, 5)], [(9, 5)], []][rank % 3]
     return [
         Request(f"{rank}.{n}", tuple(zoo.random_ids(1, length, seed=2 + n % 2)[0].tolist()), new, sampling=sampling)
         for n, (length, new) in enumerate(sizes)

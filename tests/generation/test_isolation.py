@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
@@ -27,7 +27,7 @@ from epslots.generation.sampling import Sampling
 from epslots.models.batch_invariance import make_batch_invariant
 from epslots.runtime import runtime_of
 from tests.support import zoo
-from tests.support.batches import drawn, generated, is_empty, pages_are_free, prompt_of, requests_of
+from tests.support.batches import drawn, expected_of, generated, is_empty, pages_are_free, prompt_of, requests_of
 from tests.support.guilty_requests import WAYS, Guilt, error_of, guilty_requests, unused
 
 
@@ -61,6 +61,7 @@ def nothing_is_spoilt(batcher: PagedBatcher) -> bool:
 
 
 @settings(deadline=None)
+@example(size=1, guilty={0}, dear=True)
 @given(size=st.integers(1, 70), guilty=st.sets(st.integers(0, 69)), dear=st.booleans())
 def test_guilty_requests_come_out_and_others_pass_once(size: int, guilty: set[int], dear: bool):
     guilty = {item for item in guilty if item < size}
@@ -98,13 +99,13 @@ def test_mates_get_the_tokens_they_would_get_without_it(name: str, way: str):
     model = zoo.ZOO[name].build()
     mates = requests_of(((3, 12), (70, 8), (17, 5), (40, 1), (33, 3), (1, 10)))
     mates[2] = replace(mates[2], sampling=Sampling(0.9, seed=3))
-    expected = {request.id: drawn(model, request) for request in mates}
+    expected = expected_of(model, mates, drawn)
     token = unused(mates, expected)
     guilty = guilty_requests(token, (5, 50, 16))
     innocent = without(token, guilty)
-    later = {request.id: generated(model, request) for request in innocent}
+    later = expected_of(model, innocent)
     batcher = PagedBatcher(model, kv_tokens=512, max_batch_tokens=32)
-    guilt = Guilt(model, token, 1, WAYS[way]())
+    guilt = Guilt(model, token, 0, WAYS[way]())
     order = [*mates, *guilty]
     random.Random(way).shuffle(order)
     tokens, errors = served(batcher, order)
@@ -124,7 +125,7 @@ def test_a_request_may_fail_in_the_middle_of_its_tokens(way: str):
     """It keeps what it had until then."""
     model = zoo.ZOO["qwen3_moe"].build()
     requests = requests_of(((9, 12), (20, 12), (30, 12), (5, 12)))
-    expected = {request.id: generated(model, request) for request in requests}
+    expected = expected_of(model, requests)
     alone = [t for t in expected["r1"] if not any(t in (*r.prompt, *expected[r.id]) for r in requests if r.id != "r1")]
     token = next(t for t in alone if t not in requests[1].prompt)
     at = expected["r1"].index(token)
@@ -145,7 +146,7 @@ def test_one_at_a_time_the_next_request_goes_on(name: str, way: str):
     expected = {request.id: generated(model, request) for request in mates}
     token = unused(mates, expected)
     guilty = guilty_requests(token, (12,))
-    guilt = Guilt(model, token, 1, WAYS[way]())
+    guilt = Guilt(model, token, 0, WAYS[way]())
     batcher = RowBatcher(model, kv_tokens=128)
     tokens, errors = served(batcher, [mates[0], *guilty, mates[1]])
     guilt.remove()
@@ -159,7 +160,7 @@ def test_one_at_a_time_the_next_request_goes_on(name: str, way: str):
 def test_a_failure_that_passes_costs_nobody_anything(batcher_class: type):
     model = zoo.ZOO["mixtral"].build()
     requests = requests_of(((3, 6), (20, 4), (9, 5)))
-    expected = {request.id: generated(model, request) for request in requests}
+    expected = expected_of(model, requests)
     batcher, passes = batcher_class(model, kv_tokens=128), 0
 
     def fail_sometimes(*_: object) -> None:
@@ -281,7 +282,7 @@ def test_an_error_of_files_is_no_request_s(checkpoint: Callable[[str], Path]):
 # --- with slots --------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_any_guilty_request_among_any_mates(data: st.DataObject, loaded: tuple[PreTrainedModel, PreTrainedModel]):
     """Few slots, so that experts are fetched, and fetched ahead, for rows that are no numbers."""
@@ -330,7 +331,7 @@ def test_flags_that_ask_for_more_outputs_are_off(name: str, batcher_class: type,
     """And as they were for callers of the model itself."""
     model = zoo.ZOO[name].build()
     requests = requests_of(((5, 4), (20, 3)))
-    expected = {request.id: generated(model, request) for request in requests}
+    expected = expected_of(model, requests)
     setattr(model.config, "_output_attentions" if flag == "output_attentions" else flag, FLAGS[flag])
     batcher = batcher_class(model, kv_tokens=64)
     assert served(batcher, requests) == (expected, {})
@@ -340,7 +341,7 @@ def test_flags_that_ask_for_more_outputs_are_off(name: str, batcher_class: type,
 def test_flags_of_a_text_configuration_are_off():
     model = zoo.ZOO["ernie4_5_vl_moe"].build()
     requests = requests_of(((5, 4), (20, 3)))
-    expected = {request.id: generated(model, request) for request in requests}
+    expected = expected_of(model, requests)
     for config in (model.config, model.config.get_text_config()):
         config.output_router_logits = config.output_hidden_states = True
     assert served(batcher_for(model, kv_tokens=64), requests) == (expected, {})

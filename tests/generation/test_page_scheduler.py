@@ -143,7 +143,7 @@ def traffic(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[int, Request, i
     return sizes, sorted(found, key=lambda each: each[0])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(case=traffic(), name=st.sampled_from(["mixtral", "gpt_oss"]), shares=st.booleans())
 def test_every_request_ends_whatever_comes_meanwhile(
     case: tuple[dict[str, int], list[tuple[int, Request, int | None]]],

@@ -150,7 +150,7 @@ def test_windows_too():
     plain.assert_got(got)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     kv_tokens=st.sampled_from([96, 128, 512]),
@@ -274,7 +274,7 @@ def test_a_cancelled_request_is_chosen_for_without_effect(plain: Plain):
     batcher.close()
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(steps=st.lists(st.integers(1, 8), max_size=6), lost=st.booleans())
 def test_a_moved_request_continues_where_it_was(steps: list[int], lost: bool, plain: Plain):
     """In its text, its grammar and its prompt's log-probabilities, and all that its last batcher didn't return."""

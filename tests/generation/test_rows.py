@@ -24,8 +24,8 @@ from tests.support.batches import Collected, RowsModelFree, StepClock, generated
 
 MODELS = {**zoo.ZOO, **zoo.STRESSED}
 # Of a single token to several chunks. They join beside others' prompts, beside others' decoding, and after all have left.
-SIZES = ((3, 7), (70, 5), (1, 8), (23, 7), (40, 5), (9, 4))
-JOINS = (0, 0, 4, 6, 14, 25)
+SIZES = ((3, 6), (40, 4), (1, 7), (23, 4), (9, 3))
+JOINS = (0, 0, 3, 5, 21)
 # States, states and latents, windows, an indexer; and one whose layers are computed row by row.
 KINDS = ("qwen3_next", "kimi_linear", "mimo_v2_flash", "glm_moe_dsa", "deepseek_v4")
 LENGTHS, MOST_NEW = (1, 2, 5, 9, 16, 17, 31, 40), 8
@@ -87,7 +87,7 @@ class Interruptions:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_rows_equal_generate(name: str):
-    """Every third pass is broken off somewhere and made again."""
+    """Every second pass is broken off somewhere and made again."""
     model, requests = build(name), requests_of(SIZES)
     expected = {request.id: generated(model, request) for request in requests}
     batcher = open_rows(model)
@@ -98,7 +98,7 @@ def test_rows_equal_generate(name: str):
         while waiting and waiting[0][0] == step:
             batcher.add(waiting.pop(0)[1])
         if batcher.prepare():
-            if step % 3 == 2:
+            if step % 2:
                 interruptions.step(batcher)
             else:
                 batcher.step()
@@ -167,7 +167,7 @@ def test_prompts_take_the_time_that_a_pass_may_take(target_ms: float | None):
 @pytest.mark.parametrize("name", KINDS)
 def test_requests_that_outgrow_the_cache_lose_nothing(name: str):
     model = model_of(name)
-    requests = requests_of(((20, 12), (3, 30), (30, 8), (17, 20), (9, 25), (40, 6)), seed=3)
+    requests = requests_of(((20, 12), (3, 24), (30, 8), (17, 12), (40, 4)), seed=3)
     expected = {request.id: generated(model, request) for request in requests}
     batcher = open_rows(model, kv_tokens=64)
     for request in requests:
@@ -201,11 +201,11 @@ def test_cancelled_requests_leave_a_prepared_step(shares: bool):
 
 @pytest.mark.parametrize("name", ["qwen3_next", "jamba"])
 def test_a_prompts_logprobs_take_the_planned_rows_of_logits(name: str):
-    """One for each request, also where a prompt is computed whole; and after it was cancelled, none is added."""
+    """One for each request, also where all are taken before the next token's; and after it was cancelled, none is added."""
     model, rows = model_of(name), list[int]()
     hook = model.get_output_embeddings().register_forward_hook(lambda _, __, out: rows.append(out.shape[:-1].numel()))
     batcher = open_rows(model, max_batch_tokens=64)
-    for request in requests_of(((23, 6), (3, 9), (40, 3))):
+    for request in requests_of(((25, 6), (3, 9), (40, 3))):
         batcher.add(replace(request, prompt_logprobs=1))
     found = dict[str, int]()
     while batcher.prepare():
@@ -216,7 +216,7 @@ def test_a_prompts_logprobs_take_the_planned_rows_of_logits(name: str):
             found[output.id] = found.get(output.id, 0) + len(output.prompt_logprobs)
     hook.remove()
     assert max(rows) == batcher.max_requests
-    assert found == {"r0": 22, "r1": 2, "r2": 8}
+    assert found == {"r0": 24, "r1": 2, "r2": 8}
     batcher.close()
 
 
@@ -266,7 +266,7 @@ class Life:
 
 
 @pytest.mark.parametrize("name", MODELS if os.environ.get("EPSLOTS_WHOLE_ZOO") else KINDS[::2])
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(events=st.lists(st.one_of(ADD, ADD, CANCEL, STEPS, STEPS, INTERRUPTED), max_size=16))
 def test_requests_come_and_go_at_random(name: str, events: list[tuple[str, int, int]]):
     life = Life(name)

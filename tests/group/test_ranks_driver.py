@@ -218,17 +218,17 @@ EPISODES = [
     Episode(seed, quotas, experts, top_k, ALL_COSTS[costs], *rest)
     for seed, (quotas, experts, top_k, costs, *rest) in enumerate(
         [
-            ((3, 2), 8, 2, "tokens travel", "lrfu", 360, False),
-            ((4, 4, 4), 12, 3, "copies travel", "lru", 300, False),
-            ((1, 1, 1, 1), 16, 4, "gather", "lfu", 240, True),
-            ((2, 9, 5), 9, 2, "work spreads", "lrfu", 300, False),
-            ((6, 1), 10, 3, "nothing travels", "lrfu", 240, True),
+            ((3, 2), 8, 2, "tokens travel", "lrfu", 180, False),
+            ((4, 4, 4), 12, 3, "copies travel", "lru", 150, False),
+            ((1, 1, 1, 1), 16, 4, "gather", "lfu", 120, True),
+            ((2, 9, 5), 9, 2, "work spreads", "lrfu", 150, False),
+            ((6, 1), 10, 3, "nothing travels", "lrfu", 120, True),
             ((5, 5, 5, 5), 20, 4, "copies travel", "lrfu", 240, False, True),
-            ((7, 7, 7), 16, 2, "copies travel", "lrfu", 240, False, True),
-            ((1, 2, 1, 2, 1), 3, 1, "work spreads", "lru", 180, False),
-            ((3, 2), 16, 2, "tokens travel", "lrfu", 500, False, False, Echo),
-            ((4, 4, 4), 16, 3, "copies travel", "lrfu", 400, True, True, Guesses),
-            ((1, 6), 16, 2, "nothing travels", "lru", 400, False, False, Echo),
+            ((7, 7, 7), 16, 2, "copies travel", "lrfu", 120, False, True),
+            ((1, 2, 1, 2, 1), 3, 1, "work spreads", "lru", 90, False),
+            ((3, 2), 16, 2, "tokens travel", "lrfu", 250, False, False, Echo),
+            ((4, 4, 4), 16, 3, "copies travel", "lrfu", 200, True, True, Guesses),
+            ((1, 6), 16, 2, "nothing travels", "lru", 200, False, False, Echo),
         ]
     )
 ]

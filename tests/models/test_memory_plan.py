@@ -532,7 +532,7 @@ def test_the_command_plans_from_configuration_and_headers(tmp_path: Path) -> Non
     assert result.exit_code == 0, result.output
     given = json.loads(result.stdout)
     assert given["model"] == "mixtral"
-    assert given["quotas"] == [2, 2, 2]
+    assert given["quotas"] == [2, 2]
     assert given["checkpoint_bytes"] == sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     # Every weight is stored once, in the dtype that is planned for; headers come on top.
     assert 0 < given["checkpoint_bytes"] - given["dense_bytes"] - given["host_store_bytes"] < 50_000

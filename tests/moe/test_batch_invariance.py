@@ -157,13 +157,14 @@ def test_without_it_the_batch_shows(
     assert together.differing(expected) > 0
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-def test_pages_given_up_and_shared(name: str, checkpoint: Callable[[str], Path], cache_dir: Path, texts: Callable[[], Texts]):
+@pytest.mark.parametrize(("name", "count", "new"), [("qwen3_moe", 3, 24), ("gpt_oss", 4, 60)])
+def test_pages_given_up_and_shared(
+    name: str, count: int, new: int, checkpoint: Callable[[str], Path], cache_dir: Path, texts: Callable[[], Texts]
+):
     """A small cache: prompts are computed again with the tokens so far, or not at all, where pages of another hold them."""
     model = load(checkpoint(name), cache_dir, dtype="bfloat16")
-    requests = [
-        Request(str(n), prompt_of(70, seed=5)[: 70 - n % 3], 60, sampling=Sampling(temperature=1, seed=n)) for n in range(4)
-    ]
+    prompt = prompt_of(70, seed=5)
+    requests = [Request(str(n), prompt[: 70 - n % 3], new, sampling=Sampling(temperature=1, seed=n)) for n in range(count)]
     expected = alone(model, requests, texts)
     together = texts()
     stats = serve(model, requests, together, kv_tokens=160, chunk=100)

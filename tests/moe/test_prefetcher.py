@@ -408,11 +408,11 @@ class TestMemory:
         config = read_config(folder)
         skeleton = build_skeleton(resolve_class(config), config, torch.bfloat16)
         fit = FittedEstimator(torch.zeros(8, zoo.HIDDEN), torch.zeros(8), torch.zeros(0, 8), torch.zeros(8))
-        quality = [FitQuality(None, (0.5, 0.5), False), None, None]
+        quality = [FitQuality(None, (0.5, 0.5), False), None]
         about = PredictorMetadata(
-            checkpoint="own", model="m", experts=[8] * 3, tokens=1, settings=FitSettings(), quality=list(quality)
+            checkpoint="own", model="m", experts=[8] * 2, tokens=1, settings=FitSettings(), quality=list(quality)
         )
-        write_predictor(tmp_path / PREDICTOR_FILE_NAME, [fit, None, None], about)
+        write_predictor(tmp_path / PREDICTOR_FILE_NAME, [fit, None], about)
 
         def planned(fetches: bool) -> int:
             settings: dict[str, Any] = {"predictor": None, "execute_predicted": False, "fetches": fetches}
@@ -420,5 +420,5 @@ class TestMemory:
             return planned_bytes(skeleton, content, tmp_path, device=cuda, dtype=torch.bfloat16, **settings)
 
         assert planned(False) == 0
-        of_file, of_biases = 8 * zoo.HIDDEN * 2 + 8 * 2 + 8 * 4, 2 * 8 * 2
+        of_file, of_biases = 8 * zoo.HIDDEN * 2 + 8 * 2 + 8 * 4, 8 * 2
         assert planned(True) == (of_file if fitted else of_biases)

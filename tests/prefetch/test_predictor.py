@@ -103,7 +103,7 @@ def test_each_part_of_a_router_takes_part(name: str, checkpoint: Callable[[str],
 
 
 def test_what_looks_like_a_router_and_is_none(checkpoint: Callable[[str], Path]):
-    model = zoo.reference(checkpoint("mixtral"))
+    model = zoo.reference(checkpoint("qwen3_moe"))
     modules = zoo.experts_modules(model)
     block: Any = model.get_submodule("model.layers.0.mlp")
     block.gate = nn.Sequential(nn.Linear(zoo.HIDDEN, 8), nn.ReLU(), nn.Linear(8, 8))

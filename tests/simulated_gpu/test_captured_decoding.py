@@ -41,9 +41,9 @@ def request(number: int, new_tokens: int, prompt: int = 7, **sampling: Any) -> R
 
 
 REQUESTS = [
-    request(0, 9),
-    request(1, 14, temperature=0.8, top_p=0.9, seed=1),
-    request(2, 17, temperature=1.0, top_k=5, seed=2, repetition_penalty=1.1),
+    request(0, 8),
+    request(1, 11, temperature=0.8, top_p=0.9, seed=1),
+    request(2, 14, temperature=1.0, top_k=5, seed=2, repetition_penalty=1.1),
 ]
 
 
@@ -68,7 +68,7 @@ def test_replays_give_the_usual_tokens(name: str, checkpoint: Callable[[str], Pa
         assert gpu.races == []
         assert batcher.stats().replayed_steps == captured.replays
         # A size's first two passes are no replays; the sizes are 4, 2 and 1 row.
-        assert captured.replays == 16 - 2 * 3 if captured.obstacle is None else captured.replays == 0
+        assert captured.replays == 13 - 2 * 3 if captured.obstacle is None else captured.replays == 0
         runtime_of(model).check_integrity()
         for mine, theirs in zip(epslots.stats(model).layers, epslots.stats(usual).layers, strict=True):
             assert mine.steps == theirs.steps
@@ -153,7 +153,7 @@ def test_experts_are_prefetched_within_the_graph(checkpoint: Callable[[str], Pat
             gpu.reset()
             batcher = RowBatcher(model, kv_tokens=512, max_requests=2)
             tokens = run(batcher, REQUESTS[:2])
-            assert batcher.stats().replayed_steps > 8
+            assert batcher.stats().replayed_steps > 5
             batcher.close()
             assert gpu.races == []
             runtime_of(model).check_integrity()

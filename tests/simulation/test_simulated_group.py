@@ -97,7 +97,7 @@ def test_the_simulator_does_what_ranks_do(
     placement = default_placement([EXPERTS] * LAYERS, quota_LR)
     assert (ranks.holds() == first_residents(placement)).all(), "slots are filled alike"
     generator = np.random.default_rng(len(slots))
-    steps = generator.choice([1, 1, 1, 2, 9, 40], (len(slots), 40))
+    steps = generator.choice([1, 1, 1, 2, 9, 40], (len(slots), 24))
     before = ranks.counters()
     seen = ranks.forward(steps.tolist(), seed=1)
     after = ranks.counters()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from epslots.generation.row_batcher import RowBatcher
 from epslots.generation.tracked_request import GrammarProgress, TrackedRequest
 from epslots.models.adoption import mixes_tokens
 from tests.support import zoo
-from tests.support.remembered import Reference
+from tests.support.remembered import Reference, remembered
 
 
 def drawn(model: PreTrainedModel, request: Request, grammar: GrammarProgress | None = None) -> list[int]:
@@ -53,6 +54,18 @@ def generated(model: PreTrainedModel | Reference, request: Request) -> list[int]
     settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": sorted(request.stop_tokens) or None}
     ids = torch.tensor([request.prompt])
     return model.generate(ids, max_new_tokens=request.max_new_tokens, **settings)[0, len(request.prompt) :].tolist()
+
+
+def expected_of(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    make: Callable[[PreTrainedModel, Request], list[int]] = generated,
+) -> dict[str, list[int]]:
+    """What ``make`` gives for each request, by id: computed once a session for models alike, which nothing may disturb."""
+    kind = type(model).__name__, model.config.to_json_string(), model.config._attn_implementation
+    weights = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())).hexdigest()
+    key = (*kind, getattr(model.config, "_experts_implementation", None), weights, make.__name__, requests)
+    return remembered(key, lambda: {request.id: make(model, request) for request in requests})
 
 
 class Collected:

@@ -27,6 +27,7 @@ GROUPS = WAITING | {
         "tests/generation/test_balanced_ranks.py",
         "tests/generation/test_isolation_ranks.py",
         "tests/group/test_ranks_gloo.py",
+        "tests/serve/test_kills.py",
         "tests/transport/",
     ),
 }
@@ -37,19 +38,32 @@ module belongs to the first group that names it.
 """
 
 LONG = (
-    "tests/generation/test_batchers.py",
-    "tests/generation/test_rows.py",
-    "tests/moe/test_batch_invariance.py",
-    "tests/group/test_ranks_driver.py",
-    "tests/cluster/test_cluster.py",
-    "tests/equality/test_matrix.py",
     "tests/simulated_gpu/test_captured_decoding.py",
-    "tests/placement/test_adopting_placements.py",
+    "tests/generation/test_rows.py",
+    "tests/generation/test_batchers.py",
+    "tests/equality/test_matrix.py",
+    "forking",
+    "tests/cluster/test_cluster.py",
+    "tests/moe/test_batch_invariance.py",
     "tests/simulated_gpu/test_models.py",
-    "tests/cluster/test_controlled_cluster.py",
     "tests/generation/test_engine.py",
+    "tests/group/test_ranks_driver.py",
+    "tests/cluster/test_controlled_cluster.py",
+    "tests/cli/test_cli.py",
+    "tests/generation/test_isolation.py",
+    "tests/cuda_graph/test_triton_kernels.py",
+    "tests/models/test_known_shapes.py",
+    "tests/simulation/test_simulated_group.py",
+    "tests/host/test_compiled.py",
+    "tests/generation/test_paged_next_token.py",
+    "tests/serve/test_fuzz.py",
 )
-"""Modules that take more than 15 seconds: one that began last would keep a core idle."""
+"""Modules and groups that take more than ten seconds, or more than five with few tests: one that began last would keep a core
+idle.
+
+What forks ranks waits for them half of its time. So it begins when what waits for Ray is nearly done, and another computes
+beside it.
+"""
 
 _COMPUTING = 2
 """Processes that a machine of two cores needs, beside those that wait."""
@@ -61,7 +75,7 @@ def unit_of(nodeid: str) -> str:
 
 
 class GroupScheduling(LoadScopeScheduling):
-    """Groups first, then long modules, each in their order; then modules, those with the most tests first.
+    """What waits for Ray first, then what takes long, each in their order; then modules, those with the most tests first.
 
     With enough processes, one that has waited for Ray gets nothing else: it has left the cores to the others until then, and
     processes beyond the cores slow each other down.
@@ -71,7 +85,7 @@ class GroupScheduling(LoadScopeScheduling):
         return unit_of(nodeid)
 
     def _assign_work_unit(self, node: WorkerController) -> None:
-        for name in reversed((*GROUPS, *LONG)):
+        for name in reversed((*WAITING, *LONG)):
             if name in self.workqueue:
                 self.workqueue.move_to_end(name, last=False)
         super()._assign_work_unit(node)

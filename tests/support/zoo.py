@@ -136,6 +136,7 @@ _ROUTED = ("n_routed_experts", "num_experts_per_tok")
 
 _WIDTHS = {"intermediate_size": 96, "moe_intermediate_size": 32}
 _NARROW = {"intermediate_size": 32}
+_TWO = {"num_hidden_layers": 2}  # of layers that are all alike, a third shows nothing more
 _MLA = {"num_key_value_heads": 4, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
 _DEEPSEEK = {**_MLA, **_WIDTHS, "n_shared_experts": 1, "first_k_dense_replace": 1}
 _DEEPSEEK_V3 = {**_DEEPSEEK, "q_lora_rank": 32, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
@@ -204,8 +205,8 @@ def _tiny(
 
 # fmt: off
 _ALL = [
-    _tiny("mixtral", "MixtralForCausalLM", _LOCAL, 8, 2, intermediate_size=96),
-    _tiny("qwen2_moe", "Qwen2MoeForCausalLM", _NUM, 16, 4, **_WIDTHS, decoder_sparse_step=1,
+    _tiny("mixtral", "MixtralForCausalLM", _LOCAL, 8, 2, 2, **_TWO, intermediate_size=96),
+    _tiny("qwen2_moe", "Qwen2MoeForCausalLM", _NUM, 16, 4, 2, **_TWO, **_WIDTHS, decoder_sparse_step=1,
           shared_expert_intermediate_size=48),
     _tiny("qwen3_moe", "Qwen3MoeForCausalLM", _NUM, 16, 4, **_WIDTHS, head_dim=16, decoder_sparse_step=1, norm_topk_prob=True),
     _tiny("qwen3_next", "Qwen3NextForCausalLM", _NUM, 16, 4, hybrid=True,
@@ -221,20 +222,20 @@ _ALL = [
     _tiny("gemma4_multimodal", "Gemma4ForConditionalGeneration", _GEMMA4_KEYS, 16, 4, tied=True, **_GEMMA4,
           beside_text={"vision_config": {**_GEMMA4_VISION, "head_dim": 16, "position_embedding_size": 16},
                        **_GEMMA4_TOKENS, "eoa_token_index": 7, "audio_token_id": 8}),
-    _tiny("olmoe", "OlmoeForCausalLM", _NUM, 16, 4, **_NARROW),
-    _tiny("olmoe_tied", "OlmoeForCausalLM", _NUM, 16, 4, tied=True, **_NARROW),
-    _tiny("olmoe_unaligned", "OlmoeForCausalLM", _NUM, 16, 4, aligned=False, intermediate_size=30),
+    _tiny("olmoe", "OlmoeForCausalLM", _NUM, 16, 4, 2, **_TWO, **_NARROW),
+    _tiny("olmoe_tied", "OlmoeForCausalLM", _NUM, 16, 4, 2, **_TWO, tied=True, **_NARROW),
+    _tiny("olmoe_unaligned", "OlmoeForCausalLM", _NUM, 16, 4, 2, **_TWO, aligned=False, intermediate_size=30),
     _tiny("glm4_moe", "Glm4MoeForCausalLM", _ROUTED, 16, 4, 2, **_WIDTHS,
           n_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1, head_dim=16),
-    _tiny("phimoe", "PhimoeForCausalLM", _LOCAL, 8, 2, **_NARROW),
-    _tiny("granitemoe", "GraniteMoeForCausalLM", _LOCAL, 8, 2, **_NARROW),
+    _tiny("phimoe", "PhimoeForCausalLM", _LOCAL, 8, 2, 2, **_TWO, **_NARROW),
+    _tiny("granitemoe", "GraniteMoeForCausalLM", _LOCAL, 8, 2, 2, **_TWO, **_NARROW),
     _tiny("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", ("moe_num_experts", "moe_k"), 8, 2, 2, **_WIDTHS,
           moe_num_shared_experts=1),
-    _tiny("minimax_m2", "MiniMaxM2ForCausalLM", _LOCAL, 8, 2, **_NARROW, head_dim=16),
+    _tiny("minimax_m2", "MiniMaxM2ForCausalLM", _LOCAL, 8, 2, 2, **_TWO, **_NARROW, head_dim=16),
     _tiny("nemotron_h", "NemotronHForCausalLM", _ROUTED, 8, 2, 2, hybrid=True, **_WIDTHS | {"intermediate_size": 64},
           **_MAMBA, n_shared_experts=1, moe_shared_expert_intermediate_size=32, head_dim=16, num_hidden_layers=4,
           layers_block_type=["moe", "full_attention", "linear_attention", "moe"]),
-    _tiny("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", ("num_experts", "moe_topk"), 8, 2, **_NARROW, head_dim=16),
+    _tiny("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", ("num_experts", "moe_topk"), 8, 2, 2, **_TWO, **_NARROW, head_dim=16),
     _tiny("jamba", "JambaForCausalLM", _NUM, 8, 2, 2, hybrid=True, **_NARROW, num_hidden_layers=4, expert_layer_period=2,
           expert_layer_offset=1, attn_layer_period=4, attn_layer_offset=2, mamba_d_state=8),
     _tiny("zaya", "ZayaForCausalLM", _NUM, 8, 1, hybrid=True, moe_intermediate_size=32, head_dim=16, router_hidden_size=16),
@@ -255,7 +256,7 @@ _ALL = [
           intermediate_size=96, moe_intermediate_size=[32, 16], moe_num_shared_experts=1,
           rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]},
           beside_text={"vision_config": _ERNIE_VISION, **_ERNIE_VL_TOKENS, "tie_word_embeddings": False}),
-    Tiny("llama", "LlamaForCausalLM", _COMMON | {"intermediate_size": 96}, interface=False),
+    Tiny("llama", "LlamaForCausalLM", _COMMON | _TWO | {"intermediate_size": 96}, interface=False),
     _tiny("llama4", "Llama4ForCausalLM", _LOCAL, 8, 1, interface=False, rebuilt=True, **_NARROW, intermediate_size_mlp=96,
           head_dim=16, attention_chunk_size=64),
     Tiny("dbrx", "DbrxForCausalLM", num_experts=8, top_k=2, moe_layers=3, interface=False, rebuilt=True, settings={
@@ -263,8 +264,8 @@ _ALL = [
         "attn_config": _DBRX_ATTENTION,
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 8, "moe_top_k": 2, "hidden_size": HIDDEN},
         "pad_token_id": 0, "bos_token_id": 1}),
-    _tiny("jetmoe", "JetMoeForCausalLM", _LOCAL, 8, 2, interface=False, rebuilt=True, without={"num_attention_heads"},
-          **_NARROW, kv_channels=16),
+    _tiny("jetmoe", "JetMoeForCausalLM", _LOCAL, 8, 2, 2, interface=False, rebuilt=True, without={"num_attention_heads"},
+          **_TWO, **_NARROW, kv_channels=16),
     _tiny("doge", "DogeForCausalLM", _NUM, 16, 4, interface=False, rebuilt=True, is_moe=True, intermediate_size=96,
           keep_window_size=16),
     # The layers of those below keep various things of a sequence, and prompts of some tens of tokens show which: windows hold
