@@ -32,7 +32,7 @@ from epslots.errors import RankMismatchError, StepFailed, UnsupportedModelError
 from epslots.generation.batcher import Batcher, check_positive, check_servable
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout, sequence_digest
-from epslots.generation.captured_decoding import CapturedDecoding, capture_obstacle, span_of
+from epslots.generation.captured_decoding import CapturedDecoding, capture_obstacle
 from epslots.generation.chunk_size import ChunkSize
 from epslots.generation.engine_stats import Usage
 from epslots.generation.isolation import Isolation
@@ -46,6 +46,7 @@ from epslots.generation.row_tracker import RowTracker
 from epslots.generation.static_pages import StaticPages
 from epslots.generation.tracked_request import TrackedRequest
 from epslots.models.batch_invariance import is_batch_invariant
+from epslots.models.captured_sizes import span_of
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +85,8 @@ class PagedBatcher(Batcher):
         self._attention = PackedAttention(self._processor) if is_batch_invariant(model) else None
         self._decoding = PagedDecoding(model, self._processor)
         self._choice = PagedNextToken(self._processor)
-        in_pages = None if self._decoding.suits else "its pages are read by another attention than torch's"
-        obstacle = capture_obstacle(model, in_pages) if config.capture else "it was asked for"
-        self._captured = CapturedDecoding[StaticPages](model, self._call, most=config.max_requests, obstacle=obstacle)
+        obstacle = capture_obstacle(model, self._decoding.obstacle) if config.capture else "it was asked for"
+        self._captured = CapturedDecoding[StaticPages](model, self._call, config, obstacle)
         # By transformers' id: where each request of the latest captured step has its row.
         self._places: dict[str, int] = {}
         cache, scheduler = self._processor.cache, self._processor.scheduler
@@ -290,8 +290,11 @@ class PagedBatcher(Batcher):
 
     def _make_captured(self, part: list[FutureRequestState]) -> bool:
         """The same by a captured step, if all of them decode; False where it can't be."""
+        if any(future.query_length > 1 for future in part):
+            return False
         lengths = self._decoding.lengths
-        if not lengths or not self._captured.takes(len(part)):
+        longest = max((int(length_R.max()) for length_R in lengths), default=None)
+        if not self._captured.takes(len(part), longest):
             return False
         places = self._places_of([future.state.request_id for future in part])
         with _between(self._processor.inputs_and_outputs):
@@ -324,7 +327,7 @@ class PagedBatcher(Batcher):
         prompts = [future for future in part if future.state.position_offset <= len(future.state.initial_tokens)]
         prompt_tokens = sum(future.query_length for future in prompts)
         self._counters.steps += 1
-        self._counters.replayed_steps = self._captured.replays
+        self._captured.count_in(self._counters)
         self._counters.prompt_tokens += prompt_tokens
         if self._began_s is not None:
             seconds = self._clock() - self._began_s
