@@ -68,7 +68,9 @@ class UncapturedCluster(ScriptedCluster):
         found = super().stats(layers)
         engine = msgspec.structs.replace(found.engine, capture_obstacle="a layer has 2 slots", crowded_steps=7)
         zero = {"steps": 0, "requests": 0, "memory_bytes": 0, "descriptors": 0, "threads": 0}
-        return replace(found, ranks=(RankStats(group=0, rank=1, where="here", stats=found.total, engine=engine, **zero),))
+        return replace(
+            found, engine=engine, ranks=(RankStats(group=0, rank=1, where="here", stats=found.total, engine=engine, **zero),)
+        )
 
 
 def test_ranks_without_graphs_are_named():

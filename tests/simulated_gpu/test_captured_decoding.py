@@ -267,15 +267,15 @@ def test_prompts_and_many_rows_take_the_usual_path(checkpoint: Callable[[str], P
 @pytest.mark.parametrize("cache", ["rows", "pages"])
 def test_one_long_request_takes_the_usual_path(cache: str, checkpoint: Callable[[str], Path], shared_stores: Path):
     """With many short ones, as long as which all of them would be read; alone, its steps are captured."""
-    requests = [request(0, 9, prompt=200), *(request(number, 4) for number in range(1, 9))]
-    settings = {"cache": cache, "kv_tokens": 320, "max_requests": 16}
+    requests = [request(0, 12, prompt=200), *(request(number, 4, prompt=20 - number) for number in range(1, 9))]
+    settings = {"cache": cache, "kv_tokens": 500, "max_requests": 16}
     with simulated_gpus("h100") as gpu:
         model = qwen(checkpoint("qwen3_moe"), shared_stores, slots=16, dtype="float32")
         expected = run(Engine(model, capture=False, **settings).batcher, requests)
         batcher = Engine(model, **settings).batcher
         assert run(batcher, requests) == expected
-        assert batcher.stats().ragged_steps == 3 and batcher.stats().crowded_steps == 0
-        assert batcher.stats().replayed_steps == 3, "two passes of its own size come before the first replay"
+        stats = batcher.stats()
+        assert (stats.ragged_steps, stats.crowded_steps) == (3, 0) and stats.replayed_steps > 3
         assert gpu.races == []
         batcher.close()
 
