@@ -16,8 +16,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -38,7 +37,7 @@ from epslots.generation.engine_stats import Usage
 from epslots.generation.isolation import Isolation
 from epslots.generation.page_images import image_of_pages, room_in_pages
 from epslots.generation.paged_cache import open_processor, paging_obstacle
-from epslots.generation.paged_decoding import PagedDecoding
+from epslots.generation.paged_decoding import PagedDecoding, in_turn
 from epslots.generation.paged_invariance import PackedAttention, Span, invariance_obstacle
 from epslots.generation.paged_next_token import PagedNextToken
 from epslots.generation.repeatable_step import WindowBackup, discard, prepare_part
@@ -284,7 +283,7 @@ class PagedBatcher(Batcher):
         with (
             self._following(self._previous_T),
             self._decoding.active(),
-            _between(self._processor.inputs_and_outputs),
+            in_turn(self._processor.inputs_and_outputs),
         ):
             self._processor._generation_step(self._model)
 
@@ -297,7 +296,7 @@ class PagedBatcher(Batcher):
         if not self._captured.takes(len(part), longest):
             return False
         places = self._places_of([future.state.request_id for future in part])
-        with _between(self._processor.inputs_and_outputs):
+        with in_turn(self._processor.inputs_and_outputs):
             pass  # pages may have been emptied, or windows restored, on transformers' stream
         size = self._captured.padded(len(part)), tuple(span_of(int(length_R.max())) for length_R in lengths)
         logits_1BV = self._captured.logits(
@@ -391,20 +390,3 @@ class PagedBatcher(Batcher):
         self._manager = self._processor = self._isolation = self._windows = self._part = None
         if self._model.config._attn_implementation != self._implementation:
             self._model.set_attn_implementation(self._implementation)
-
-
-@contextmanager
-def _between(batch: Any) -> Iterator[None]:
-    """Within the context, transformers' own stream comes after what is queued on the current one, and before what follows.
-
-    It computes there, and nothing else would order its reads of the batch's indices, our uploads, and fetches into slots.
-    """
-    if batch.compute_stream is None:
-        yield
-        return
-    here = torch.cuda.current_stream(batch.device)
-    batch.compute_stream.wait_stream(here)
-    try:
-        yield
-    finally:
-        here.wait_stream(batch.compute_stream)

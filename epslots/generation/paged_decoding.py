@@ -127,6 +127,23 @@ def _switch_of(model: PreTrainedModel) -> AttentionSwitch:
     return AttentionSwitch(model, (module for module in model.get_decoder().modules() if hasattr(module, "layer_idx")))
 
 
+@contextmanager
+def in_turn(batch: Any) -> Iterator[None]:
+    """Within the context, transformers' own stream comes after what is queued on the current one, and before what follows.
+
+    It computes there, and nothing else would order its reads of the batch's indices, our uploads, and fetches into slots.
+    """
+    if batch.compute_stream is None:
+        yield
+        return
+    here = torch.cuda.current_stream(batch.device)
+    batch.compute_stream.wait_stream(here)
+    try:
+        yield
+    finally:
+        here.wait_stream(batch.compute_stream)
+
+
 def _aligned_here(index: torch.Tensor, length_R: IntArray) -> Reads:
     """``aligned`` for lengths on the host."""
     longest = int(length_R.max())
