@@ -220,17 +220,24 @@ def plan_memory(
 def _with_auto_slots(plan: MemoryPlan, memory_bytes: int) -> MemoryPlan:
     """The plan with as many slots as there is memory for; with one per layer, if there is none.
 
-    More slots let larger steps be captured, whose graphs take memory: room is kept for all, unless too few slots fit for any.
+    With more slots, larger steps are captured, whose graphs take memory, too: the most slots are searched for.
     """
-    layers = plan.shape.layers
-    complete = msgspec.structs.replace(plan, quotas=resolve_quotas(plan.setting, layers, None))
-    for captured in (0, complete.captured_bytes):
-        left = memory_bytes - (plan.fixed_bytes - plan.captured_bytes) - captured
-        if left >= plan.slot_bytes:
-            found = msgspec.structs.replace(plan, quotas=resolve_quotas(plan.setting, layers, left))
-            if found.fits:
-                return found
-    return plan
+
+    def with_pool(nbytes: int) -> MemoryPlan:
+        return msgspec.structs.replace(plan, quotas=resolve_quotas(plan.setting, plan.shape.layers, nbytes))
+
+    fewest, most = plan.slot_bytes, memory_bytes - (plan.fixed_bytes - plan.captured_bytes)
+    if most < fewest:
+        return plan
+    if (found := with_pool(most)).fits:
+        return found
+    while most - fewest > min(layer.layout.nbytes for layer in plan.shape.layers):
+        middle = (fewest + most) // 2
+        if with_pool(middle).fits:
+            fewest = middle
+        else:
+            most = middle
+    return with_pool(fewest)
 
 
 def default_reserve(memory_bytes: int | None) -> int:
