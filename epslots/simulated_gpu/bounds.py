@@ -7,13 +7,10 @@
     link           a kernel reads the host's memory, or the next one waits for a copy
     sync           the host waited for the device, and so has queued nothing yet
     host           the host was busy, and has queued nothing yet
-
-A kernel that reads the host's memory beside the others, on a stream of its own, counts as a copy.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,8 +62,6 @@ def bounds_of(
     seconds = dict.fromkeys(("hbm", "compute", "floor", "link", "sync", "host"), 0.0)
     free_s = began_s
     kernels = sorted((o for o in operations if o.engine.startswith("SM")), key=lambda o: o.start_s or 0.0)
-    streams = Counter(kernel.stream for kernel in kernels)
-    kernels = [one for one in kernels if not one.over_link or one.stream == max(streams, key=streams.__getitem__)]
     for kernel in kernels:
         assert kernel.start_s is not None and kernel.end_s is not None
         start_s, end_s = max(kernel.start_s, free_s), min(kernel.end_s, ended_s)

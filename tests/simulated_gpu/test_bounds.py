@@ -53,15 +53,6 @@ def test_a_kernel_that_reads_the_host_is_the_links():
     assert (found.link, found.floor, found.link_busy) == (4, 1, 4)
 
 
-def test_a_kernel_that_copies_beside_others_is_a_copy():
-    """As a captured step's prefetches are: others go on meanwhile, and the link has what they wait for it."""
-    ahead = kernel(0, 6, 6, stream=2)
-    ahead.over_link = True
-    found = bounds_of(run(ahead, kernel(0, 2, 2), kernel(0, 3, 3), kernel(0, 1, after=(ahead,))), [], SPEC, 0, 7)
-    assert (found.hbm, found.link, found.floor) == (5, 1, 1)
-    assert found.link_busy == 6 and found.total == 7
-
-
 @pytest.mark.parametrize(("began_s", "ended_s"), [(0, 9), (1, 4), (2.5, 6)])
 def test_the_reasons_add_up_to_the_time(began_s: float, ended_s: float):
     copy = Operation("H2D", 2, "H2D:0", 1, 3, 3)
