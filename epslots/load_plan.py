@@ -92,7 +92,7 @@ def plan_load(source: CheckpointSource, config: LoadConfig, device: torch.device
     ram_bytes = store_bytes if store_kind == "memory" else min(store_bytes, config.host_memory_bytes or 0)
     free = _free_memory(device, ram_bytes, neighbours)
     shape = measure(opened, engine=config.engine, batch_invariant=config.batch_invariant, slot_note=slots.note)
-    memory = _plan_memory(opened, shape, config, device, ranks, free)
+    memory = _plan_memory(opened, shape, config, device, ranks, free, gpu_fetches=store_kind == "memory")
     check_fits(memory)
     return LoadPlan(opened, manifest, store_kind, store_dir, memory, _plan_ram(memory, config, neighbours))
 
@@ -163,12 +163,20 @@ def _free_memory(device: torch.device, shared_bytes: int, neighbours: int) -> tu
 
 
 def _plan_memory(
-    opened: OpenModel, shape: ModelShape, config: LoadConfig, device: torch.device, ranks: int, free: tuple[int, str]
+    opened: OpenModel,
+    shape: ModelShape,
+    config: LoadConfig,
+    device: torch.device,
+    ranks: int,
+    free: tuple[int, str],
+    *,
+    gpu_fetches: bool,
 ) -> MemoryPlan:
     """The plan of this rank's device memory, before a weight is read.
 
     Args:
         free: from ``_free_memory``.
+        gpu_fetches: as in ``MemoryPlan``.
     """
     checkpoint, prefetch = opened.checkpoint, parse_prefetch(config.prefetch)
     predictor_bytes = planned_bytes(
@@ -191,7 +199,8 @@ def _plan_memory(
         device=device.type,
         engine=config.engine,
         predictor_bytes=predictor_bytes,
-        capturable=Product.BY_SLOT not in products,
+        capturable=Product.BY_SLOT not in products and not config.execute_predicted,
+        gpu_fetches=gpu_fetches,
         memory_note=free[1],
     )
 

@@ -113,6 +113,11 @@ class ClusterCollector(Collector):
         yield self._counter("prefix_cache_queries", queries, "Prompt tokens that were looked up in the cache.")
         yield self._counter("engine_steps", engine.steps, "Forward passes over requests.")
         yield self._counter("engine_steps_replayed", engine.replayed_steps, "Those replayed from a CUDA graph, of all ranks.")
+        crowded = "Decoding steps without a CUDA graph, because they could need more experts than a layer has slots."
+        yield self._counter("engine_steps_crowded", engine.crowded_steps, crowded)
+        ragged = "Decoding steps without a CUDA graph, because one request is far longer than most others."
+        yield self._counter("engine_steps_ragged", engine.ragged_steps, ragged)
+        yield self._gauge("graph_bytes", engine.graph_bytes, "Device memory that capturing CUDA graphs took, of all ranks.")
         longest = "Longest time that a request is without its first token; it grows where lower priorities starve."
         yield self._gauge("longest_wait_seconds", stats.longest_wait_s, longest)
         yield self._gauge("ranks_missing", len(stats.missing), "Ranks that should serve, and don't now.")

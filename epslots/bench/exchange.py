@@ -23,7 +23,7 @@ from epslots.planner.cost_model import Costs
 from epslots.planner.layer_planner import LayerPlanner
 from epslots.planner.layer_state import LayerState
 from epslots.runtime import runtime_of
-from epslots.transport.torch_transport import TorchTransport
+from epslots.transport.torch_transport import TorchTransport, group_method
 
 HIDDEN, EXPERTS, TOP_K = 1024, 32, 4
 # Large experts with a faster host: 50 GB/s.
@@ -127,15 +127,18 @@ def _bare_collectives(way: str, shared: LayerPlanner, counts_RE: IntArray, token
     blocks = torch.zeros(2 * len(block))
     results, result = torch.zeros(2 * tokens * TOP_K * HIDDEN), torch.zeros(tokens * TOP_K * HIDDEN)
 
+    names = ("all_gather_single", "all_to_all_single", "reduce_scatter_single")
+    gather, exchange, reduce_scatter = (group_method(group, name) for name in names)
+
     def all_to_all() -> None:
-        group.all_gather_single(rows, row).wait()
-        group.all_to_all_single(there, out, receive, send).wait()
-        group.all_to_all_single(out, there, send, receive).wait()
+        gather(rows, row).wait()
+        exchange(there, out, receive, send).wait()
+        exchange(out, there, send, receive).wait()
 
     def all_gather() -> None:
-        group.all_gather_single(rows, row).wait()
-        group.all_gather_single(blocks, block).wait()
-        group.reduce_scatter_single(result, results, dist.ReduceScatterOptions()).wait()
+        gather(rows, row).wait()
+        gather(blocks, block).wait()
+        reduce_scatter(result, results, dist.ReduceScatterOptions()).wait()
 
     return all_to_all if way == "all-to-all" else all_gather
 

@@ -19,13 +19,17 @@ from epslots.models.adoption import RUNNER
 from epslots.models.experts import experts_modules
 from epslots.moe.moe_layer import MoELayer
 from epslots.moe.prefetcher import Prefetcher, UsagePredictor
+from epslots.planner.prefetch_policy import PrefetchVerdict
 from epslots.runtime import runtime_of
 from epslots.simulated_gpu.machine import SimulatedMachine
 from epslots.simulated_gpu.tensors import memory_of
 
 # Experts that were used longest ago may be evicted within the step, for guesses: no hit is chosen among this share of them.
 _MAY_GIVE_WAY = 0.25
-_SURE, _GUESSED = 255, 220  # of 255: how likely an expert is used
+# How sure predictions of absent experts are, in 256ths, and the shares of each among those that were used and those that
+# weren't: the shipped model on text, its fitted predictor, half of the experts in slots.
+_SURENESS = (242, 160, 95, 45)
+_OF_USED, _OF_UNUSED = (0.61, 0.17, 0.16, 0.06), (0.04, 0.14, 0.31, 0.51)
 
 
 class ScriptedRouting:
@@ -70,6 +74,8 @@ class ScriptedRouting:
 
     def next_step(self) -> None:
         """Choose the experts of a step."""
+        if not self.active:
+            self._forget_predictions()
         self.active = True
         self._steps += 1
         for number, runner in enumerate(self._runtime.runners):
@@ -79,6 +85,11 @@ class ScriptedRouting:
         following = [*self.ids[1:], self.ids[0]]  # the last layer predicts the first of a step to come
         for usage, ids in zip(self._usage, following, strict=True):
             _write(self._gpu, usage, self._predict(ids, len(usage)))
+
+    def _forget_predictions(self) -> None:
+        """The random model's own predictions, of its prompt, say nothing about the script's."""
+        for runner in self._runtime.runners:
+            runner.planner.prefetch_policy.adopt(PrefetchVerdict(active=True, predicted=0, used=0))
 
     def _choose(self, runner: MoELayer, shape: Sequence[int]) -> IntArray:
         resident_E = self._resident(runner)
@@ -117,7 +128,8 @@ class ScriptedRouting:
         others = np.setdiff1d(np.arange(experts), true)
         wrong = self._random.choice(others, min(int((~kept).sum()), len(others)), replace=False)
         usage = np.zeros(experts, np.int32)
-        usage[true[kept]], usage[wrong] = _SURE, _GUESSED
+        for predicted, shares in ((true[kept], _OF_USED), (wrong, _OF_UNUSED)):
+            usage[predicted] = self._random.choice(_SURENESS, len(predicted), p=shares)
         return usage
 
     def usage_after(self, layer: int) -> torch.Tensor:

@@ -68,6 +68,9 @@ class WorkOptions:
     cache: Annotated[
         str, typer.Option(help=f"How requests are kept: {', '.join(CACHE_SETTINGS)} (the cache that serves the model best).")
     ] = "auto"
+    capture: Annotated[
+        bool, typer.Option("--capture/--no-capture", help="On a GPU, leave room for CUDA graphs of decoding.")
+    ] = True
 
     @property
     def engine(self) -> EngineConfig:
@@ -77,6 +80,7 @@ class WorkOptions:
             max_requests=self.max_requests,
             max_batch_tokens=self.max_batch_tokens,
             cache=self.cache,
+            capture=self.capture,
         )
 
 
@@ -154,6 +158,7 @@ def plan(
             device=kind,
             engine=engine,
             predictor_bytes=found.predictor_bytes,
+            gpu_fetches=config.host_memory is None,
             memory_note=memory_note,
         )
     except DoesNotFitError as error:

@@ -171,6 +171,12 @@ def requests_table(ranks: Sequence[OneRankStats]) -> Table:
     for one in ranks:
         if one.engine.capture_obstacle is not None:
             table.caption += escape(f"\nrank {one.rank} decodes without CUDA graphs: {one.engine.capture_obstacle}")
+        for steps, why in (
+            (one.engine.crowded_steps, "they could need more experts than a layer has slots"),
+            (one.engine.ragged_steps, "one request is far longer than the others"),
+        ):
+            if steps:
+                table.caption += f"\nrank {one.rank} made {steps:,} decoding steps without CUDA graphs: {why}"
     return table
 
 

@@ -19,6 +19,7 @@ from epslots.cuda_graph.missed_steps import MissedSteps
 from epslots.cuda_graph.side_stream import SideStream
 from epslots.cuda_graph.torch_kernels import TorchKernels
 from epslots.errors import ConfigError
+from epslots.models.quotas import served_tokens
 from epslots.moe.moe_layer import MoELayer
 from epslots.runtime import Runtime
 
@@ -41,8 +42,8 @@ def device_obstacle(runtime: Runtime, pairs: int) -> str | None:
 def most_rows(runtime: Runtime) -> int | None:
     """Tokens of a step that can't need more experts than any layer has slots; None = any number."""
     pools = [loader.pool for loader in runtime.loaders]
-    fewest = [pool.quotas[layer] for pool in pools for layer in range(len(pool.layers)) if not pool.holds_all_of(layer)]
-    return min(fewest) // runtime.plan.shape.top_k if fewest else None
+    layers, quotas = [each for pool in pools for each in pool.layers], [each for pool in pools for each in pool.quotas]
+    return served_tokens(layers, quotas, runtime.plan.shape.top_k)
 
 
 def kernels_for(loader: ExpertLoader) -> Kernels:

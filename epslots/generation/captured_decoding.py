@@ -5,8 +5,9 @@ captured one reads and writes tensors that stay in place (``static_step.py``, ``
 about slots (``cuda_graph/lent_slots.py``). The 1st pass of a size runs uncaptured, which compiles kernels; the 2nd is captured
 and replayed, like all later ones. Choosing tokens, delivering and stopping stay the batcher's, after the replay.
 
-Only for one rank on CUDA, and while every running request decodes: prompts have no fixed shape. A pass of more rows than slots
-could serve, or while routes are observed, takes the usual path; so do all passes where ``CapturedDecoding.obstacle`` is set.
+Only for one rank on CUDA, and while every running request decodes: prompts have no fixed shape. A pass takes the usual path
+where its rows could need more experts than a layer has slots (*crowded*), where it would read more positions than graphs have
+memory for (*ragged*), and while routes are observed; so do all passes where ``CapturedDecoding.obstacle`` is set.
 Capturing follows PyTorch's notes on CUDA graphs; decisions and copies within the graph are an idea of FreeToken's.
 """
 
@@ -15,18 +16,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
+from epslots.config import EngineConfig
 from epslots.cuda_graph.lent_slots import LentSlots, device_obstacle, most_rows
+from epslots.generation.engine_stats import EngineCounters
+from epslots.models.captured_sizes import CapturedSizes
 from epslots.runtime import plan_of, runtime_of
 
 logger = logging.getLogger(__name__)
 
-# Positions that the smallest graph reads of a request; the others read twice as many each.
-LEAST_SPAN = 64
 # By the model type of the text model: some of its layers ask the host for values in each step.
 _ASKS_THE_HOST = {"qwen4_exp_text"}
 
@@ -62,11 +65,6 @@ class DecodingStep(Protocol):
 Step = TypeVar("Step", bound=DecodingStep)
 
 
-def span_of(longest: int) -> int:
-    """Positions that a graph reads of each request, so that it serves longer ones, too."""
-    return max(LEAST_SPAN, 1 << (longest - 1).bit_length())
-
-
 def capture_obstacle(model: PreTrainedModel, of_cache: str | None) -> str | None:
     """Why no decoding pass of a model can be captured, as a sentence's end; None if nothing is known to be in the way.
 
@@ -84,11 +82,20 @@ def capture_obstacle(model: PreTrainedModel, of_cache: str | None) -> str | None
 def _obstacle(model: PreTrainedModel, of_cache: str | None) -> str | None:
     if plan_of(model) is None:
         return "epslots.load didn't return it"
-    if of_cache is not None:
-        return of_cache
-    if model.config.get_text_config().model_type in _ASKS_THE_HOST:
-        return "some of its layers ask the host for values"
+    if (found := model_obstacle(model, of_cache)) is not None:
+        return found
     return device_obstacle(runtime_of(model), runtime_of(model).plan.shape.top_k)
+
+
+def model_obstacle(model: PreTrainedModel, of_cache: str | None) -> str | None:
+    """The part of ``capture_obstacle`` that is true of a model on any GPU; memory plans ask it, too.
+
+    Args:
+        model: may be on the meta device.
+        of_cache: as for ``capture_obstacle``.
+    """
+    asks = model.config.get_text_config().model_type in _ASKS_THE_HOST
+    return of_cache or ("some of its layers ask the host for values" if asks else None)
 
 
 class CapturedDecoding(Generic[Step]):
@@ -96,33 +103,51 @@ class CapturedDecoding(Generic[Step]):
 
     Args:
         call: runs the model.
-        most: rows of a pass, at most.
+        config: of the engine.
         obstacle: why nothing is captured; None if it may be.
 
     Attributes:
         obstacle: as given; or found out by a capture that failed.
         present_obstacle: why no pass could be captured when one was asked for last: layers have passed slots, or a group has
             formed. None if one could.
-        replays: passes that were replayed so far.
     """
 
-    def __init__(self, model: PreTrainedModel, call: Call, *, most: int, obstacle: str | None) -> None:
+    def __init__(self, model: PreTrainedModel, call: Call, config: EngineConfig, obstacle: str | None) -> None:
         self._model, self._call = model, call
-        self._requests = self._most = most
+        self._requests = config.max_requests
+        self._sizes = CapturedSizes(config.max_requests, config.kv_tokens)
         self._lent: LentSlots | None = None
         self._graphs: dict[Hashable, _Graph[Step]] = {}
         self._latest: _Graph[Step] | None = None
         self._pool: Any = None
-        self.obstacle, self.replays = obstacle, 0
+        self.obstacle = obstacle
         self.present_obstacle: str | None = None
+        self.replays = self._crowded = self._ragged = self._graph_bytes = 0
 
-    def takes(self, rows: int) -> bool:
-        """Whether the next pass, of so many requests, can be made here."""
+    def takes(self, rows: int, longest: int | None) -> bool:
+        """Whether the next pass can be made here; where its size is in the way, that is counted.
+
+        Args:
+            rows: requests, each of which has one new token.
+            longest: positions that the longest of them reads; None = too many for them to be read by rows.
+        """
         if self.obstacle is not None or any(runner.observed for runner in runtime_of(self._model).runners):
             return False
         if self._lent is None or not self._lent.taken:
             self._open()
-        return self._lent is not None and rows <= self._most
+        if self._lent is None:
+            return False
+        crowded = rows > self._sizes.rows
+        ragged = not crowded and (longest is None or not self._sizes.serves(rows, longest))
+        self._crowded += crowded
+        self._ragged += ragged
+        return not crowded and not ragged
+
+    def count_in(self, counters: EngineCounters) -> None:
+        """Bring an engine's counters of captured passes up to date."""
+        counters.replayed_steps = self.replays
+        counters.crowded_steps, counters.ragged_steps = self._crowded, self._ragged
+        counters.graph_bytes = self._graph_bytes
 
     def _open(self) -> None:
         """Look at the layers' slots as they are now: layers may have passed some, and a group may have formed."""
@@ -133,8 +158,8 @@ class CapturedDecoding(Generic[Step]):
         self._note(device_obstacle(runtime, pairs))
         if self.present_obstacle is not None:
             self._lent = None
-        elif self._lent is None or most != self._most:
-            self._lent, self._most = LentSlots(runtime, pairs), most
+        elif self._lent is None or most != self._sizes.rows:
+            self._lent, self._sizes = LentSlots(runtime, pairs), replace(self._sizes, rows=most)
             self._graphs.clear()
 
     def _note(self, obstacle: str | None) -> None:
@@ -144,7 +169,7 @@ class CapturedDecoding(Generic[Step]):
 
     def padded(self, rows: int) -> int:
         """Requests of the graph that serves so many, B."""
-        return min(1 << (rows - 1).bit_length(), self._most)
+        return self._sizes.padded(rows)
 
     def logits(self, size: Hashable, make: Callable[[], Step], begin: Callable[[Step], None]) -> torch.Tensor | None:
         """The logits after one new token of each request; overwritten by the next pass. Its states aren't kept yet.
@@ -252,7 +277,9 @@ class _Graph(Generic[Step]):
             torch.cuda.device(owner._model.device),
             torch.cuda.graph(graph, pool=owner._pool, capture_error_mode="thread_local"),
         ):
+            before = torch.cuda.memory_reserved(owner._model.device)  # entering the capture has emptied the cache
             yield
+            owner._graph_bytes += max(0, torch.cuda.memory_reserved(owner._model.device) - before)
 
     def keep_states(self) -> None:
         """Make the states of the pass those of the requests."""

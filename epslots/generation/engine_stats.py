@@ -19,6 +19,9 @@ class EngineCounters:
 
     steps: int = 0
     replayed_steps: int = 0
+    crowded_steps: int = 0
+    ragged_steps: int = 0
+    graph_bytes: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
     reused_tokens: int = 0
@@ -43,6 +46,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         steps: forward passes over requests; several parts of a step that failed as a whole count one by one.
         replayed_steps: those of them that were replayed from a CUDA graph.
+        crowded_steps: those that would have been, but could need more experts than some layer has slots.
+        ragged_steps: those that would have been, but read too many positions: all of a step's requests count as long as the
+            longest (``models/captured_sizes.py``).
+        graph_bytes: of device memory that capturing CUDA graphs took.
         prompt_tokens: tokens of prompts that were computed, those computed again after a preemption included.
         new_tokens: tokens that were returned (``generation_tokens``).
         reused_tokens: tokens of prompts that weren't computed, because the cache held them (``prefix_cache_hits``).
@@ -59,6 +66,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
     steps: int
     replayed_steps: int
+    crowded_steps: int
+    ragged_steps: int
+    graph_bytes: int
     prompt_tokens: int
     new_tokens: int
     reused_tokens: int

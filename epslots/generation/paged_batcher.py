@@ -16,8 +16,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,7 +31,7 @@ from epslots.errors import StepFailed, UnsupportedModelError
 from epslots.generation.batcher import Batcher, check_positive, check_servable
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout
-from epslots.generation.captured_decoding import CapturedDecoding, capture_obstacle, span_of
+from epslots.generation.captured_decoding import CapturedDecoding, capture_obstacle
 from epslots.generation.chunk_balance import StepLoad
 from epslots.generation.chunk_size import ChunkSize
 from epslots.generation.engine_stats import Usage
@@ -40,7 +39,7 @@ from epslots.generation.isolation import Isolation
 from epslots.generation.page_images import image_of_pages
 from epslots.generation.page_scheduler import is_prompt
 from epslots.generation.paged_cache import open_processor, paging_obstacle
-from epslots.generation.paged_decoding import PagedDecoding
+from epslots.generation.paged_decoding import PagedDecoding, in_turn
 from epslots.generation.paged_invariance import PackedAttention, Span, invariance_obstacle
 from epslots.generation.paged_next_token import PagedNextToken
 from epslots.generation.repeatable_step import WindowBackup, discard, prepare_part
@@ -49,6 +48,7 @@ from epslots.generation.row_tracker import RowTracker
 from epslots.generation.static_pages import StaticPages
 from epslots.generation.tracked_request import PromptState, TrackedRequest
 from epslots.models.batch_invariance import is_batch_invariant
+from epslots.models.captured_sizes import span_of
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +87,8 @@ class PagedBatcher(Batcher):
         self._attention = PackedAttention(self._processor) if is_batch_invariant(model) else None
         self._decoding = PagedDecoding(model, self._processor)
         self._choice = PagedNextToken(self._processor)
-        in_pages = None if self._decoding.suits else "its pages are read by another attention than torch's"
-        obstacle = capture_obstacle(model, in_pages) if config.capture else "it was asked for"
-        self._captured = CapturedDecoding[StaticPages](model, self._call, most=config.max_requests, obstacle=obstacle)
+        obstacle = capture_obstacle(model, self._decoding.obstacle) if config.capture else "it was asked for"
+        self._captured = CapturedDecoding[StaticPages](model, self._call, config, obstacle)
         # By transformers' id: where each request of the latest captured step has its row.
         self._places: dict[str, int] = {}
         cache, scheduler = self._processor.cache, self._processor.scheduler
@@ -278,17 +277,20 @@ class PagedBatcher(Batcher):
         with (
             self._following(self._previous_T),
             self._decoding.active(),
-            _between(self._processor.inputs_and_outputs),
+            in_turn(self._processor.inputs_and_outputs),
         ):
             self._processor._generation_step(self._model)
 
     def _make_captured(self, part: list[FutureRequestState]) -> bool:
         """The same by a captured step, if all of them decode; False where it can't be."""
+        if any(future.query_length > 1 for future in part):
+            return False
         lengths = self._decoding.lengths
-        if not lengths or not self._captured.takes(len(part)):
+        longest = max((int(length_R.max()) for length_R in lengths), default=None)
+        if not self._captured.takes(len(part), longest):
             return False
         places = self._places_of([future.state.request_id for future in part])
-        with _between(self._processor.inputs_and_outputs):
+        with in_turn(self._processor.inputs_and_outputs):
             pass  # pages may have been emptied, or windows restored, on transformers' stream
         size = self._captured.padded(len(part)), tuple(span_of(int(length_R.max())) for length_R in lengths)
         logits_1BV = self._captured.logits(
@@ -317,7 +319,7 @@ class PagedBatcher(Batcher):
         prompts = list(filter(is_prompt, part))
         prompt_tokens = sum(future.query_length for future in prompts)
         self._counters.steps += 1
-        self._counters.replayed_steps = self._captured.replays
+        self._captured.count_in(self._counters)
         self._counters.prompt_tokens += prompt_tokens
         if self._began_s is not None:
             seconds = self._clock() - self._began_s
@@ -381,20 +383,3 @@ class PagedBatcher(Batcher):
         self._manager = self._processor = self._isolation = self._windows = self._part = None
         if self._model.config._attn_implementation != self._implementation:
             self._model.set_attn_implementation(self._implementation)
-
-
-@contextmanager
-def _between(batch: Any) -> Iterator[None]:
-    """Within the context, transformers' own stream comes after what is queued on the current one, and before what follows.
-
-    It computes there, and nothing else would order its reads of the batch's indices, our uploads, and fetches into slots.
-    """
-    if batch.compute_stream is None:
-        yield
-        return
-    here = torch.cuda.current_stream(batch.device)
-    batch.compute_stream.wait_stream(here)
-    try:
-        yield
-    finally:
-        here.wait_stream(batch.compute_stream)

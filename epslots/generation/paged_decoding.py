@@ -48,17 +48,15 @@ class PagedDecoding:
         processor: transformers' batch processor.
 
     Attributes:
-        suits: whether the model's attention is that one.
+        obstacle: why the model's steps take the usual path, as a sentence's end: its attention is another one. None if not.
         lengths: of each kind of attention in the order of the cache's allocators, the tokens that each request of the prepared
-            batch reads, int64 [R]; empty if the batch is packed.
+            batch reads, int64 [R]; empty if the batch is packed: it has prompts, or would take more room so.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
         self._batch, self._cache = processor.inputs_and_outputs, processor.cache
-        self._switch = AttentionSwitch(
-            model, (module for module in model.get_decoder().modules() if hasattr(module, "layer_idx"))
-        )
-        self.suits = self._switch.implementations == {"sdpa"}
+        self._switch = _switch_of(model)
+        self.obstacle = pages_obstacle(model)
         self.lengths: list[IntArray] = []
         self._prepare_packed = self._batch.prepare_batch_tensors
         self._batch.prepare_batch_tensors = self._prepare
@@ -79,7 +77,7 @@ class PagedDecoding:
     def _lengths(self, requests: Sequence[FutureRequestState]) -> list[IntArray]:
         """Tokens that each request reads, by kind of attention; none if these don't all decode, or would take more room."""
         found: list[IntArray] = []
-        if not self.suits or any(future.query_length > 1 for future in requests):
+        if self.obstacle is not None or any(future.query_length > 1 for future in requests):
             return found
         for allocator in self._cache.cache_allocators.values():
             found.append(np.array([allocator.get_seqlen_k(future.state.position_offset, 1) for future in requests], np.int64))
@@ -113,6 +111,37 @@ class PagedDecoding:
                 yield
         finally:
             del self._cache.epslots_reads
+
+
+def pages_obstacle(model: PreTrainedModel) -> str | None:
+    """Why steps that only decode can't read pages by rows, as a sentence's end; None if they can.
+
+    Args:
+        model: may be on the meta device.
+    """
+    known = _switch_of(model).implementations == {"sdpa"}
+    return None if known else "its pages are read by another attention than torch's"
+
+
+def _switch_of(model: PreTrainedModel) -> AttentionSwitch:
+    return AttentionSwitch(model, (module for module in model.get_decoder().modules() if hasattr(module, "layer_idx")))
+
+
+@contextmanager
+def in_turn(batch: Any) -> Iterator[None]:
+    """Within the context, transformers' own stream comes after what is queued on the current one, and before what follows.
+
+    It computes there, and nothing else would order its reads of the batch's indices, our uploads, and fetches into slots.
+    """
+    if batch.compute_stream is None:
+        yield
+        return
+    here = torch.cuda.current_stream(batch.device)
+    batch.compute_stream.wait_stream(here)
+    try:
+        yield
+    finally:
+        here.wait_stream(batch.compute_stream)
 
 
 def _aligned_here(index: torch.Tensor, length_R: IntArray) -> Reads:

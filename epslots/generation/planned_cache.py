@@ -7,7 +7,9 @@ from transformers import PreTrainedModel
 
 from epslots.config import EngineConfig
 from epslots.generation.batchers import choose_cache
+from epslots.generation.captured_decoding import model_obstacle
 from epslots.generation.paged_cache import page_sizes
+from epslots.generation.paged_decoding import pages_obstacle
 from epslots.generation.row_support import row_support
 from epslots.models.model_shape import ModelShape
 
@@ -23,8 +25,11 @@ def with_cache(shape: ModelShape, skeleton: PreTrainedModel, engine: EngineConfi
         UnsupportedModelError: the model can't be served from that cache.
     """
     if skeleton.get_output_embeddings() is None:
-        return shape
+        return msgspec.structs.replace(shape, capture_obstacle="it has no language-model head")
     kind, _ = choose_cache(skeleton, engine, shape.cache)
     if kind == "pages":
-        return msgspec.structs.replace(shape, pages=page_sizes(skeleton))
-    return msgspec.structs.replace(shape, whole_prompts=row_support(skeleton).whole_prompts)
+        obstacle = model_obstacle(skeleton, pages_obstacle(skeleton))
+        return msgspec.structs.replace(shape, pages=page_sizes(skeleton), capture_obstacle=obstacle)
+    support = row_support(skeleton)
+    obstacle = model_obstacle(skeleton, support.capture_obstacle(shape.cache))
+    return msgspec.structs.replace(shape, whole_prompts=support.whole_prompts, capture_obstacle=obstacle)

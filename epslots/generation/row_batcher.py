@@ -32,7 +32,7 @@ from epslots.generation.batcher import Batcher, NotFiniteError, check_positive, 
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout
 from epslots.generation.cache_tensors import tensors_of
-from epslots.generation.captured_decoding import CapturedDecoding, capture_obstacle, span_of
+from epslots.generation.captured_decoding import CapturedDecoding, capture_obstacle
 from epslots.generation.chunk_balance import NO_LOAD, StepLoad
 from epslots.generation.chunk_size import ChunkSize
 from epslots.generation.engine_stats import Usage
@@ -46,6 +46,7 @@ from epslots.generation.row_support import RowSupport, row_support
 from epslots.generation.row_tracker import RowTracker
 from epslots.generation.static_step import StaticStep
 from epslots.generation.tracked_request import NO_TOKEN, NextToken, PromptState, TrackedRequest
+from epslots.models.captured_sizes import span_of
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +83,9 @@ class RowBatcher(Batcher):
         target_s = None if config.step_target_ms is None else config.step_target_ms / 1000
         self.chunk_size = ChunkSize(config.max_batch_tokens, target_s)
         self._takes = inspect.signature(model.forward).parameters
-        one_by_one = self._support.rotaries or not self._support.together or not self._cache.all_pooled
-        in_rows = "some of its layers are computed row by row" if one_by_one else None
+        in_rows = self._support.capture_obstacle(tensors_of(model))
         obstacle = capture_obstacle(model, in_rows) if config.capture else "it was asked for"
-        self._captured = CapturedDecoding[StaticStep](model, self._call, most=config.max_requests, obstacle=obstacle)
+        self._captured = CapturedDecoding[StaticStep](model, self._call, config, obstacle)
         self._admission = RowAdmission(self._cache, config, self._support, self._counters)
         self._isolation: Isolation[RunningRow] | None = None
         """Of the batch under way; None between batches."""
@@ -221,7 +221,7 @@ class RowBatcher(Batcher):
         self._counters.steps += 1
         for running in part:
             running.last = self._counters.steps
-        self._counters.replayed_steps = self._captured.replays
+        self._captured.count_in(self._counters)
         self._counters.prompt_tokens += sum(max(0, min(planned.width, len(r.prompt) - start)) for start, r in starts)
         if seconds is not None:
             computed = len(part) * planned.width
@@ -255,10 +255,11 @@ class RowBatcher(Batcher):
         """The same by a captured step; None where it can't be, or while some requests have prompts to compute."""
         assert self._batch is not None
         active = self._admission.active
-        if not self._batch.decodes or len(part) < len(active) or not self._captured.takes(len(part)):
+        longest = 1 + max(one.row.length for one in part)
+        if not self._batch.decodes or len(part) < len(active) or not self._captured.takes(len(part), longest):
             return None
         rows, tokens = [one.row for one in part], [one.entry.ids(one.row.length, one.row.length + 1)[0] for one in part]
-        size = self._captured.padded(len(rows)), span_of(1 + max(row.length for row in rows))
+        size = self._captured.padded(len(rows)), span_of(longest)
         logits_BLV = self._captured.logits(
             size, partial(StaticStep, self._cache, *size), lambda step: step.begin(rows, tokens)
         )

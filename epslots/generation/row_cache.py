@@ -194,11 +194,6 @@ class RowCache:
         return len(self._pooled) < len(self._templates)
 
     @property
-    def all_pooled(self) -> bool:
-        """Whether every layer keeps its rows in pools, and attention computes all of them at once."""
-        return not self.keeps_objects and not self._by_row and not self._linear
-
-    @property
     def free_tokens(self) -> int:
         """Tokens for which there are free cells."""
         return self._tables[None].free
@@ -274,7 +269,7 @@ class RowCache:
     def in_place(self, step: RowStep) -> Iterator[Cache]:
         """The model's cache for a step of rows that all have a past; its states are in ``step.new_states`` afterwards.
 
-        Only if ``all_pooled``.
+        Only without a ``RowSupport.capture_obstacle``.
         """
         layers = [_begun(self._templates[index], step) for index in range(len(self._templates))]
         self._cache.layers = layers

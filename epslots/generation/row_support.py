@@ -6,6 +6,7 @@ models that need one of the tables, with the reason.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -17,6 +18,7 @@ from epslots.generation.row_cache import empty_cache
 from epslots.generation.row_layers import can_be_pooled
 from epslots.models.adoption import mixes_tokens
 from epslots.models.batch_invariance import is_batch_invariant
+from epslots.models.model_shape import OF_THE_CACHE, CacheTensor
 
 # Mixers whose scan begins anew with every chunk of more than one token.
 WHOLE_PROMPT_MIXERS = frozenset({"JambaMambaMixer"})
@@ -55,6 +57,16 @@ class RowSupport:
     def shares_prefixes(self) -> bool:
         """Whether a row may begin with another one's tokens."""
         return not self.whole_prompts
+
+    def capture_obstacle(self, tensors: Iterable[CacheTensor]) -> str | None:
+        """Why no step over rows can be captured, as a sentence's end; None if it may.
+
+        Args:
+            tensors: what the model's cache keeps of a row.
+        """
+        in_the_cache = any(tensor.layer == OF_THE_CACHE for tensor in tensors)
+        by_row = self.modules or self.rotaries or not self.together or in_the_cache
+        return "some of its layers are computed row by row" if by_row else None
 
 
 def row_support(model: PreTrainedModel) -> RowSupport:

@@ -27,7 +27,7 @@ class StaticStep:
     """One new token for each of B rows, at most S positions each.
 
     Args:
-        cache: all of its layers are pooled.
+        cache: of a model without a ``RowSupport.capture_obstacle``.
         batch: B.
         span: S.
 

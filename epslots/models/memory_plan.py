@@ -6,7 +6,7 @@
     workspace        the activations of one MoE layer for one step; the logits, and the choice of tokens
     unpacking        one matrix at a time, where slots hold experts packed
     predictor        its weights, and the rows that it remembers
-    captured steps   what CUDA graphs of decoding steps keep: activations, and each graph's logits (generation/static_step.py)
+    captured steps   what CUDA graphs of decoding steps keep: activations, and each graph's logits (``captured_sizes.py``)
     communication    NCCL's buffers, on GPUs of several ranks
     reserve          the rest of the forward pass (attention), allocator fragmentation, the device's context
 
@@ -20,8 +20,9 @@ import msgspec
 from epslots.config import EngineConfig
 from epslots.errors import ConfigError
 from epslots.layout import ITEM_BYTES, RecordLayout, unpacking_bytes
+from epslots.models.captured_sizes import CapturedSizes
 from epslots.models.model_shape import ModelShape
-from epslots.models.quotas import pool_bytes, resolve_quotas
+from epslots.models.quotas import pool_bytes, resolve_quotas, served_tokens
 from epslots.units import SlotsSetting
 
 MIN_RESERVE_BYTES = 512 * 1024**2
@@ -31,10 +32,6 @@ CHOICE_LOGIT_BYTES = 50
 CHOICE_LOGITS = 2**22
 # NCCL's buffers, for all channels and peers, and its kernels: users report 0.3 to 1.5 GB. Not measured here.
 NCCL_BYTES = 1024**3
-# A CUDA graph's own memory, for its kernels' arguments. An estimate: users of other engines report 2 to 10 MB a graph.
-GRAPH_BYTES = 4 * 1024**2
-# Positions that the smallest graph reads of a row; the next one reads twice as many (captured_decoding.py).
-LEAST_POSITIONS = 64
 _FP32_BYTES = ITEM_BYTES["float32"]
 
 
@@ -51,7 +48,8 @@ class MemoryPlan(msgspec.Struct, frozen=True):
         engine: requests and tokens that there is room for.
         reserve_bytes: kept free.
         predictor_bytes: of the prefetchers' predictor (``prefetch.setup.planned_bytes``).
-        capturable: whether the layers' products can be captured (``product_choice.py``).
+        capturable: whether the layers' work can be captured on that device: above all their products (``product_choice.py``).
+        gpu_fetches: whether a GPU can fetch experts by itself: the host store is in memory, and will be pinned.
         memory_note: the origin of ``memory_bytes``, for messages.
     """
 
@@ -65,6 +63,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
     reserve_bytes: int
     predictor_bytes: int = 0
     capturable: bool = True
+    gpu_fetches: bool = True
     memory_note: str = "memory of one rank"
 
     @property
@@ -98,11 +97,21 @@ class MemoryPlan(msgspec.Struct, frozen=True):
         return max(map(unpacking_bytes, self.shape.layers), default=0)
 
     @property
-    def captured_bytes(self) -> int:
-        """What an engine's captured decoding keeps, if it captures."""
+    def captured_sizes(self) -> CapturedSizes:
+        """The decoding steps that the engine captures."""
         on_one_gpu = self.device == "cuda" and self.ranks == 1
-        captures = on_one_gpu and self.capturable and self.engine.capture and self.shape.cache_kind == "rows"
-        return captured_bytes(self.shape, self.engine) if captures else 0
+        captures = on_one_gpu and self.capturable and self.engine.capture and self.shape.capture_obstacle is None
+        rows = self.engine.max_requests if captures else 0
+        served = served_tokens(self.shape.layers, self.quotas, self.shape.top_k)
+        if served is not None:
+            rows = min(rows, served) if self.gpu_fetches else 0
+        return CapturedSizes(rows, self.engine.kv_tokens)
+
+    @property
+    def captured_bytes(self) -> int:
+        """What the graphs of these steps keep."""
+        sizes = self.captured_sizes
+        return sizes.nbytes(self.shape, moe_workspace_bytes(self.shape, sizes.rows, self.ranks))
 
     @property
     def communication_bytes(self) -> int:
@@ -165,6 +174,7 @@ def plan_memory(
     reserve_bytes: int | None = None,
     predictor_bytes: int = 0,
     capturable: bool = True,
+    gpu_fetches: bool = True,
     memory_note: str = "memory of one rank",
 ) -> MemoryPlan:
     """Plan one rank's memory. A plan that doesn't fit is returned: ``memory_report.check_fits`` refuses it.
@@ -178,7 +188,7 @@ def plan_memory(
         engine: requests and tokens to have room for; by default those of ``EngineConfig``.
         reserve_bytes: memory to keep free; None = ``default_reserve``.
         predictor_bytes: of the prefetchers' predictor.
-        capturable: whether the layers' products can be captured, on a GPU.
+        capturable, gpu_fetches: on a GPU, as in ``MemoryPlan``.
         memory_note: the origin of ``memory_bytes``, for messages.
 
     Raises:
@@ -199,12 +209,35 @@ def plan_memory(
         reserve_bytes=default_reserve(memory_bytes) if reserve_bytes is None else reserve_bytes,
         predictor_bytes=predictor_bytes,
         capturable=capturable,
+        gpu_fetches=gpu_fetches,
         memory_note=memory_note,
     )
-    left = None if memory_bytes is None else memory_bytes - plan.fixed_bytes
-    if setting.is_auto and left is not None and left < plan.slot_bytes:
+    if setting.is_auto and memory_bytes is not None:
+        return _with_auto_slots(plan, memory_bytes)
+    return msgspec.structs.replace(plan, quotas=resolve_quotas(setting, shape.layers, None))
+
+
+def _with_auto_slots(plan: MemoryPlan, memory_bytes: int) -> MemoryPlan:
+    """The plan with as many slots as there is memory for; with one per layer, if there is none.
+
+    With more slots, larger steps are captured, whose graphs take memory, too: the most slots are searched for.
+    """
+
+    def with_pool(nbytes: int) -> MemoryPlan:
+        return msgspec.structs.replace(plan, quotas=resolve_quotas(plan.setting, plan.shape.layers, nbytes))
+
+    fewest, most = plan.slot_bytes, memory_bytes - (plan.fixed_bytes - plan.captured_bytes)
+    if most < fewest:
         return plan
-    return msgspec.structs.replace(plan, quotas=resolve_quotas(setting, shape.layers, left))
+    if (found := with_pool(most)).fits:
+        return found
+    while most - fewest > min(layer.layout.nbytes for layer in plan.shape.layers):
+        middle = (fewest + most) // 2
+        if with_pool(middle).fits:
+            fewest = middle
+        else:
+            most = middle
+    return with_pool(fewest)
 
 
 def default_reserve(memory_bytes: int | None) -> int:
@@ -224,26 +257,6 @@ def moe_workspace_bytes(shape: ModelShape, batch_tokens: int, ranks: int) -> int
     if ranks > 1:
         row += 2 * shape.hidden_size * ITEM_BYTES[shape.dtype]
     return batch_tokens * shape.top_k * row
-
-
-def captured_bytes(shape: ModelShape, engine: EngineConfig) -> int:
-    """Memory of decoding steps in CUDA graphs, if one was captured for every size.
-
-    There is a graph for each power of two of rows, and for each of the positions that they read. All share one pool for the
-    activations of a step: those of a MoE layer, and the keys and values that attention reads of all rows, in one layer. Each
-    has its own logits. The states that a step leaves of its rows stand once.
-    """
-    rows, item = engine.max_requests, ITEM_BYTES[shape.dtype]
-    longest = max(LEAST_POSITIONS, engine.kv_tokens)
-    sizes, spans = (rows - 1).bit_length() + 1, (longest - 1).bit_length() - (LEAST_POSITIONS - 1).bit_length() + 1
-    read: dict[int, int] = {}
-    for tensor in shape.cache:
-        if tensor.kind != "row":
-            read[tensor.layer] = read.get(tensor.layer, 0) + tensor.entry_bytes
-    states = sum(tensor.entry_bytes for tensor in shape.cache if tensor.kind == "row")
-    step = moe_workspace_bytes(shape, rows, ranks=1) + 2 * engine.kv_tokens * max(read.values(), default=0)
-    logits = 2 * rows * spans * shape.vocab_size * item  # 1 + 2 + 4 + ... rows
-    return step + logits + rows * states + sizes * spans * GRAPH_BYTES
 
 
 def _row_bytes(layout: RecordLayout) -> int:

@@ -103,6 +103,7 @@ class ModelShape(msgspec.Struct, frozen=True):
         vocab_size: V, the width of the logits.
         pages: the sizes of the paged cache, if the engine keeps requests in pages; None = in rows of the model's own cache.
         whole_prompts: a prompt of any length is computed in one step.
+        capture_obstacle: why no decoding step over that cache can be captured on any GPU, as a sentence's end; None if it may.
         slot_note: of a quantised checkpoint, how slots hold its experts and why; else empty.
     """
 
@@ -116,6 +117,7 @@ class ModelShape(msgspec.Struct, frozen=True):
     vocab_size: int
     pages: PageSizes | None = None
     whole_prompts: bool = False
+    capture_obstacle: str | None = None
     slot_note: str = ""
 
     @property

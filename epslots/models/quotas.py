@@ -71,6 +71,12 @@ def _fill(layers: Sequence[LayerSpec], budget: int) -> tuple[int, ...]:
     return tuple(quotas)
 
 
+def served_tokens(layers: Sequence[LayerSpec], quotas: Sequence[int], top_k: int) -> int | None:
+    """Tokens of a step that can't need more experts than any layer has slots; None = any number."""
+    fewest = [quota for quota, layer in zip(quotas, layers, strict=True) if quota < layer.num_experts]
+    return min(fewest) // top_k if fewest else None
+
+
 def pool_bytes(layers: Sequence[LayerSpec], quotas: Sequence[int]) -> int:
     """Bytes of a pool with these quotas."""
     return sum(quota * layer.layout.nbytes for quota, layer in zip(quotas, layers, strict=True))

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch._C._distributed_c10d import ErrorType
+from torch.distributed import DistBackendError
 
 from epslots.simulated_gpu.machine import DeviceWork, current_machine
 from epslots.simulated_gpu.streams import SimulatedEvent, SimulatedStream, current_stream
@@ -112,10 +113,12 @@ class SimulatedNcclGroup:
         raise AssertionError("the watchdog's timeout stays longer than every deadline")
 
     def abort(self) -> None:
-        """End what is on the device."""
+        """End what is on the device; raises if a connection is broken."""
         self.aborted = True
         for operation in self._never:
             operation.end_s = current_machine().now_s
+        if self.broken:
+            raise DistBackendError("NCCL error: remote process exited")
 
     def all_gather_single(self, result: GpuTensor, mine: GpuTensor) -> NcclWork:
         def fill(all_mine: dict[int, torch.Tensor]) -> None:

@@ -116,6 +116,8 @@ def _copy(machine: SimulatedMachine, into: torch.Tensor, source: torch.Tensor, *
         if not isinstance(source, GpuTensor):
             hidden = not (non_blocking and machine.is_pinned(source)) and source.dim() > 0
             transfer(machine, "H2D", into.number, [memory], [target], partial(target.copy_, memory), hidden=hidden)
+        elif machine.is_pinned(memory):  # CUDA looks at the address: the copy engine reads pinned memory, mapped or not
+            transfer(machine, "H2D", into.number, [memory], [target], partial(target.copy_, memory))
         elif source.number == into.number:
             work = kernel_work(machine, "copy_", into.number, [memory], [target])
             launch(machine, work, into.number, partial(target.copy_, memory), [])

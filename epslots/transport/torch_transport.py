@@ -111,7 +111,7 @@ class TorchTransport:
         """[R, *S] of all ranks' ``mine`` [*S]."""
         result = mine.new_empty((self.size, *mine.shape))
         flat = mine.contiguous().view(-1)
-        self._run("all_gather", lambda: [_method(self._group, "all_gather_single")(result.view(-1), flat)])
+        self._run("all_gather", lambda: [group_method(self._group, "all_gather_single")(result.view(-1), flat)])
         return result
 
     def all_to_all(
@@ -126,7 +126,7 @@ class TorchTransport:
             check_all_to_all(self.to_host(self.all_gather(to_device(header, self.device))))
         rows = rows.contiguous()
         result = rows.new_empty((sum(receives), *rows.shape[1:]))
-        self._run("all_to_all", lambda: [_method(self._group, "all_to_all_single")(result, rows, receives, sends)])
+        self._run("all_to_all", lambda: [group_method(self._group, "all_to_all_single")(result, rows, receives, sends)])
         return result
 
     def reduce_scatter(self, blocks: torch.Tensor) -> torch.Tensor:
@@ -136,11 +136,13 @@ class TorchTransport:
         if self.device.type == "cpu":
             # Gloo's own is an all-reduce, which moves twice the bytes, and whose wait obeys no timeout but the group's.
             parts, even = torch.empty_like(flat), [len(flat) // self.size] * self.size
-            self._run("reduce_scatter", lambda: [_method(self._group, "all_to_all_single")(parts, flat, even, even)])
+            self._run("reduce_scatter", lambda: [group_method(self._group, "all_to_all_single")(parts, flat, even, even)])
             return parts.view(blocks.shape).sum(dim=0, dtype=blocks.dtype)
         result = blocks.new_empty(blocks.shape[1:])
         options = dist.ReduceScatterOptions()
-        self._run("reduce_scatter", lambda: [_method(self._group, "reduce_scatter_single")(result.view(-1), flat, options)])
+        self._run(
+            "reduce_scatter", lambda: [group_method(self._group, "reduce_scatter_single")(result.view(-1), flat, options)]
+        )
         return result
 
     def exchange(self, sends: PeerTensors, receives: PeerTensors, *, agreed: bool = False) -> None:
@@ -292,7 +294,8 @@ class TorchTransport:
             self._waiting_thread.end()
 
 
-def _method(group: dist.ProcessGroup, name: str) -> Callable[..., dist.Work]:
+def group_method(group: dist.ProcessGroup, name: str) -> Callable[..., dist.Work]:
+    """A method of a group, by its name in torch 2.13; of an older torch, under its old name."""
     found: Callable[..., dist.Work] | None = getattr(group, name, None)
     return getattr(group, _OLD_NAMES[name]) if found is None else found
 

@@ -183,7 +183,7 @@ def test_the_commands_and_their_options():
     }  # fmt: skip
     assert {
         "--model", "--slots", "--slot-format", "--attn-implementation", "--memory", "--host-memory", "--ranks", "--kv-tokens",
-        "--json",
+        "--json", "--capture",
     } <= found["plan"]  # fmt: skip
     assert {"--groups", "--prefill-ranks", "--decode-ranks", "--hand-over-tokens", "--machine"} <= found["plan"]
     assert {"--ranks", "--nodes", "--slots", "--batch", "--policy", "--placement", "--json"} <= found["simulate"]

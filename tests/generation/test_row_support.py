@@ -28,13 +28,16 @@ BY_ROW = {
     "inkling": "queries are scaled by the cache's length",
 }
 MIXED = {"doge": "the tokens of a pass choose experts for one another"}
+OF_THE_CACHE = {"minimax": "the cache itself keeps the states of linear attention"}
 WHOLE_PROMPTS = {"jamba": "a scan begins anew with every chunk"} | MIXED
 """And models with rotary embeddings that depend on the longest position; the zoo has none, ``test_positions.py`` some."""
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_only_these_models_are_computed_otherwise(name: str):
-    support = row_support(MODELS[name].build())
+    model = MODELS[name].build()
+    support = row_support(model)
+    assert (support.capture_obstacle(measure_cache(model)) is None) == (name not in BY_ROW | MIXED | OF_THE_CACHE)
     assert bool(support.by_row) == (name in BY_ROW)
     assert support.whole_prompts == (name in WHOLE_PROMPTS)
     assert support.replays == (not support.together) == (name in MIXED)

@@ -21,17 +21,15 @@ from epslots.cli.plan import plan as plan_command
 from epslots.config import EngineConfig
 from epslots.errors import CheckpointError, ConfigError, DoesNotFitError
 from epslots.example import example_model
-from epslots.generation.captured_decoding import LEAST_SPAN
 from epslots.generation.next_token import PART_LOGITS
 from epslots.layout import LayerSpec, RecordLayout, TensorSpec
+from epslots.models.captured_sizes import GRAPH_BYTES
 from epslots.models.checkpoint import open_checkpoint
 from epslots.models.expert_reader import pack_layers
 from epslots.models.experts import expert_layers
 from epslots.models.known_shapes import KNOWN_SHAPES
 from epslots.models.memory_plan import (
     CHOICE_LOGITS,
-    GRAPH_BYTES,
-    LEAST_POSITIONS,
     NCCL_BYTES,
     MemoryPlan,
     default_reserve,
@@ -249,21 +247,48 @@ def test_ranks_on_gpus_need_room_for_communication() -> None:
 
 
 def test_graphs_of_decoding_steps_need_room() -> None:
-    """One for 1, 2, 4 and 8 rows, and for 64 to 512 positions; each with its logits. States and activations stand once."""
-    assert LEAST_POSITIONS == LEAST_SPAN
+    """One for 1, 2, 4 and 5 rows, and for 64 to 512 positions; each with its logits. States and activations stand once."""
     engine = EngineConfig(kv_tokens=500, max_requests=5, max_batch_tokens=10)
     arguments: dict[str, Any] = {"memory_bytes": 8 * 1024 * MIB, "device": "cuda", "engine": engine}
     plan = plan_memory(tiny_shape(), AUTO, **arguments)
-    logits, positions = 2 * 5 * 4 * 320 * 2, 2 * 500 * 256
-    kept = logits + positions + 5 * 5000 + 4 * 4 * GRAPH_BYTES
-    assert plan.captured_bytes == kept + moe_workspace_bytes(tiny_shape(), 5, 1)
+    logits, activations = (1 + 2 + 4 + 5) * 4 * 320 * 2, moe_workspace_bytes(tiny_shape(), 5, 1)
+    kept = logits + activations + 4 * 4 * GRAPH_BYTES
+    assert plan.captured_bytes == kept + 5 * 512 * (256 + 2 * 32) + 5 * 5000
     assert ("captured steps", plan.captured_bytes) in [item[:2] for item in plan_items(plan)]
     assert sum(size for _, size, _ in plan_items(plan)) == plan.total_bytes
     paged = tiny_shape(pages=PageSizes(layers=(2,), layer_bytes=256, page_tokens=16, mask_bytes=2))
-    unwanted = EngineConfig(capture=False)
-    for changes in ({"device": "cpu"}, {"ranks": 2}, {"capturable": False}, {"engine": unwanted}, {"shape": paged}):
+    assert plan_memory(paged, AUTO, **arguments).captured_bytes == kept + 5 * 512 * (256 + 32)
+    unwanted, uncaptured = EngineConfig(capture=False), tiny_shape(capture_obstacle="it asks the host")
+    for changes in ({"device": "cpu"}, {"ranks": 2}, {"capturable": False}, {"engine": unwanted}, {"shape": uncaptured}):
         other = plan_memory(**{"shape": tiny_shape(), "setting": AUTO} | arguments | changes)
         assert other.captured_bytes == 0 and other.fixed_bytes > 0
+
+
+def test_graphs_serve_as_many_rows_as_there_are_slots_for() -> None:
+    """With 2 experts a token, 5 of 8 slots serve 2 rows; 1 slot serves none. A GPU that can't fetch needs all of them."""
+    engine = EngineConfig(kv_tokens=500, max_requests=5, max_batch_tokens=10)
+    arguments: dict[str, Any] = {"memory_bytes": 8 * 1024 * MIB, "device": "cuda", "engine": engine}
+    found = {
+        (slots, fetches): plan_memory(tiny_shape(), SlotsSetting(per_layer=slots), gpu_fetches=fetches, **arguments)
+        for slots in (1, 5, 8)
+        for fetches in (True, False)
+    }
+    assert {key: plan.captured_sizes.rows for key, plan in found.items()} == {
+        (1, True): 0, (5, True): 2, (8, True): 5, (1, False): 0, (5, False): 0, (8, False): 5
+    }  # fmt: skip
+    assert found[1, True].captured_bytes == 0 < found[5, True].captured_bytes < found[8, True].captured_bytes
+
+
+@pytest.mark.parametrize("spare_slots", [0, 3, 600, 1300, 1800, 1829, 1840, 9000])
+def test_automatic_slots_leave_room_for_their_graphs(spare_slots: int) -> None:
+    """Graphs take as much as 1,800 slots here: the most slots are taken that fit together with their graphs."""
+    engine = EngineConfig(kv_tokens=500, max_requests=5, max_batch_tokens=10)
+    arguments: dict[str, Any] = {"device": "cuda", "engine": engine, "reserve_bytes": 1000}
+    least = plan_memory(tiny_shape(), SlotsSetting(per_layer=1), memory_bytes=None, **arguments).total_bytes
+    plan = plan_memory(tiny_shape(), AUTO, memory_bytes=least + spare_slots * 36_864, **arguments)
+    assert plan.fits and plan.resident_share >= (1 if spare_slots == 9000 else 0.1)
+    larger = plan.with_slots(SlotsSetting(per_layer=min(8, min(plan.quotas) + 1)))
+    assert plan.all_resident or not larger.fits
 
 
 def test_a_step_has_a_token_of_every_request() -> None:

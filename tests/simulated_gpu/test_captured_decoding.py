@@ -226,7 +226,7 @@ def test_steps_over_pages_are_replayed_too(name: str, checkpoint: Callable[[str]
         assert gpu.races == []
         obstacle = batcher.stats().capture_obstacle
         assert (batcher.stats().replayed_steps > 0) is (obstacle is None), obstacle
-        assert (obstacle is None) is (batcher._decoding.suits and name not in UNCAPTURED | ASK_IN_PAGES), obstacle
+        assert (obstacle is None) is (batcher._decoding.obstacle is None and name not in UNCAPTURED | ASK_IN_PAGES), obstacle
         runtime_of(model).check_integrity()
         for mine, theirs in zip(epslots.stats(model).layers, epslots.stats(usual).layers, strict=True):
             assert mine.tokens_per_expert == theirs.tokens_per_expert
@@ -258,6 +258,24 @@ def test_prompts_and_many_rows_take_the_usual_path(checkpoint: Callable[[str], P
         assert any(rows > 2 and decodes for rows, decodes, _ in passes)
         assert all(rows <= 2 and decodes for rows, decodes, replayed in passes if replayed)
         assert sum(replayed for _, _, replayed in passes[14:]) > 0
+        crowded = [rows for rows, decodes, _ in passes if decodes and rows > 2]
+        assert batcher.stats().crowded_steps == len(crowded) and batcher.stats().ragged_steps == 0
+        assert gpu.races == []
+        batcher.close()
+
+
+@pytest.mark.parametrize("cache", ["rows", "pages"])
+def test_one_long_request_takes_the_usual_path(cache: str, checkpoint: Callable[[str], Path], shared_stores: Path):
+    """With many short ones, as long as which all of them would be read; alone, its steps are captured."""
+    requests = [request(0, 12, prompt=200), *(request(number, 4, prompt=20 - number) for number in range(1, 9))]
+    settings = {"cache": cache, "kv_tokens": 500, "max_requests": 16}
+    with simulated_gpus("h100") as gpu:
+        model = qwen(checkpoint("qwen3_moe"), shared_stores, slots=16, dtype="float32")
+        expected = run(Engine(model, capture=False, **settings).batcher, requests)
+        batcher = Engine(model, **settings).batcher
+        assert run(batcher, requests) == expected
+        stats = batcher.stats()
+        assert (stats.ragged_steps, stats.crowded_steps) == (3, 0) and stats.replayed_steps > 3
         assert gpu.races == []
         batcher.close()
 

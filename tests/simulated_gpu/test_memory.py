@@ -11,8 +11,8 @@ import torch
 
 from epslots.generation.engine import Engine
 from epslots.generation.requests import Request
-from epslots.generation.row_batcher import RowBatcher
 from epslots.generation.sampling import Sampling
+from epslots.models.captured_sizes import GRAPH_BYTES
 from epslots.models.experts import experts_modules
 from epslots.moe.kernel_gemm import KernelGemm
 from epslots.moe.product_choice import Product, planned_products
@@ -45,24 +45,56 @@ def test_an_engine_asks_for_what_is_planned(name: str, cache: str, checkpoint: C
 
 
 @pytest.mark.parametrize(
-    ("gpu_name", "product"), [("h100", Product.TORCH), ("a100", Product.KERNEL), ("h100", Product.BY_SLOT)]
+    ("gpu_name", "product", "cache", "attention"),
+    [
+        ("h100", Product.TORCH, "rows", "sdpa"),
+        ("h100", Product.TORCH, "pages", "sdpa"),
+        ("h100", Product.TORCH, "pages", "eager"),
+        ("a100", Product.KERNEL, "rows", "sdpa"),
+        ("h100", Product.BY_SLOT, "pages", "sdpa"),
+    ],
 )
-def test_plans_know_the_products_of_a_load(
-    gpu_name: str, product: Product, checkpoint: Callable[[str], Path], shared_stores: Path
+def test_plans_know_whether_steps_are_captured(
+    gpu_name: str, product: Product, cache: str, attention: str, checkpoint: Callable[[str], Path], shared_stores: Path
 ):
-    """By the predicate that chooses them afterwards: what waits for the host has no captured steps, and no room for them."""
+    """By the predicates that are asked afterwards: where no step can be captured, there is no room for graphs."""
     loops = product is Product.BY_SLOT  # no kernel knows float64
     with simulated_gpus(gpu_name) as gpu:
-        dtype = "float64" if loops else "bfloat16"
-        model = load_gpu(checkpoint("qwen3_moe"), shared_stores, slots="50%", dtype=dtype, cache="rows")
+        settings = {"dtype": "float64" if loops else "bfloat16", "cache": cache, "attn_implementation": attention}
+        model = load_gpu(checkpoint("qwen3_moe"), shared_stores, slots="50%", kv_tokens=64, max_requests=2, **settings)
         runtime, device = runtime_of(model), torch.device("cuda:0")
         modules = experts_modules(model).values()
         assert planned_products(modules, runtime.layers, device, batch_invariant=False) == {product}
         for runner in runtime.runners:
             assert isinstance(runner.experts.kernel, KernelGemm) is (product is Product.KERNEL)
-        batcher = RowBatcher(model, kv_tokens=64, max_requests=2)
-        assert (batcher._captured.obstacle is not None) is loops is (runtime.plan.captured_bytes == 0)
+        batcher = Engine(model).batcher
+        uncaptured = loops or attention == "eager"
+        assert (batcher.stats().capture_obstacle is not None) is uncaptured is (runtime.plan.captured_bytes == 0)
         assert gpu.races == []
+        batcher.close()
+
+
+@pytest.mark.parametrize("cache", ["rows", "pages"])
+def test_captured_steps_take_what_is_planned(cache: str, checkpoint: Callable[[str], Path], shared_stores: Path):
+    """One long request, as long as which all others are read; a pass before its capture needs the same as the graph."""
+    settings = {"kv_tokens": 256, "max_requests": 4, "max_batch_tokens": 512, "cache": cache}
+    with simulated_gpus() as gpu:
+        model = load_gpu(checkpoint("qwen3_moe"), shared_stores, slots="100%", dtype="bfloat16", **settings)
+        plan, batcher = runtime_of(model).plan, Engine(model).batcher
+        for number, length in enumerate((140, 20, 20, 20)):
+            prompt = tuple(zoo.random_ids(1, length, seed=number)[0].tolist())
+            batcher.add(Request(str(number), prompt, max_new_tokens=9))
+        peaks, sizes = [], plan.captured_sizes
+        while batcher.stats().replayed_steps < 1:
+            assert batcher.prepare()
+            before = gpu.peak[0] = gpu.allocated[0]
+            batcher.step()
+            peaks.append(gpu.peak[0] - before)
+        assert (4, 256) in sizes.graphs() and batcher.stats().ragged_steps == 0
+        planned = plan.captured_bytes - len(sizes.graphs()) * GRAPH_BYTES
+        before_capture, _, replay = peaks[-3:]
+        assert planned // 2 < before_capture <= planned
+        assert replay < planned // 10 and batcher.stats().graph_bytes > 0
         batcher.close()
 
 

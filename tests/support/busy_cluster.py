@@ -125,6 +125,9 @@ class BusyCluster(ScriptedCluster):
         engine = EngineStats(
             steps=40 * looks,
             replayed_steps=0,
+            crowded_steps=0,
+            ragged_steps=0,
+            graph_bytes=0,
             prompt_tokens=700 * looks,
             new_tokens=own * looks,
             reused_tokens=0,

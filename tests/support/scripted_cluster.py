@@ -193,6 +193,9 @@ class ScriptedCluster:
         engine = EngineStats(
             steps=5,
             replayed_steps=0,
+            crowded_steps=0,
+            ragged_steps=0,
+            graph_bytes=0,
             prompt_tokens=30,
             new_tokens=9,
             reused_tokens=10,
