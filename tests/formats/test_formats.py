@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors import safe_open
@@ -21,6 +22,7 @@ from epslots.formats.fp8 import block_of
 from epslots.formats.known_formats import FORMATS, find_format
 from epslots.formats.matrix import Matrix, MissingPart, StoredParts, join, make_matrix, pack_nibbles
 from epslots.formats.quantise import quantise_int4, quantise_int8
+from epslots.formats.usual_forms import USUAL_FORMS
 from epslots.layout import PackedMatrix
 from tests.support import zoo
 from tests.support.quantised import E2M1, SCHEMES, Tensors, ct, ct_mxfp4, pack_bytes, pack_words
@@ -121,6 +123,20 @@ def test_eight_bits_in_words():
         read(parts | {"weight_zero_point": packed}, ct("pack-quantized", num_bits=8, symmetric=False))
 
 
+def test_usual_forms_are_those_of_their_checkpoints():
+    """But for the size of blocks, which the schemes here have smaller."""
+    schemes = {
+        **{"fp8": "ct fp8 block", "fp8-channels": "ct fp8 channel", "int8-channels": "ct int8", "int4-groups": "ct int4"},
+        **{"awq": "awq", "gptq": "gptq", "mxfp4": "ct mxfp4", "nvfp4": "modelopt nvfp4"},
+    }
+    assert set(USUAL_FORMS) == set(schemes)
+    for name, scheme in schemes.items():
+        found = read(SCHEMES[scheme].quantise(random_weight(64))[0], SCHEMES[scheme].settings).form
+        usual = USUAL_FORMS[name](found.rows, found.columns)
+        assert msgspec.structs.replace(usual, block=found.block) == found, name
+        assert (usual.block[0] > 1) == (found.block[0] > 1) and usual.block[1] >= found.block[1], name
+
+
 def test_a_module_has_the_scheme_of_its_group():
     settings = ct("pack-quantized", group_size=32)
     eight = ct("pack-quantized", num_bits=8, group_size=32)["config_groups"]["group_0"] | {"targets": ["re:.*self_attn.*"]}
@@ -145,7 +161,8 @@ def test_a_module_has_the_scheme_of_its_group():
         ({"quant_method": "exl3", "bits": 4.0}, "'exl3'.*exllamav3"),
         ({"quant_method": "hqq"}, "'hqq'; epslots reads fp8, mxfp4, compressed-tensors, modelopt, awq, gptq"),
         ({"quant_method": ["fp8"]}, "quantised with"),
-        ({"quant_method": "gptq", "bits": 3}, "in 3 bits|with 3 bits"),
+        ({"quant_method": "gptq", "bits": 2}, "with 2 bits.*reads 4 and 8 bits.*the unquantised one"),
+        ({"quant_method": "gptq", "bits": 3}, "with 3 bits"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "'marlin'"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "'gemv'"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "'W4A8_AWQ'; epslots reads"),

@@ -1,18 +1,23 @@
-"""Steps over pages that only decode attend row by row: the packed attention's results, without the packed batch's waste."""
+"""Steps over pages attend request by request: the packed attention's results, without the packed batch's waste."""
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.generation.continuous_batching.utils import build_attention_mask
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.paged_decoding import _aligned_here
+from epslots.generation.paged_prompts import PromptReads
 from epslots.generation.requests import Request
 from tests.support import zoo
 from tests.support.batches import Collected, generated, prompt_of, requests_of
@@ -81,7 +86,7 @@ def test_a_step_that_decodes_has_a_row_for_each_request(monkeypatch: pytest.Monk
     batcher.add(late)
     attention.calls.clear()
     collected.run(1)
-    assert {call[0] for call in attention.calls} == {(1, 8)}
+    assert attention.calls == {((1, 5), (1, 5), False), ((3, 2), (3, longest + 1), True)}  # two heads share keys
     assert batcher._isolation is None, "no part of it was repeated: masks are made where they are needed"
     assert collected.run().tokens == expected
     batcher.close()
@@ -92,7 +97,7 @@ def test_a_step_that_decodes_has_a_row_for_each_request(monkeypatch: pytest.Monk
     batcher.close()
 
 
-def test_a_long_request_beside_short_ones_is_read_packed(monkeypatch: pytest.MonkeyPatch):
+def test_a_long_request_beside_short_ones_is_read_alone(monkeypatch: pytest.MonkeyPatch):
     """Rows of its length would take more room than all of the cache has tokens."""
     model = zoo.ZOO["mixtral"].build()
     requests = [Request("long", prompt_of(180), 6), *requests_of(((3, 9), (4, 9), (5, 9)))]
@@ -101,9 +106,27 @@ def test_a_long_request_beside_short_ones_is_read_packed(monkeypatch: pytest.Mon
     batcher, collected = decoding(model, requests, max_batch_tokens=32)
     attention.calls.clear()
     collected.run(1)
-    assert {call[0] for call in attention.calls} == {(1, 4)}
+    assert {call[0] for call in attention.calls} == {(1, 2)}
     assert collected.run().tokens == expected
     batcher.close()
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("room", [0, 1000])
+def test_prompts_attend_as_transformers_mask_says(window: int | None, room: int):
+    """Prompts from their start and chunks of them between requests that decode; without room, each of these alone."""
+    queries, past = (1, 6, 3, 1, 1, 4), (0, 0, 5, 9, 2, 3)
+    keys = [new + (old if window is None else min(old, window - 1)) for new, old in zip(queries, past, strict=True)]
+    query, key, value = (torch.randn(1, heads, count, 8) for heads, count in ((4, 16), (2, sum(keys)), (2, sum(keys))))
+    mask = torch.full((1, 1, 16, sum(keys)), torch.finfo(torch.float32).min)
+    ends = [[0, *itertools.accumulate(counts)] for counts in (queries, keys)]
+    build_attention_mask(mask, *ends, 1 if window is None else window)
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    expected = sdpa_attention_forward(module, query, key, value, mask)[0]
+    key[:, :, 0], value[:, :, 0] = torch.nan, torch.inf  # of the first request
+    found = PromptReads(queries, keys, window, room, query.device).attend(module, query, key, value, is_causal=False)
+    torch.testing.assert_close(found[:, 1:], expected[:, 1:])
+    assert found[:, 0].isnan().all()
 
 
 def test_between_steps_the_model_is_as_it_was():
