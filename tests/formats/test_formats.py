@@ -27,6 +27,7 @@ from epslots.layout import PackedMatrix
 from tests.support import zoo
 from tests.support.quantised import E2M1, SCHEMES, Tensors, ct, ct_mxfp4, pack_bytes, pack_words
 
+MXFP4 = {"quant_method": "mxfp4"}
 TOOLS = Path(__file__).parent / "tools/matrices.safetensors"
 
 
@@ -66,7 +67,7 @@ def test_deepseek_v4s_experts_are_fp4():
 
 def test_gpt_oss_matrices_are_its_outputs_by_inputs():
     blocks, scales = zoo.quantise_mxfp4(random_weight())
-    matrix = read({"down_proj_blocks": blocks, "down_proj_scales": scales}, {"quant_method": "mxfp4"})
+    matrix = read({"down_proj_blocks": blocks, "down_proj_scales": scales}, MXFP4)
     assert torch.equal(matrix.weights(), ct_mxfp4(random_weight())[1])
 
 
@@ -147,6 +148,35 @@ def test_a_module_has_the_scheme_of_its_group():
     settings["config_groups"]["four"]["targets"] = ["lm_head"]
     with pytest.raises(ValueError, match="none of 2 config_groups matches model"):
         read(words, settings, "model.layers.0.mlp.up_proj")
+    settings["config_groups"] |= {"four": eight | {"targets": ["Linear"]}, "eight": eight | {"targets": ["Linear"]}}
+    with pytest.raises(ValueError, match="none of 2 config_groups matches model"):
+        read(words, settings, "model.layers.0.mlp.up_proj")
+
+
+def test_zeros_of_rows_are_padded_to_a_word():
+    scheme = SCHEMES["ct int4 asymmetric"]
+    parts, expected = scheme.quantise(random_weight(24))
+    cut = parts | {name: parts[name][:20] for name in ("weight_packed", "weight_scale")}
+    assert (read(cut, scheme.settings).weights() - expected[:20]).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def test_modelopts_blocks_and_exponents():
+    """Scales of blocks in four dimensions; MXFP4, which has no scale of the matrix."""
+    codes, scales = zoo.quantise_fp8(random_weight(), 16)
+    stored = {"weight": codes, "weight_scale": scales.float()[:, None, :, None]}
+    found = read(stored, {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"})
+    every = scales.float().repeat_interleave(16, 0).repeat_interleave(16, 1)
+    assert torch.equal(found.weights(), codes.float() * every)
+    parts, expected = ct_mxfp4(random_weight())
+    stored = {"weight": parts["weight_packed"], "weight_scale": parts["weight_scale"]}
+    assert torch.equal(read(stored, {"quant_method": "modelopt", "quant_algo": "MXFP4"}).weights(), expected)
+
+
+def test_exponents_of_one_block_a_row_are_no_row_scales():
+    """Of 32 columns, MXFP8 has one exponent a row."""
+    codes = random_weight(4, 32).to(torch.float8_e4m3fn)
+    parts = {"weight": codes, "weight_scale": torch.full((4, 1), 129, dtype=torch.uint8)}
+    assert torch.equal(read(parts, ct("mxfp8-quantized", num_bits=8)).weights(), codes.float() * 4)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------------
@@ -168,6 +198,7 @@ def test_a_module_has_the_scheme_of_its_group():
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "'W4A8_AWQ'; epslots reads"),
         (ct("marlin-24"), "as marlin-24"),
         (ct("pack-quantized") | {"transform_config": {"config_groups": {"R1": {}}}}, "transformed"),
+        (ct("pack-quantized") | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsified"),
         (ct("pack-quantized") | {"config_groups": {}}, "no quantised weights"),
     ],
 )
@@ -203,6 +234,8 @@ def test_parts_that_do_not_fit_are_refused():
         read(changed(eight, qzeros=eight["qzeros"] + 1), of_eight)
     with pytest.raises(ValueError, match="zero has shape"):
         read(changed(gptq, qzeros=gptq["qzeros"][:, :4]), settings)
+    with pytest.raises(ValueError, match=r"not \[outputs, inputs"):
+        read({"down_proj_blocks": torch.zeros(4, 2, 8, dtype=torch.uint8), "down_proj_scales": gptq["scales"]}, MXFP4)
     e5m2 = torch.zeros(4, 4).to(torch.float8_e5m2)
     with pytest.raises(ValueError, match="codes are float8_e5m2"):
         read({"weight": e5m2, "weight_scale_inv": torch.ones(1, 1)}, {"quant_method": "fp8"})

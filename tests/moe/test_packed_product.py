@@ -67,7 +67,15 @@ def test_columns_may_be_padded_and_permuted(dtype: torch.dtype):
     assert_equal_products(permuted, permuted, dtype=dtype)
     assert_equal_products(permuted, permuted, dtype=dtype, activation="silu")
     assert_equal_products(permuted, permuted, dtype=dtype, activation="gelu_tanh")
-    assert_equal_products(PackedForm("e2m1", 64, 40, "uint8", (1, 32)), dtype=dtype)
+    padded = PackedForm("e2m1", 64, 40, "uint8", (1, 32))
+    assert_equal_products(padded, dtype=dtype)
+    weight, rows = random_packed([padded], SLOTS, dtype), torch.randn(sum(COUNTS), 40).to(dtype)
+    few, exact = (PackedProduct(weight, exact=exact)(rows, ENDS) for exact in (False, True))
+    assert torch.equal(few, exact), "codes aren't multiplied as they are: inputs have no padding"
+
+
+def test_zeros_need_no_scales():
+    assert_equal_products(PackedForm("int4", 48, 64, None, (1, 32), zero=True, row=True))
 
 
 def test_forms_may_differ():
