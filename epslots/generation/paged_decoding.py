@@ -23,7 +23,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from epslots.arrays import IntArray
 from epslots.device_copy import to_device
 from epslots.generation.attention_switch import AttentionSwitch
-from epslots.generation.paged_prompts import PromptReads, attend_rows
+from epslots.generation.paged_prompts import PromptReads
+from epslots.generation.shared_keys import attend
 
 IMPLEMENTATION = "epslots_paged_decoding"
 
@@ -46,7 +47,8 @@ class Reads(NamedTuple):
         requests = query.shape[2]
         key_RGSD, value_RGSD = (states[0].unflatten(1, (requests, -1)).transpose(0, 1) for states in (keys, values))
         query_RH1D = query[0].transpose(0, 1).unsqueeze(2)
-        return attend_rows(module, query_RH1D, key_RGSD, value_RGSD, self.mask_R11S, **kwargs).transpose(0, 1)
+        found_R1HD, _ = attend(module, query_RH1D, key_RGSD, value_RGSD, self.mask_R11S, **kwargs)
+        return found_R1HD.transpose(0, 1)
 
 
 class PagedDecoding:

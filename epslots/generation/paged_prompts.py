@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from epslots.generation.shared_keys import attend
 
 
 class _Chunk(NamedTuple):
@@ -79,33 +80,14 @@ class PromptReads:
         found = query.new_empty(1, query.shape[2], query.shape[1], values.shape[3])
         for queries, own, mask in self._chunks:
             given = query[:, :, queries], keys[:, :, own], values[:, :, own]
-            found[:, queries], _ = sdpa_attention_forward(module, *given, mask, is_causal=mask is None, **kwargs)
+            found[:, queries], _ = attend(module, *given, mask, is_causal=mask is None, **kwargs)
         if self._decoding is not None:
             query_R, key_RL, mask_R11L = self._decoding
             key_RGLD, value_RGLD = (states[0][:, key_RL].transpose(0, 1) for states in (keys, values))
             query_RH1D = query[0][:, query_R].transpose(0, 1).unsqueeze(2)
-            found_R1HD = attend_rows(module, query_RH1D, key_RGLD, value_RGLD, mask_R11L, **kwargs)
+            found_R1HD, _ = attend(module, query_RH1D, key_RGLD, value_RGLD, mask_R11L, **kwargs)
             found[0, query_R] = found_R1HD[:, 0]
         return found
-
-
-def attend_rows(
-    module: Any,
-    query_RH1D: torch.Tensor,
-    key_RGSD: torch.Tensor,
-    value_RGSD: torch.Tensor,
-    mask_R11S: torch.Tensor | None,
-    **kwargs: Any,
-) -> torch.Tensor:
-    """Attention of one query a row, [R, 1, H, D].
-
-    With a mask, transformers makes the heads that share keys the queries of one head. Without one, torch's kernel for CPUs
-    reads the keys again for each of them, which takes 8 times as long (32 rows, 72 keys, 4 heads of each).
-    """
-    if mask_R11S is None and query_RH1D.device.type == "cpu":
-        mask_R11S = torch.ones(1, 1, 1, key_RGSD.shape[2], dtype=torch.bool)
-    found_R1HD: torch.Tensor = sdpa_attention_forward(module, query_RH1D, key_RGSD, value_RGSD, mask_R11S, **kwargs)[0]
-    return found_R1HD
 
 
 def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
