@@ -24,7 +24,7 @@ from epslots.arrays import IntArray
 from epslots.device_copy import to_device
 from epslots.generation.attention_switch import AttentionSwitch
 from epslots.generation.paged_prompts import PromptReads
-from epslots.generation.shared_keys import attend
+from epslots.generation.single_queries import attend
 
 IMPLEMENTATION = "epslots_paged_decoding"
 

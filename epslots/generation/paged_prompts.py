@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from epslots.generation.shared_keys import attend
+from epslots.generation.single_queries import attend
 
 
 class _Chunk(NamedTuple):

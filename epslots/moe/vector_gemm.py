@@ -61,7 +61,7 @@ def is_faster_alone(rows: int) -> bool:
 
 def _has_threads() -> bool:
     """Whether as many threads as torch has can take part."""
-    return bool(_fork_join()) or torch.get_num_threads() == 1
+    return bool(fork_join()) or torch.get_num_threads() == 1
 
 
 def product(
@@ -139,7 +139,7 @@ def compute(
     rows, width = rows_NK.shape[0], outer if activation is None else outer // 2
     out = torch.empty(rows, width, dtype=rows_NK.dtype)
     most = max(loops.SMALLEST_CHUNK, min(loops.CHUNK, loops.CHUNK_BYTES // weights.pair))
-    threads, thread_bytes = torch.get_num_threads() if _fork_join() else 1, loops.SCRATCH_BYTES
+    threads, thread_bytes = torch.get_num_threads() if fork_join() else 1, loops.SCRATCH_BYTES
     if matrices.scale_bytes:
         unpacked = max(most, loops.LARGEST_REST) * weights.pair + matrices.scale_bytes
         thread_bytes += -(-unpacked // _ALIGNMENT) * _ALIGNMENT
@@ -150,7 +150,7 @@ def compute(
     ends = here.num_rows_address if ends_Q is None else ends_Q.data_ptr()
     size = out.element_size()
     here.enter(
-        *(loops.work.address, _fork_join(), threads),
+        *(loops.work.address, fork_join(), threads),
         *(rows, rows_NK.data_ptr(), rows_NK.shape[1] * size, out.data_ptr(), width * size),
         *(matrices.slots, ends, matrices.address, matrices.slot_bytes, weights.stride),
         *((0, 0) if bias is None else (bias.data_ptr(), bias.stride(0) * size)),
@@ -203,7 +203,7 @@ def _workspace() -> _Workspace:
 
 
 @functools.cache
-def _fork_join() -> int:
+def fork_join() -> int:
     """The address of ``GOMP_parallel`` in torch's own OpenMP, whose threads are awake between torch's operations; 0 = none."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:

@@ -19,6 +19,7 @@ from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.paged_decoding import _aligned_here
 from epslots.generation.paged_prompts import PromptReads
 from epslots.generation.requests import Request
+from epslots.moe import query_attention
 from tests.support import zoo
 from tests.support.batches import Collected, generated, prompt_of, requests_of
 
@@ -28,10 +29,11 @@ SIZES = ((3, 20), (41, 20), (9, 20))
 
 
 class Attention:
-    """Notes what attention is computed of: the shapes of queries and keys, and whether there is a mask."""
+    """Notes what torch's attention is computed of: the shapes of queries and keys, and whether there is a mask."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.calls: set[tuple[tuple[int, ...], tuple[int, ...], bool]] = set()
+        patch.setattr(query_attention, "fits", lambda *_: False)
         self._attend = F.scaled_dot_product_attention
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", self)
 
