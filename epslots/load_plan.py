@@ -88,12 +88,12 @@ def plan_load(source: CheckpointSource, config: LoadConfig, device: torch.device
     kind = "file" if config.host_memory is not None else default_store_kind(device, store_bytes)
     store_kind = resolve_store_kind(config.host_store or kind)
     store_dir = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir)
+    check_room(manifest, kind=store_kind, cache_dir=store_dir)
     ram_bytes = store_bytes if store_kind == "memory" else min(store_bytes, config.host_memory_bytes or 0)
     free = _free_memory(device, ram_bytes, neighbours)
     shape = measure(opened, engine=config.engine, batch_invariant=config.batch_invariant, slot_note=slots.note)
     memory = _plan_memory(opened, shape, config, device, ranks, free)
     check_fits(memory)
-    check_room(manifest, kind=store_kind, cache_dir=store_dir)
     return LoadPlan(opened, manifest, store_kind, store_dir, memory, _plan_ram(memory, config, neighbours))
 
 
@@ -159,7 +159,7 @@ def _free_memory(device: torch.device, shared_bytes: int, neighbours: int) -> tu
     note = str(limit)
     note += f", less the host store's {format_bytes(shared_bytes)}" if shared_bytes else ""
     note += f", shared by {neighbours} ranks" if neighbours > 1 else ""
-    return (limit.free_bytes - shared_bytes) // neighbours, note
+    return max(0, limit.free_bytes - shared_bytes) // neighbours, note
 
 
 def _plan_memory(

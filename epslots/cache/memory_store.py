@@ -61,13 +61,7 @@ def build_memory_store(path: Path, manifest: Manifest, source: OpenSource, start
         CheckpointError: from the source.
     """
     total = StoreShape(manifest).nbytes
-    limit = tightest_memory_limit()
-    if limit.free_bytes < total + MEMORY_MARGIN_BYTES:
-        raise StoreError(
-            f"no room for the host store in memory: it needs {format_bytes(total)} and leaves "
-            f"{format_bytes(MEMORY_MARGIN_BYTES)} free, but only {limit}; use host_store='file', which keeps what doesn't fit "
-            f"on the disk"
-        )
+    check_free_memory(total)
     fd = os.memfd_create(_memory_name(path), os.MFD_CLOEXEC)
     try:
         experts = source()
@@ -78,6 +72,21 @@ def build_memory_store(path: Path, manifest: Manifest, source: OpenSource, start
         os.close(fd)
         raise
     return _hold(fd, path)
+
+
+def check_free_memory(nbytes: int) -> None:
+    """Refuse a store that this process has no memory for.
+
+    Raises:
+        StoreError: with what is needed and what is free.
+    """
+    limit = tightest_memory_limit()
+    if limit.free_bytes < nbytes + MEMORY_MARGIN_BYTES:
+        raise StoreError(
+            f"no room for the host store in memory: it needs {format_bytes(nbytes)} and leaves "
+            f"{format_bytes(MEMORY_MARGIN_BYTES)} free, but only {limit}; use host_store='file', which keeps what doesn't fit "
+            f"on the disk"
+        )
 
 
 def ask_for_huge_pages(fd: int, nbytes: int) -> bool:

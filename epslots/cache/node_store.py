@@ -18,12 +18,13 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from epslots.cache.host_store import HostStore, Manifest, StoreShape
-from epslots.cache.memory_store import build_memory_store, holder_files, join_memory_store
+from epslots.cache.memory_store import build_memory_store, check_free_memory, holder_files, join_memory_store
 from epslots.cache.store_build import (
     ExpertSource,
     OpenSource,
@@ -72,12 +73,14 @@ def check_room(manifest: Manifest, *, kind: str, cache_dir: Path) -> None:
         writable = _prepare_folder(cache_dir)
         if path.exists():
             return
-        if not writable and not (kind == "memory" and holder_files(path)):
+        if kind == "memory" and holder_files(path):
+            return
+        if not writable:
             raise PermissionError(
                 errno.EACCES, "it can't be written to, and holds no store of this checkpoint", str(cache_dir)
             )
-        if kind == "file":
-            check_free_space(cache_dir, StoreShape(manifest).nbytes)
+        check_free = partial(check_free_space, cache_dir) if kind == "file" else check_free_memory
+        check_free(StoreShape(manifest).nbytes)
 
 
 def open_node_store(

@@ -34,11 +34,13 @@ class RunningRow:
 
     Attributes:
         stop: a length at which another request is to continue from this row; 0 = none.
+        last: number of the batch that it was in last; 0 = none.
     """
 
     entry: TrackedRequest
     row: Row
     stop: int = 0
+    last: int = 0
 
     @property
     def turn(self) -> tuple[int, int]:

@@ -160,7 +160,8 @@ class RowBatcher(Batcher):
         elif support.whole_prompts:
             first = entry.length
         most = self._config.max_requests if entry.prompt_rows(running.row.length, entry.prompt_length) else 0
-        return RowState(known=entry.length, computed=running.row.length, first=first, most=most, stop=running.stop)
+        computed = running.row.length
+        return RowState(entry.length, computed, first=first, most=most, stop=running.stop, last=running.last)
 
     def _image_of(self, entry: TrackedRequest) -> CacheImage | None:
         return None if self._isolation is not None else self._admission.image_of(entry)
@@ -206,6 +207,8 @@ class RowBatcher(Batcher):
         """Count a batch that was committed."""
         starts = [(running.row.length - planned.width, running.entry.request) for running in part]
         self._counters.steps += 1
+        for running in part:
+            running.last = self._counters.steps
         self._counters.replayed_steps = self._captured.replays
         self._counters.prompt_tokens += sum(max(0, min(planned.width, len(r.prompt) - start)) for start, r in starts)
         if seconds is not None:

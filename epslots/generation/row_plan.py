@@ -21,6 +21,7 @@ class RowState:
         first: tokens that have to be computed in its first batch together; 0 = any.
         most: new tokens of a batch, at most; 0 = as many as the batch takes. Such a row is computed alone.
         stop: a length at which a batch has to end, because another request continues from there; 0 = none.
+        last: number of the batch that it was in last, counted from 1; 0 = none.
     """
 
     known: int
@@ -28,6 +29,7 @@ class RowState:
     first: int = 0
     most: int = 0
     stop: int = 0
+    last: int = 0
 
     @property
     def left(self) -> int:
@@ -68,12 +70,13 @@ def next_batch(rows: Sequence[RowState], room: int, *, prompt_was_last: bool, to
         rows: those first that are served first; each has a token left to compute.
         room: new tokens of a batch of prompts, at most. The first prompt is computed even if ``first`` exceeds it.
         prompt_was_last: the batch before was one of prompts.
-        together: several rows may share a batch.
+        together: several rows may share a batch. If not, rows decode in turns.
     """
     decoding = tuple(i for i, row in enumerate(rows) if decodes(row))
     prompts = [i for i, row in enumerate(rows) if not decodes(row)]
     if decoding and (prompt_was_last or not prompts):
-        return RowBatch(decoding if together else decoding[:1], 1, decodes=True)
+        longest_ago = min(decoding, key=lambda i: rows[i].last)
+        return RowBatch(decoding if together else (longest_ago,), 1, decodes=True)
     if not prompts:
         return None
     oldest = rows[prompts[0]]

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 import epslots
 from epslots import ConfigError, StoreError
 from epslots.cache.disk_store import DiskStore
+from epslots.host_limits import MemoryLimit
 from epslots.runtime import runtime_of
 from epslots.transport.local_transport import LocalTransport
 from tests.support import zoo
@@ -114,3 +115,11 @@ def test_too_little_ram_is_refused_with_what_is_needed(checkpoint: Checkpoints, 
     load(folder, cache_dir, host_memory=least)
     with pytest.raises(ConfigError, match=f"host_memory is .*: allowed are {int(least[:-1]):,} bytes"):
         load(folder, cache_dir, host_memory=f"{int(least[:-1]) - 1}B")
+
+
+def test_a_store_larger_than_memory_is_refused(checkpoint: Checkpoints, cache_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    """First of all, before the rest is planned with what it would leave."""
+    for name in ("cache.memory_store.tightest_memory_limit", "load_plan.memory_limit"):
+        monkeypatch.setattr(f"epslots.{name}", lambda *_: MemoryLimit("this test", "", 1 << 20, 1 << 10))
+    with pytest.raises(StoreError, match=r"no room for the host store in memory: .* use host_store='file'"):
+        load(checkpoint("qwen3_moe"), cache_dir, host_store="memory")

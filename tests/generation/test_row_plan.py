@@ -72,7 +72,8 @@ def test_every_row_ends_and_none_decodes_late(together: bool, sizes: list[tuple[
     rows = {i: RowState(known=length, computed=0, stop=stop if i == 0 else 0) for i, (length, _) in enumerate(sizes)}
     new = {i: count for i, (_, count) in enumerate(sizes)}
     prompt_was_last, prompts_in_a_row = False, 0
-    for _ in range(2000):
+    waited = dict.fromkeys(rows, 0)
+    for batch in range(1, 2000):
         if not rows:
             break
         numbers = list(rows)
@@ -82,11 +83,15 @@ def test_every_row_ends_and_none_decodes_late(together: bool, sizes: list[tuple[
         assert planned.decodes or planned.width * len(planned.rows) <= room
         prompts_in_a_row = 0 if planned.decodes else prompts_in_a_row + was_decoding
         assert prompts_in_a_row <= 1, "a decoding row waits for one chunk"
+        chosen = {numbers[i] for i in planned.rows}
+        if planned.decodes:
+            waited = {i: waited[i] + 1 if i not in chosen and decodes(row) else 0 for i, row in rows.items()}
+            assert max(waited.values()) < len(sizes), "a decoding row waits for each other one once"
         pasts = {rows[numbers[i]].computed > 0 for i in planned.rows}
         assert len(pasts) == 1
         for i in planned.rows:
             number = numbers[i]
-            row = rows[number] = replace(rows[number], computed=rows[number].computed + planned.width)
+            row = rows[number] = replace(rows[number], computed=rows[number].computed + planned.width, last=batch)
             assert row.computed <= row.known
             if row.left == 0:
                 new[number] -= 1

@@ -18,17 +18,24 @@ from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.requests import Output, Request
 from epslots.generation.row_batcher import RowBatcher
 from epslots.generation.tracked_request import GrammarProgress, TrackedRequest
+from epslots.models.adoption import mixes_tokens
 from tests.support import zoo
 from tests.support.remembered import Reference
 
 
 def drawn(model: PreTrainedModel, request: Request, grammar: GrammarProgress | None = None) -> list[int]:
-    """What a request's tokens have to be: drawn one by one, from the model run anew over all before."""
+    """What a request's tokens have to be: drawn one by one, from the model run anew over all before.
+
+    Where the tokens of a pass change one another, with a cache: the prompt is one pass, and so is each new token.
+    """
     entry = TrackedRequest(request, grammar_state=grammar if request.grammar else None)
+    mixes, past = mixes_tokens(model), None
     with torch.no_grad():
         while entry.reason is None:
-            logits = model(torch.tensor([[*request.prompt, *entry.tokens]]), use_cache=False).logits[:, -1]
-            (choice,) = choose(logits.float(), [entry]).read()
+            ids = entry.tokens[-1:] if past else (*request.prompt, *entry.tokens)
+            output = model(torch.tensor([ids]), use_cache=mixes, past_key_values=past)
+            past = output.past_key_values if mixes else None
+            (choice,) = choose(output.logits[:, -1].float(), [entry]).read()
             entry.append(choice)
     return entry.tokens
 
