@@ -51,7 +51,7 @@ def attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function "sdpa", by compiled loops where a single query is attended."""
-    if query.shape[2] == 1 and query.device.type == "cpu":
+    if query.shape[2] == 1 and query.is_cpu:
         plain = kwargs.get("softcap") is None and kwargs.get("position_bias") is None and not kwargs.get("dropout")
         if plain and query_attention.fits(query, key, value, attention_mask):
             scale = kwargs.get("scaling")

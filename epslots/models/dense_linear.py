@@ -95,6 +95,6 @@ def _multiply(
 
 def _takes(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether inputs can be multiplied in place by a weight [out, in] without its gradient."""
-    suits = weight.dtype is inputs.dtype and inputs.device.type == "cpu" and inputs.numel() > 0
+    suits = weight.dtype is inputs.dtype and inputs.is_cpu and inputs.numel() > 0
     wants_gradient = torch.is_grad_enabled() and (inputs.requires_grad or weight.requires_grad)
     return suits and not wants_gradient and vector_gemm.fits(weight)

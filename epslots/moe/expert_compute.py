@@ -160,7 +160,7 @@ class ExpertCompute:
 
 def _unsort(result_NH: torch.Tensor, order_N: torch.Tensor) -> torch.Tensor:
     """Results in the order of the pairs."""
-    if result_NH.device.type == "cpu":
+    if result_NH.is_cpu:
         return scatter_rows(result_NH, order_N)
     return torch.empty_like(result_NH).index_copy_(0, order_N, result_NH)
 

@@ -198,7 +198,7 @@ def fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torc
     Args:
         mask: bool [R, 1, 1, S], False where a row has no key.
     """
-    if query.device.type != "cpu" or query.dtype not in _FORMS or config.DISABLE_JIT:
+    if not query.is_cpu or query.dtype not in _FORMS or config.DISABLE_JIT:
         return False
     rows, heads, queries, size = query.shape
     groups, span = key.shape[1], key.shape[2]

@@ -36,7 +36,7 @@ _ALONE_ROWS = 64
 def fits(weight: torch.Tensor) -> bool:
     """Whether products with these weights [Q, out, in], or [out, in], can be computed here, by dtype, shape and strides."""
     least = least_columns(weight.dtype)
-    if least is None or weight.device.type not in ("cpu", "meta"):
+    if least is None or not (weight.is_cpu or weight.is_meta):
         return False
     outer, inner = weight.shape[-2:]
     whole = outer % 2 == 0 and outer >= 2 * LANES and inner >= least
@@ -51,7 +51,7 @@ def least_columns(dtype: torch.dtype) -> int | None:
 def is_faster(rows_NK: torch.Tensor, slots: int) -> bool:
     """Whether these rows of so many slots are multiplied here sooner than by torch."""
     few = rows_NK.shape[0] <= _MATRIX_UNIT_ROWS * slots or not host_has("amx-bf16")
-    return rows_NK.device.type == "cpu" and few and _has_threads()
+    return rows_NK.is_cpu and few and _has_threads()
 
 
 def is_faster_alone(rows: int) -> bool:
