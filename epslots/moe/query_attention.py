@@ -32,6 +32,8 @@ NEXT_TASK, NEXT_THREAD, TASKS, FORM, SHARED, GROUPS, SPAN, SIZE = 0, 8, 16, 17, 
 QUERY, QUERY_ROW, QUERY_HEAD, KEY, KEY_ROW, KEY_GROUP, KEY_NEXT = 22, 23, 24, 25, 26, 27, 28
 VALUE, VALUE_ROW, VALUE_GROUP, VALUE_NEXT, VALUE_SIZE, MASK, MASK_ROW = 29, 30, 31, 32, 33, 34, 35
 OUT, OUT_ROW, OUT_HEAD, SCALE, SCRATCH, SCRATCH_BYTES, JOB_FIELDS = 36, 37, 38, 39, 40, 41, 42
+# Bytes of keys and values that one thread reads sooner than several meet.
+_ALONE_BYTES = 1 << 17
 # exp of less is nothing.
 _LEAST = -87.0
 
@@ -221,7 +223,8 @@ def attend(
     if work.address is None:
         prepare()
     tasks, item, shared = rows * groups, query.element_size(), heads // groups
-    threads = min(tasks, torch.get_num_threads()) if fork_join() else 1
+    alone = tasks * span * (size + value.shape[3]) * item <= _ALONE_BYTES or not fork_join()
+    threads = 1 if alone else min(tasks, torch.get_num_threads())
     scratch_bytes = 4 * (span + LANES) * shared
     scratch = torch.empty(threads * scratch_bytes, dtype=torch.uint8)
     job = np.zeros(JOB_FIELDS, np.int64)
