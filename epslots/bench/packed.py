@@ -166,7 +166,7 @@ def _peer(folder: Path) -> Iterator[Ask | None]:
             process.wait()
 
 
-class Part(NamedTuple):
+class PackedPart(NamedTuple):
     """A part of the bench.
 
     Attributes:
@@ -181,11 +181,11 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "cpu": Part(len(PRODUCT_BATCHES), lambda cache_dir, rounds, advance: measure_products(rounds, advance), 1),
-    "formats": Part(len(FORMATS), lambda cache_dir, rounds, advance: measure_formats(rounds, advance), 1),
-    "peer": Part(len(BATCHES), measure_peer),
-    "memory": Part(len(LARGE_MODELS) * len(SLOT_FORMATS), lambda cache_dir, rounds, advance: measure_memory(advance)),
-    "quality": Part(len(EXPERT_FORMATS) * len(LINKS), measure_quality),
+    "cpu": PackedPart(len(PRODUCT_BATCHES), lambda cache_dir, rounds, advance: measure_products(rounds, advance), 1),
+    "formats": PackedPart(len(FORMATS), lambda cache_dir, rounds, advance: measure_formats(rounds, advance), 1),
+    "peer": PackedPart(len(BATCHES), measure_peer),
+    "memory": PackedPart(len(LARGE_MODELS) * len(SLOT_FORMATS), lambda cache_dir, rounds, advance: measure_memory(advance)),
+    "quality": PackedPart(len(EXPERT_FORMATS) * len(LINKS), measure_quality),
 }
 
 

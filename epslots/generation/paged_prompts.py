@@ -30,7 +30,7 @@ class _Chunk(NamedTuple):
     mask: torch.Tensor | None
 
 
-class _Decoding(NamedTuple):
+class _DecodingRows(NamedTuple):
     """The requests that decode.
 
     Attributes:
@@ -70,7 +70,7 @@ class PromptReads:
                 mask = _mask(query_count, key_count, window, device)
                 self._chunks.append(_Chunk(slice(first_query, end_query), slice(first_key, end_key), mask))
             first_query, first_key = end_query, end_key
-        self._decoding = _decoding_of(places, device) if places else None
+        self._decoding = _rows_of(places, device) if places else None
 
     def attend(
         self, module: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, **kwargs: Any
@@ -98,10 +98,10 @@ def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> 
     return seen_QK[None, None]
 
 
-def _decoding_of(places: Sequence[tuple[int, int, int]], device: torch.device) -> _Decoding:
+def _rows_of(places: Sequence[tuple[int, int, int]], device: torch.device) -> _DecodingRows:
     query_R, first_R, end_R = torch.tensor(places).to(device).t()
     longest = max(end - first for _, first, end in places)
     place_RL = end_R[:, None] - torch.arange(longest, 0, -1, device=device)
     equal = all(end - first == longest for _, first, end in places)
     mask_R11L = None if equal else (place_RL >= first_R[:, None])[:, None, None]
-    return _Decoding(query_R, torch.maximum(place_RL, first_R[:, None]), mask_R11L)
+    return _DecodingRows(query_R, torch.maximum(place_RL, first_R[:, None]), mask_R11L)

@@ -17,6 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from epslots.generation.attention_switch import AttentionSwitch
+from epslots.generation.paged_cache import paging_obstacle, row_width
 from epslots.moe import query_attention
 
 IMPLEMENTATION = "epslots_single_queries"
@@ -26,15 +27,17 @@ class SingleQueries:
     """The attention of one model's forward passes.
 
     Args:
-        model: with transformers' "sdpa" attention on a CPU; with another one, nothing changes.
+        model: on a CPU, with transformers' "sdpa" attention, and layers that keep keys and values of one shape; with others,
+            nothing changes.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._switch: AttentionSwitch | None = None
-        if model.device.type == "cpu" and model._supports_attention_backend:
+        plain = model.device.type == "cpu" and paging_obstacle(model) is None and row_width(model) is None
+        if plain:
             modules = [module for module in model.get_decoder().modules() if hasattr(module, "num_key_value_groups")]
             switch = AttentionSwitch(model, modules)
-            if modules and switch.implementations == {"sdpa"}:
+            if switch.implementations == {"sdpa"}:
                 self._switch = switch
 
     def active(self) -> AbstractContextManager[None]:

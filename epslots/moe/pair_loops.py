@@ -41,33 +41,37 @@ def _add_counts(ids: int, pairs: int, experts: int, totals: int, counts: int) ->
     return used
 
 
-@compiled("int64(int64, int64, int64, int64)")
-def _place(expert: int, keys: int, experts: int, first: int) -> int:
-    """The place of an expert's key among those from ``first`` on; -1 if it has none."""
-    if not 0 <= expert < experts or read(keys, expert) < 0:
+@compiled("int64(int64, int64, int64, int64, int64)")
+def _place(expert: int, keys: int, experts: int, first: int, slots: int) -> int:
+    """The place of an expert's key among those from ``first`` on, ``slots`` for the one behind them; -1 if it has none."""
+    if not 0 <= expert < experts:
         return -1
-    return read(keys, expert) - first
+    place = read(keys, expert) - first
+    return place if 0 <= place <= slots else -1
 
 
 @compiled("int64(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
 def _sort_pairs(
     ids: int, pairs: int, keys: int, experts: int, first: int, slots: int, ends: int, starts: int, top_k: int, out: int
 ) -> int:
-    """Sort pairs by their keys, those without one last; returns how many have one.
+    """Sort pairs by their keys, those without one last; returns how many have none.
 
     Args:
         ids, pairs: the expert of each pair, and their number.
         keys, experts: the key of each expert (-1 = none), and their number.
-        first, slots: keys are ``first`` and up, so many.
+        first, slots: keys are ``first`` and up, so many; the next one belongs to pairs that are computed elsewhere.
         ends: int32 [slots], where the pairs of each key end.
         starts: memory for ``slots + 1`` integers.
         out: [3, pairs]: the pairs in order, their tokens and their keys.
     """
+    missing = 0
     for place in range(slots + 1):
         write(starts, place, 0)
     for pair in range(pairs):
-        place = _place(read(ids, pair), keys, experts, first)
-        place = slots if place < 0 else place
+        place = _place(read(ids, pair), keys, experts, first, slots)
+        if place < 0:
+            missing += 1
+            place = slots
         write(starts, place, read(starts, place) + 1)
     total = 0
     for place in range(slots + 1):
@@ -76,17 +80,16 @@ def _sort_pairs(
         total += count
         if place < slots:
             write_int32(ends, place, total)
-    found = read(starts, slots)
     tokens, keys_out = out + 8 * pairs, out + 16 * pairs
     for pair in range(pairs):
-        place = _place(read(ids, pair), keys, experts, first)
+        place = _place(read(ids, pair), keys, experts, first, slots)
         place = slots if place < 0 else place
         at = read(starts, place)
         write(starts, place, at + 1)
         write(out, at, pair)
         write(tokens, at, pair // top_k)
         write(keys_out, at, first + place)
-    return found
+    return missing
 
 
 @for_each(FORMS)
@@ -178,11 +181,11 @@ class CompiledPairKernels(TorchPairKernels):
         if len(self._starts) <= slots:
             self._starts = torch.empty(slots + 1, dtype=torch.int64)
         ends_Q, out_3N = torch.empty(slots, dtype=torch.int32), torch.empty(3, pairs, dtype=torch.int64)
-        found = _sort_pairs(
+        missing = _sort_pairs(
             *(ids_N.data_ptr(), pairs, key_E.data_ptr(), key_E.shape[0], keys.first, slots),
             *(ends_Q.data_ptr(), self._starts.data_ptr(), top_k, out_3N.data_ptr()),
         )
-        if found < pairs and not absent:
+        if missing and not absent:
             raise IndexError("the router chose an expert that no slot holds")
         return SortedPairs(*out_3N.unbind(), ends_Q)
 

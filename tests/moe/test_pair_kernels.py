@@ -116,8 +116,16 @@ def test_compiled_loops_read_no_strange_expert():
             ours.add_counts(torch.tensor(ids), torch.zeros(4, dtype=torch.int64), torch.zeros((), dtype=torch.int64))
         with pytest.raises(IndexError, match="no slot holds"):
             ours.sort(torch.tensor(ids), torch.tensor([4, 6, 5]), keys, 2, absent=False)
-    with pytest.raises(IndexError, match="no slot holds"):
-        ours.sort(torch.tensor([0, 1]), torch.tensor([4, -1, 5]), keys, 2, absent=False)
+    for strange in (-1, 3, 8):
+        with pytest.raises(IndexError, match="no slot holds"):
+            ours.sort(torch.tensor([0, 1]), torch.tensor([4, strange, 5]), keys, 2, absent=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pairs_behind_the_last_key_are_sorted_too(kind: str):
+    """A plan gives it to experts that the CPU computes."""
+    found = kernels(3, kind).sort(torch.tensor([2, 1, 0]), torch.tensor([4, 7, 5]), Keys.between(4, 7, CPU), 3, absent=False)
+    assert found.pair_N.tolist() == [2, 0, 1] and found.key_N.tolist() == [4, 5, 7] and found.ends_Q.tolist() == [1, 2, 2]
 
 
 @needs_triton
