@@ -202,17 +202,17 @@ def bench_packed(report: BenchReport, cache_dir: Path, *, rounds: int = 5, parts
         raise ConfigError(f"--parts {unknown[0]!r}: allowed: {', '.join(PARTS)}")
     for name in parts.split(","):
         part = PARTS[name]
-        with torch.no_grad(), _threads(part.threads) as threads, counting(f"packed, {name}: rows", part.rows) as advance:
+        with torch.no_grad(), _threads(part.threads), counting(f"packed, {name}: rows", part.rows) as advance:
             for title, rows in part.measure(cache_dir, rounds, advance).items():
-                report.table(f"{title}; {threads} thread{'s' * (threads > 1)}", rows)
+                report.table(f"{title}, one thread" if part.threads == 1 else title, rows)
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[int]:
+def _threads(count: int | None) -> Iterator[None]:
     """Within the context, torch has so many threads; None = as many as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(before if count is None else count)
     try:
-        yield torch.get_num_threads()
+        yield
     finally:
         torch.set_num_threads(before)

@@ -98,8 +98,11 @@ def _known_shape(model: str, config: LoadConfig, stored_format: str | None) -> M
 
     if config.expert_format is not None and stored_format is not None:
         raise ConfigError(f"stored_format={stored_format!r} is quantised already: allowed with expert_format: None")
-    if config.expert_format is not None or stored_format is not None:
-        formed, name = (stored_slots, stored_format) if stored_format else (quantised_slots, config.expert_format)
-        slots = formed(name, skeleton, shape.layers)
+    slots = None
+    if config.expert_format is not None:
+        slots = quantised_slots(config.expert_format, skeleton, shape.layers)
+    elif stored_format is not None:
+        slots = stored_slots(stored_format, skeleton, shape.layers)
+    if slots is not None:
         shape = msgspec.structs.replace(shape, layers=slots.layers, slot_note=slots.note)
     return with_cache(shape, skeleton, config.engine)

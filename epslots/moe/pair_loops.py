@@ -187,7 +187,8 @@ class CompiledPairKernels(TorchPairKernels):
         )
         if missing and not absent:
             raise IndexError("the router chose an expert that no slot holds")
-        return SortedPairs(*out_3N.unbind(), ends_Q)
+        pair_N, token_N, key_N = out_3N.unbind()
+        return SortedPairs(pair_N, token_N, key_N, ends_Q)
 
     def weighted_sum(self, results_NH: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         (tokens, top_k), columns = weights_TK.shape, results_NH.shape[1]
