@@ -145,7 +145,7 @@ def test_a_module_has_the_scheme_of_its_group():
     words = {"weight_packed": torch.zeros(4, 8, dtype=torch.int32), "weight_scale": torch.ones(4, 1).bfloat16()}
     assert read(words, settings, "model.layers.0.self_attn.q_proj").form.kind == "int8"
     assert read(words, settings, "model.layers.0.mlp.up_proj").form.kind == "int4"
-    settings["config_groups"]["four"]["targets"] = ["lm_head"]
+    settings["config_groups"]["four"]["targets"] = ["proj"]  # a name's end is no name
     with pytest.raises(ValueError, match="none of 2 config_groups matches model"):
         read(words, settings, "model.layers.0.mlp.up_proj")
     settings["config_groups"] |= {"four": eight | {"targets": ["Linear"]}, "eight": eight | {"targets": ["Linear"]}}
@@ -263,6 +263,8 @@ def test_int4_has_the_scale_of_least_error(columns: int):
     by_group = [torch.nn.functional.pad(e, (0, -columns % 32)).unflatten(1, (-1, 32)).sum(-1) for e in errors]
     assert (by_group[0] <= by_group[1] + 1e-6).all() and errors[0].sum() < 0.98 * errors[1].sum()
     assert not found[3].any()
+    positive = weight.abs() + 5
+    assert (quantise_int4(positive).weights() - positive).abs().max() < 0.3 * positive.max()
 
 
 def test_int8_rounds_to_steps_of_the_rows_largest():
