@@ -1,7 +1,7 @@
 """Experts on the CPU near the speed of memory: products against torch's, and whole requests against vLLM's CPU backend.
 
-    cpu      a layer's products with bfloat16 weights
-    formats  products with packed slots (``packed_formats.py``)
+    cpu      a layer's products with bfloat16 weights, on one thread
+    formats  products with packed slots (``packed_formats.py``), on one thread
     peer     prompts and decoded steps of a whole model
     memory   experts that 24 GiB of slots hold, by model and format (``packed_models.py``)
     quality  loss, hits and speed of the shipped model by format, in equal memory
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ import epslots
 from epslots.bench.engines import Served, close, open_engine, random_prompt
 from epslots.bench.models import random_checkpoint, random_config
 from epslots.bench.packed_formats import FORMATS, measure_formats
-from epslots.bench.packed_models import EXPERT_FORMATS, LARGE_MODELS, LINKS, measure_memory, measure_quality
+from epslots.bench.packed_models import EXPERT_FORMATS, LARGE_MODELS, LINKS, SLOT_FORMATS, measure_memory, measure_quality
 from epslots.bench.report import MS, BenchReport, Tables, alternate, median, ratio_columns
 from epslots.errors import ConfigError
 from epslots.generation.engine import Engine
@@ -166,14 +166,27 @@ def _peer(folder: Path) -> Iterator[Ask | None]:
             process.wait()
 
 
-PARTS: dict[str, tuple[int, Callable[[Path, int, Advance], Tables]]] = {
-    "cpu": (len(PRODUCT_BATCHES), lambda cache_dir, rounds, advance: measure_products(rounds, advance)),
-    "formats": (len(FORMATS), lambda cache_dir, rounds, advance: measure_formats(rounds, advance)),
-    "peer": (len(BATCHES), measure_peer),
-    "memory": (len(LARGE_MODELS) * len(EXPERT_FORMATS), lambda cache_dir, rounds, advance: measure_memory(advance)),
-    "quality": (len(EXPERT_FORMATS) * len(LINKS), measure_quality),
+class PackedPart(NamedTuple):
+    """A part of the bench.
+
+    Attributes:
+        rows: that it measures.
+        measure: cache folder, rounds and progress to tables.
+        threads: of torch; None = as many as the others have.
+    """
+
+    rows: int
+    measure: Callable[[Path, int, Advance], Tables]
+    threads: int | None = None
+
+
+PARTS = {
+    "cpu": PackedPart(len(PRODUCT_BATCHES), lambda cache_dir, rounds, advance: measure_products(rounds, advance), 1),
+    "formats": PackedPart(len(FORMATS), lambda cache_dir, rounds, advance: measure_formats(rounds, advance), 1),
+    "peer": PackedPart(len(BATCHES), measure_peer),
+    "memory": PackedPart(len(LARGE_MODELS) * len(SLOT_FORMATS), lambda cache_dir, rounds, advance: measure_memory(advance)),
+    "quality": PackedPart(len(EXPERT_FORMATS) * len(LINKS), measure_quality),
 }
-"""By name, how many rows a part measures, and the function that does."""
 
 
 def bench_packed(report: BenchReport, cache_dir: Path, *, rounds: int = 5, parts: str = ",".join(PARTS)) -> None:
@@ -187,9 +200,19 @@ def bench_packed(report: BenchReport, cache_dir: Path, *, rounds: int = 5, parts
     """
     if unknown := [name for name in parts.split(",") if name not in PARTS]:
         raise ConfigError(f"--parts {unknown[0]!r}: allowed: {', '.join(PARTS)}")
-    report.result["threads"] = torch.get_num_threads()
     for name in parts.split(","):
-        count, measure = PARTS[name]
-        with torch.no_grad(), counting(f"packed, {name}: rows", count) as advance:
-            for title, rows in measure(cache_dir, rounds, advance).items():
-                report.table(title, rows)
+        part = PARTS[name]
+        with torch.no_grad(), _threads(part.threads), counting(f"packed, {name}: rows", part.rows) as advance:
+            for title, rows in part.measure(cache_dir, rounds, advance).items():
+                report.table(f"{title}, one thread" if part.threads == 1 else title, rows)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Within the context, torch has so many threads; None = as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,24 @@ from epslots.bench.report import Tables, median
 from epslots.config import EngineConfig
 from epslots.example import example_model
 from epslots.example_text import library_texts
+from epslots.formats.quantise import QUANTISED
+from epslots.formats.usual_forms import USUAL_FORMS
 from epslots.generation.text import load_tokenizer
 from epslots.models.known_shapes import known_model
 from epslots.models.memory_plan import plan_memory
-from epslots.models.slot_format import quantised_slots
+from epslots.models.slot_format import SlotFormat, quantised_slots, stored_slots
 from epslots.progress import Advance
 from epslots.runtime import runtime_of
 from epslots.units import parse_slots
 
 LARGE_MODELS = ("qwen3-235b-a22b", "deepseek-v3", "kimi-k2", "gpt-oss-120b")
 EXPERT_FORMATS = {"bf16": None, "int8": "int8", "int4": "int4"}
+# As experts are quantised while loading, or as checkpoints store them.
+SLOT_FORMATS: dict[str, Callable[..., SlotFormat] | None] = {
+    "bf16": None,
+    **{f"--expert-format {name}": partial(quantised_slots, name) for name in QUANTISED},
+    **{f"stored: {name}": partial(stored_slots, name) for name in USUAL_FORMS},
+}
 POOL = "24GiB"
 LINKS = (None, "1GB/s,20us")
 HELD_TOKENS, NEW_TOKENS = 16_384, 64
@@ -39,10 +48,10 @@ def measure_memory(advance: Advance) -> Tables:
     rows = []
     for name in LARGE_MODELS:
         experts = None
-        for label, expert_format in EXPERT_FORMATS.items():
+        for label, formed in SLOT_FORMATS.items():
             shape, skeleton = known_model(name)
-            if expert_format is not None:
-                shape = msgspec.structs.replace(shape, layers=quantised_slots(expert_format, skeleton, shape.layers).layers)
+            if formed is not None:
+                shape = msgspec.structs.replace(shape, layers=formed(skeleton, shape.layers).layers)
             plan = plan_memory(
                 shape, parse_slots(POOL), memory_bytes=_UNBOUNDED, ranks=1, device="cuda", engine=EngineConfig()
             )

@@ -30,7 +30,7 @@ class FoundModel:
     read_speed: float | None = None
 
 
-def find_model(model: str | None, device: str, config: LoadConfig) -> FoundModel:
+def find_model(model: str | None, device: str, config: LoadConfig, stored_format: str | None = None) -> FoundModel:
     """A model by its name or folder, without its weights.
 
     If ``model`` is both, the folder is taken and not the known model.
@@ -38,16 +38,19 @@ def find_model(model: str | None, device: str, config: LoadConfig) -> FoundModel
     Args:
         device: ``"cuda"`` or ``"cpu"``, on which the model is to run.
         config: dtype, attention, cache, formats of slots and experts, and the host's memory.
+        stored_format: of a known model, the format of its checkpoint (``formats/usual_forms.py``); None = unquantised.
 
     Raises:
-        ConfigError: neither a folder nor a known name, no such dtype or attention, or formats that the device can't compute
-            with.
+        ConfigError: neither a folder nor a known name, no such dtype, attention or format, or formats that the device can't
+            compute with.
         CheckpointError: the folder's files are missing, cut short, or their headers contradict each other.
         UnsupportedModelError: the model's experts can't be run from slots, or its requests can't be kept so.
     """
     if model is not None and not Path(model).is_dir():
         # Without a fitted predictor, the next layer's router predicts; on a GPU it is the model's own, so it takes no memory.
-        return FoundModel(_known_shape(model, config))
+        return FoundModel(_known_shape(model, config, stored_format))
+    if stored_format is not None:
+        raise ConfigError(f"stored_format={stored_format!r}: a folder's own headers say how it is stored; leave it out")
     import torch
 
     from epslots.cache.node_store import store_path
@@ -81,7 +84,7 @@ def find_model(model: str | None, device: str, config: LoadConfig) -> FoundModel
     return FoundModel(shape, weight_bytes, predictor_bytes, read_speed)
 
 
-def _known_shape(model: str, config: LoadConfig) -> ModelShape:
+def _known_shape(model: str, config: LoadConfig, stored_format: str | None) -> ModelShape:
     if model not in KNOWN_SHAPES:
         raise ConfigError(
             f"model={model!r} is neither a checkpoint folder nor a known model ({', '.join(KNOWN_SHAPES)}). A model "
@@ -91,9 +94,15 @@ def _known_shape(model: str, config: LoadConfig) -> ModelShape:
     shape, skeleton = known_model(model, **dtype, attention=config.attn_implementation)
     # Torch's imports take seconds; other commands do without them.
     from epslots.generation.planned_cache import with_cache
-    from epslots.models.slot_format import quantised_slots
+    from epslots.models.slot_format import quantised_slots, stored_slots
 
+    if config.expert_format is not None and stored_format is not None:
+        raise ConfigError(f"stored_format={stored_format!r} is quantised already: allowed with expert_format: None")
+    slots = None
     if config.expert_format is not None:
         slots = quantised_slots(config.expert_format, skeleton, shape.layers)
+    elif stored_format is not None:
+        slots = stored_slots(stored_format, skeleton, shape.layers)
+    if slots is not None:
         shape = msgspec.structs.replace(shape, layers=slots.layers, slot_note=slots.note)
     return with_cache(shape, skeleton, config.engine)

@@ -31,6 +31,7 @@ from epslots.config import (
     load_config,
 )
 from epslots.errors import DoesNotFitError
+from epslots.formats.usual_forms import USUAL_FORMS
 from epslots.models.host_memory import HostMemoryPlan, plan_host_memory
 from epslots.models.known_shapes import KNOWN_SHAPES
 from epslots.models.memory_plan import MemoryPlan, plan_memory
@@ -107,6 +108,10 @@ def plan(
     host_memory: HostMemoryOption = None,
     slot_format: SlotFormatOption = "auto",
     expert_format: ExpertFormatOption = None,
+    stored_format: Annotated[
+        Optional[str],
+        typer.Option("--stored-format", help=f"Of a known model, the format of its checkpoint: {', '.join(USUAL_FORMS)}."),
+    ] = None,
     attn_implementation: AttentionOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
@@ -114,9 +119,10 @@ def plan(
 
         epslots plan --model deepseek-v3 --ranks 8 --slots 8 --memory 80GiB
         epslots plan --model ./Qwen3-30B-A3B --memory 24GiB --max-requests 64 --device cuda
+        epslots plan --model gpt-oss-120b --stored-format mxfp4 --memory 24GiB
 
-    Of a checkpoint, only configuration and headers are read. A known model is planned unquantised:
-    for the plan of a quantised checkpoint (such as DeepSeek-V3 in FP8, gpt-oss in MXFP4) give its folder.
+    Of a checkpoint, only configuration and headers are read. A known model is planned unquantised,
+    or in slots that are packed as checkpoints of a --stored-format mostly are.
     Exit code 0 if it fits, 1 if it doesn't, 2 for settings that are not allowed.
 
     With --groups, or with roles, the same memory of each rank is planned, and what a role has room for:
@@ -145,7 +151,7 @@ def plan(
     else:
         memory_bytes, memory_note = parse_bytes(memory, "memory"), "--memory"
     kind = _device_kind(device, here=memory is None)
-    found = find_model(model, kind, config)
+    found = find_model(model, kind, config, stored_format)
     if memory is None and kind == "cpu" and config.host_memory_bytes is not None:
         memory_bytes -= min(found.shape.expert_bytes, config.host_memory_bytes)
         memory_note += ", less --host-memory"

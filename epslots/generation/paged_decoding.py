@@ -3,7 +3,7 @@
 transformers packs a step into one sequence. Its attention is one product over the queries and the keys of all requests, of
 which a mask leaves each query its own, and without flash attention each head gets a copy of the keys. For R requests that is R
 times the multiplications. Where all of them have one token, their keys are read as R rows here, aligned at their last tokens:
-the shape that ``generate`` has for a batch.
+the shape that ``generate`` has for a batch. A step with prompts is ``paged_prompts.py``'s.
 
 Suffixes: R requests, S positions of the longest, H heads, G heads of keys, D size of a head.
 """
@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.generation.continuous_batching.requests import FutureRequestState
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from epslots.arrays import IntArray
 from epslots.device_copy import to_device
 from epslots.generation.attention_switch import AttentionSwitch
+from epslots.generation.paged_prompts import PromptReads
+from epslots.generation.single_queries import attend
 
 IMPLEMENTATION = "epslots_paged_decoding"
 
@@ -39,9 +40,19 @@ class Reads(NamedTuple):
     cells: torch.Tensor
     mask_R11S: torch.Tensor | None
 
+    def attend(
+        self, module: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """[1, R, H, D] for queries [1, H, R, D], and keys and values [1, G, R * S, D]."""
+        requests = query.shape[2]
+        key_RGSD, value_RGSD = (states[0].unflatten(1, (requests, -1)).transpose(0, 1) for states in (keys, values))
+        query_RH1D = query[0].transpose(0, 1).unsqueeze(2)
+        found_R1HD, _ = attend(module, query_RH1D, key_RGSD, value_RGSD, self.mask_R11S, **kwargs)
+        return found_R1HD.transpose(0, 1)
+
 
 class PagedDecoding:
-    """The attention of one batcher's model in steps that only decode.
+    """The attention of one batcher's model.
 
     Args:
         model: with transformers' "sdpa" attention; with another one, nothing changes.
@@ -50,7 +61,7 @@ class PagedDecoding:
     Attributes:
         obstacle: why the model's steps take the usual path, as a sentence's end: its attention is another one. None if not.
         lengths: of each kind of attention in the order of the cache's allocators, the tokens that each request of the prepared
-            batch reads, int64 [R]; empty if the batch is packed: it has prompts, or would take more room so.
+            batch reads, int64 [R]; empty if the batch has prompts, or the rows would take more room than the cache.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
@@ -58,36 +69,50 @@ class PagedDecoding:
         self._switch = _switch_of(model)
         self.obstacle = pages_obstacle(model)
         self.lengths: list[IntArray] = []
+        self._with_prompts: list[PromptReads] = []
         self._prepare_packed = self._batch.prepare_batch_tensors
         self._batch.prepare_batch_tensors = self._prepare
 
     def _prepare(self, requests_in_batch: Sequence[FutureRequestState], **sizes: Any) -> None:
-        """Prepare a batch as transformers does; without masks, if it only decodes."""
-        masks = self._batch.attention_mask
-        self.lengths = self._lengths(requests_in_batch) if sizes["max_kv_read"] else []
-        if not self.lengths:
+        """Prepare a batch as transformers does; without masks, which take about as long to make as the attention."""
+        masks, self.lengths, self._with_prompts = self._batch.attention_mask, [], []
+        if self.obstacle is not None:
             self._prepare_packed(requests_in_batch=requests_in_batch, **sizes)
             return
+        queries = [future.query_length for future in requests_in_batch]
+        self.lengths = self._lengths(requests_in_batch)
+        if max(queries) > 1 or not sizes["max_kv_read"] or len(queries) * max(map(max, self.lengths)) > self._room:
+            kinds = zip(self._cache.cache_allocators.values(), self.lengths, strict=True)
+            self._with_prompts = [
+                PromptReads(queries, keys.tolist(), getattr(kind, "sliding_window", None), self._room, self._batch.device)
+                for kind, keys in kinds
+            ]
+            self.lengths = []
         try:
-            self._batch.attention_mask = None  # to be made for packed keys would take about as long as the attention
+            self._batch.attention_mask = None
             self._prepare_packed(requests_in_batch=requests_in_batch, **sizes)
         finally:
             self._batch.attention_mask = masks
 
+    @property
+    def _room(self) -> int:
+        """Keys that may be gathered: packed reads have room for all tokens of the cache."""
+        return int(self._batch.read_index_storage.shape[1])
+
     def _lengths(self, requests: Sequence[FutureRequestState]) -> list[IntArray]:
-        """Tokens that each request reads, by kind of attention; none if these don't all decode, or would take more room."""
-        found: list[IntArray] = []
-        if self.obstacle is not None or any(future.query_length > 1 for future in requests):
-            return found
-        for allocator in self._cache.cache_allocators.values():
-            found.append(np.array([allocator.get_seqlen_k(future.state.position_offset, 1) for future in requests], np.int64))
-        longest = max(int(length_R.max()) for length_R in found)
-        # Packed reads have room for all tokens of the cache.
-        return found if len(requests) * longest <= self._batch.read_index_storage.shape[1] else []
+        """Tokens that each request reads, by kind of attention."""
+        return [
+            np.array([kind.get_seqlen_k(one.state.position_offset, one.query_length) for one in requests], np.int64)
+            for kind in self._cache.cache_allocators.values()
+        ]
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Within the context, the model computes the prepared batch. Not for several threads at once."""
+        if self._with_prompts:
+            with self.reading(self._with_prompts):
+                yield
+            return
         if not self.lengths:
             yield
             return
@@ -103,8 +128,8 @@ class PagedDecoding:
             self._batch.get_model_kwargs = inputs
 
     @contextmanager
-    def reading(self, reads: Sequence[Reads]) -> Iterator[None]:
-        """Within the context, the model's attention reads these positions; its arguments have their cells."""
+    def reading(self, reads: Sequence[Reads | PromptReads]) -> Iterator[None]:
+        """Within the context, the model's attention reads so, by kind of attention; its arguments have the cells."""
         self._cache.epslots_reads = reads
         try:
             with self._switch.to(IMPLEMENTATION):
@@ -177,14 +202,11 @@ def _attend(
     cache: Any,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function for such steps: [1, R, H, D] for queries [1, H, R, D]; the packed mask isn't used."""
-    requests, layer = query.shape[2], module.layer_idx
+    """transformers' attention function for such steps: [1, T, H, D] for T queries [1, H, T, D]; masks aren't used."""
+    layer = module.layer_idx
     keys, values = cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=kwargs)
-    key_RGSD, value_RGSD = (states[0].unflatten(1, (requests, -1)).transpose(0, 1) for states in (keys, values))
-    query_RH1D = query[0].transpose(0, 1).unsqueeze(2)
-    mask_R11S = cache.epslots_reads[cache.layer_to_allocator[layer].index].mask_R11S
-    found_R1HD, _ = sdpa_attention_forward(module, query_RH1D, key_RGSD, value_RGSD, mask_R11S, **kwargs)
-    return found_R1HD.transpose(0, 1), None
+    reads: Reads | PromptReads = cache.epslots_reads[cache.layer_to_allocator[layer].index]
+    return reads.attend(module, query, keys, values, **kwargs), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attend)

@@ -44,6 +44,7 @@ from epslots.generation.row_cache import RowCache, StepOfRows
 from epslots.generation.row_plan import RowBatch, RowState, decodes, following_prompt_tokens, next_batch
 from epslots.generation.row_support import RowSupport, row_support
 from epslots.generation.row_tracker import RowTracker
+from epslots.generation.single_queries import SingleQueries
 from epslots.generation.static_step import StaticStep
 from epslots.generation.tracked_request import NO_TOKEN, NextToken, PromptState, TrackedRequest
 from epslots.models.captured_sizes import span_of
@@ -78,6 +79,7 @@ class RowBatcher(Batcher):
         self._clock = clock
         self._support: RowSupport = row_support(model)
         self._latents = AbsorbedAttention(model)
+        self._single_queries = SingleQueries(model)
         self._by_row = RowByRow(self._support.modules, self._support.rotaries, model.device)
         self._cache = self._open_cache()
         target_s = None if config.step_target_ms is None else config.step_target_ms / 1000
@@ -293,7 +295,7 @@ class RowBatcher(Batcher):
     def _call(self, inputs: Mapping[str, Any], keep: int | torch.Tensor = 1) -> torch.Tensor:
         """Run the model; returns the logits of each row's last ``keep`` tokens, or of those places in it, [B, L, V]."""
         given = {**inputs, "use_cache": True, "logits_to_keep": keep}
-        with self._by_row.active(), self._latents.active():
+        with self._by_row.active(), self._latents.active(), self._single_queries.active():
             found = self._model(**{name: value for name, value in given.items() if name in self._takes}, return_dict=True)
         logits: torch.Tensor = found.logits
         if isinstance(keep, int):

@@ -9,7 +9,7 @@ are read as they are stored.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 from epslots.cache.unpacking import assert_consistent, record_views, unpack_record
 from epslots.errors import CheckpointError
 from epslots.formats.quantise import QUANTISED
-from epslots.layout import LayerSpec, PackedMatrix, TensorSpec
+from epslots.layout import LayerSpec, PackedForm, PackedMatrix, TensorSpec
 from epslots.models.adoption import expert_rows
 from epslots.models.checkpoint import Checkpoint
 from epslots.models.conversions import TensorSource, conversions_of, loaded_conversions, match_keys
 from epslots.models.experts import parameter_shapes
-from epslots.models.packing import Packing, check_packing, find_packing, packed_layout, quantised_matrices, record_tensors
+from epslots.models.packing import Packing, check_packing, find_packing, formed_matrices, packed_layout, record_tensors
 from epslots.models.quantiser import Dequantise, by_matrix
 
 
@@ -204,11 +204,18 @@ def pack_layers(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Seque
     )
 
 
-def quantise_layers(skeleton: PreTrainedModel, layers: Sequence[LayerSpec], name: str) -> tuple[LayerSpec, ...]:
-    """The layers with their matrices packed as ``quantise.QUANTISED[name]`` makes them; arguments as of ``pack_layers``."""
+def form_layers(
+    skeleton: PreTrainedModel, layers: Sequence[LayerSpec], form_of: Callable[[int, int], PackedForm]
+) -> tuple[LayerSpec, ...]:
+    """The layers with all their matrices packed in one kind of form.
+
+    Args:
+        skeleton, layers: as of ``pack_layers``.
+        form_of: the form of a matrix of so many rows and columns.
+    """
     transposed = [bool(skeleton.get_submodule(layer.name).is_transposed) for layer in layers]
     return tuple(
-        _packed(layer, quantised_matrices(layer.layout, name, transposed=turned))
+        _packed(layer, formed_matrices(layer.layout, form_of, transposed=turned))
         for layer, turned in zip(layers, transposed, strict=True)
     )
 

@@ -64,7 +64,7 @@ _PUBLISHED = {
     "kimi-k2": _Published(
         "DeepseekV3ForCausalLM",
         _KIMI_K2,
-        "moonshotai/Kimi-K2-Base, config.json (the architecture is DeepSeek-V3's)",
+        "moonshotai/Kimi-K2-Base, config.json (the architecture is DeepSeek-V3's); Kimi-K2-Thinking has the same sizes",
     ),
     "qwen3-235b-a22b": _Published(
         "Qwen3MoeForCausalLM",

@@ -16,8 +16,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist
 
 from epslots.errors import CheckpointError
 from epslots.formats.matrix import Matrix, MissingPart, join
-from epslots.formats.quantise import quantised_form
-from epslots.layout import PackedLayout, PackedMatrix, RecordLayout, TensorSpec
+from epslots.layout import PackedForm, PackedLayout, PackedMatrix, RecordLayout, TensorSpec
 from epslots.models.checkpoint import FLOATS, TensorHeader
 from epslots.models.conversions import TensorSource
 from epslots.models.quantiser import Dequantise, by_matrix, module_path
@@ -169,19 +168,21 @@ def packed_layout(layout: RecordLayout, matrices: Mapping[str, PackedMatrix]) ->
     return RecordLayout.of(tensors), PackedLayout(layout, tuple(matrices.values()))
 
 
-def quantised_matrices(layout: RecordLayout, name: str, *, transposed: bool) -> dict[str, PackedMatrix]:
-    """The matrices of experts that are quantised while the store is built.
+def formed_matrices(
+    layout: RecordLayout, form_of: Callable[[int, int], PackedForm], *, transposed: bool
+) -> dict[str, PackedMatrix]:
+    """The matrices of an expert, all of one kind of form.
 
     Args:
         layout: of the weights.
-        name: of ``quantise.QUANTISED``.
+        form_of: the form of a matrix of so many rows and columns.
         transposed: whether the module has matrices as [inputs, outputs].
     """
     found = {}
     for spec in layout.tensors:
         if len(spec.shape) == 2 and spec.dtype in _COMPUTED:
             rows, columns = spec.shape[::-1] if transposed else spec.shape
-            found[spec.name] = PackedMatrix(spec.name, (quantised_form(name, rows, columns),), transposed)
+            found[spec.name] = PackedMatrix(spec.name, (form_of(rows, columns),), transposed)
     return found
 
 

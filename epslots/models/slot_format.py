@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import PreTrainedModel
 
 from epslots.config import LoadConfig
 from epslots.errors import ConfigError
+from epslots.formats.quantise import quantised_form
+from epslots.formats.usual_forms import USUAL_FORMS
 from epslots.layout import LayerSpec
 from epslots.models.checkpoint import Checkpoint
-from epslots.models.expert_reader import pack_layers, quantise_layers
+from epslots.models.expert_reader import form_layers, pack_layers
 from epslots.moe.packed_gemm import REFERENCE, without_kernel
 
 
@@ -71,8 +74,20 @@ def choose_slot_format(
 
 def quantised_slots(expert_format: str, skeleton: PreTrainedModel, layers: Sequence[LayerSpec]) -> SlotFormat:
     """Slots of experts that are quantised while the store is built."""
-    packed = quantise_layers(skeleton, layers, expert_format)
+    packed = form_layers(skeleton, layers, partial(quantised_form, expert_format))
     return SlotFormat(packed, f"quantised while loading, which changes outputs: {_forms(packed)}")
+
+
+def stored_slots(stored_format: str, skeleton: PreTrainedModel, layers: Sequence[LayerSpec]) -> SlotFormat:
+    """Slots of a checkpoint that isn't here, as one of a format mostly is.
+
+    Raises:
+        ConfigError: no such format.
+    """
+    if stored_format not in USUAL_FORMS:
+        raise ConfigError(f"stored_format={stored_format!r}: allowed: {', '.join(USUAL_FORMS)}")
+    packed = form_layers(skeleton, layers, USUAL_FORMS[stored_format])
+    return SlotFormat(packed, f"packed as {stored_format} checkpoints mostly are: {_forms(packed)}")
 
 
 def _forms(layers: Sequence[LayerSpec]) -> str:

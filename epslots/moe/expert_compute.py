@@ -20,6 +20,7 @@ from epslots.moe.cpu_experts import CpuExperts, CpuRows
 from epslots.moe.expert_cache import ExpertCache
 from epslots.moe.grouped_gemm import GroupedGemm
 from epslots.moe.pair_kernels import Keys, PairKernels, SortedPairs, TorchPairKernels
+from epslots.moe.pair_loops import pair_kernels_for_cpu, scatter_rows
 from epslots.moe.token_dispatcher import Dispatch
 from epslots.planner.plan import RankPlan
 from epslots.telemetry import Telemetry
@@ -159,12 +160,16 @@ class ExpertCompute:
 
 def _unsort(result_NH: torch.Tensor, order_N: torch.Tensor) -> torch.Tensor:
     """Results in the order of the pairs."""
+    if result_NH.is_cpu:
+        return scatter_rows(result_NH, order_N)
     return torch.empty_like(result_NH).index_copy_(0, order_N, result_NH)
 
 
 def pair_kernels_for(experts: int, device: torch.device) -> PairKernels:
     """The kernels for a layer of so many experts on a device: Triton's on a GPU, if it is installed."""
-    if device.type == "cpu" or importlib.util.find_spec("triton") is None:
+    if device.type == "cpu":
+        return pair_kernels_for_cpu(experts)
+    if importlib.util.find_spec("triton") is None:
         return TorchPairKernels(experts, device)
     from epslots.moe.pair_triton import TritonPairKernels  # optional, and used on GPUs alone
 

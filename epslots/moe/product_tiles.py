@@ -205,6 +205,16 @@ def write(context, address, index, value):  # type: ignore[no-untyped-def]
     return emits(_write, address, index, value)
 
 
+@intrinsic(prefer_literal=True)
+def write_int32(context, address, index, value):  # type: ignore[no-untyped-def]
+    """Change an integer of 32 bits, by the address of an array and the index."""
+
+    def emit(b: Any, at: Value, position: Value, number: Value) -> None:
+        code.store(b, b.trunc(number, I32), code.offset(b, at, position, 4), 4)
+
+    return emits(emit, address, index, value)
+
+
 def _take_next(b: Any, address: Value, index: Value) -> Value:
     counter = b.inttoptr(code.offset(b, address, index, 8), I64.as_pointer())
     return b.atomic_rmw("add", counter, I64(1), "monotonic")

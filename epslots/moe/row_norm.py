@@ -65,7 +65,7 @@ def _norm_rows(form: int, rows: int, weight: int, out: int, count: int, columns:
 
 def fits(rows: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether rows of this dtype, place and width can be normalised here."""
-    plain = rows.device.type == "cpu" and rows.dtype is weight.dtype and rows.dtype in _FORMS and not config.DISABLE_JIT
+    plain = rows.is_cpu and rows.dtype is weight.dtype and rows.dtype in _FORMS and not config.DISABLE_JIT
     return plain and rows.shape[-1] == weight.shape[0] and weight.shape[0] % LANES == 0 and rows.numel() > 0
 
 

@@ -34,13 +34,13 @@ _ALONE_ROWS = 64
 
 
 def fits(weight: torch.Tensor) -> bool:
-    """Whether products with these weights [Q, out, in] can be computed here, by their dtype, shape and strides."""
+    """Whether products with these weights [Q, out, in], or [out, in], can be computed here, by dtype, shape and strides."""
     least = least_columns(weight.dtype)
-    if least is None or weight.device.type not in ("cpu", "meta"):
+    if least is None or not (weight.is_cpu or weight.is_meta):
         return False
-    outer, inner = weight.shape[1:]
+    outer, inner = weight.shape[-2:]
     whole = outer % 2 == 0 and outer >= 2 * LANES and inner >= least
-    return whole and weight.stride()[1:] == (inner, 1)
+    return whole and weight.stride()[-2:] == (inner, 1)
 
 
 def least_columns(dtype: torch.dtype) -> int | None:
@@ -50,8 +50,8 @@ def least_columns(dtype: torch.dtype) -> int | None:
 
 def is_faster(rows_NK: torch.Tensor, slots: int) -> bool:
     """Whether these rows of so many slots are multiplied here sooner than by torch."""
-    few = len(rows_NK) <= _MATRIX_UNIT_ROWS * slots or not host_has("amx-bf16")
-    return rows_NK.device.type == "cpu" and few and _has_threads()
+    few = rows_NK.shape[0] <= _MATRIX_UNIT_ROWS * slots or not host_has("amx-bf16")
+    return rows_NK.is_cpu and few and _has_threads()
 
 
 def is_faster_alone(rows: int) -> bool:
@@ -61,7 +61,7 @@ def is_faster_alone(rows: int) -> bool:
 
 def _has_threads() -> bool:
     """Whether as many threads as torch has can take part."""
-    return bool(_fork_join()) or torch.get_num_threads() == 1
+    return bool(fork_join()) or torch.get_num_threads() == 1
 
 
 def product(
@@ -135,9 +135,11 @@ def compute(
 ) -> torch.Tensor:
     """``product`` by addresses, in the rows' dtype."""
     rows_NK, outer = rows_NK.contiguous(), matrices.outer
-    out = torch.empty(len(rows_NK), outer if activation is None else outer // 2, dtype=rows_NK.dtype)
+    # Not len(): a tensor's takes as long as one of torch's operations.
+    rows, width = rows_NK.shape[0], outer if activation is None else outer // 2
+    out = torch.empty(rows, width, dtype=rows_NK.dtype)
     most = max(loops.SMALLEST_CHUNK, min(loops.CHUNK, loops.CHUNK_BYTES // weights.pair))
-    threads, thread_bytes = torch.get_num_threads() if _fork_join() else 1, loops.SCRATCH_BYTES
+    threads, thread_bytes = torch.get_num_threads() if fork_join() else 1, loops.SCRATCH_BYTES
     if matrices.scale_bytes:
         unpacked = max(most, loops.LARGEST_REST) * weights.pair + matrices.scale_bytes
         thread_bytes += -(-unpacked // _ALIGNMENT) * _ALIGNMENT
@@ -148,8 +150,8 @@ def compute(
     ends = here.num_rows_address if ends_Q is None else ends_Q.data_ptr()
     size = out.element_size()
     here.enter(
-        *(loops.work.address, _fork_join(), threads),
-        *(len(rows_NK), rows_NK.data_ptr(), rows_NK.shape[1] * size, out.data_ptr(), out.shape[1] * size),
+        *(loops.work.address, fork_join(), threads),
+        *(rows, rows_NK.data_ptr(), rows_NK.shape[1] * size, out.data_ptr(), width * size),
         *(matrices.slots, ends, matrices.address, matrices.slot_bytes, weights.stride),
         *((0, 0) if bias is None else (bias.data_ptr(), bias.stride(0) * size)),
         *(outer // 2, matrices.inner, _ACTIVATIONS[activation], _FORMS[out.dtype], size, spans, scratch, thread_bytes),
@@ -174,6 +176,7 @@ class _Workspace:
         # Of 32 bits: the lower half comes first on every processor that torch has wheels for.
         self.num_rows_address = self.job_address + memory.itemsize * loops.NUM_ROWS
         self._spans = self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._span_bytes = self._scratch_bytes = 0
 
     def enter(self, *fields: int) -> None:
         """Fill in the job. In half of the time that numpy takes for a tuple."""
@@ -182,10 +185,10 @@ class _Workspace:
     def reserve(self, slots: int, scratch: int) -> tuple[int, int]:
         """Addresses of memory for so many slots' spans, and of so many bytes."""
         spans = slots * 8 * loops.SPAN
-        if len(self._spans) < spans:
-            self._spans = torch.empty(spans, dtype=torch.uint8)
-        if len(self._scratch) < scratch:
-            self._scratch = torch.empty(scratch, dtype=torch.uint8)
+        if self._span_bytes < spans:
+            self._spans, self._span_bytes = torch.empty(spans, dtype=torch.uint8), spans
+        if self._scratch_bytes < scratch:
+            self._scratch, self._scratch_bytes = torch.empty(scratch, dtype=torch.uint8), scratch
         return self._spans.data_ptr(), self._scratch.data_ptr()
 
 
@@ -200,7 +203,7 @@ def _workspace() -> _Workspace:
 
 
 @functools.cache
-def _fork_join() -> int:
+def fork_join() -> int:
     """The address of ``GOMP_parallel`` in torch's own OpenMP, whose threads are awake between torch's operations; 0 = none."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:

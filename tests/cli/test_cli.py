@@ -423,7 +423,7 @@ def test_plan_of_the_example(run: Callable[..., Run]):
 def test_plan_chooses_the_cache_by_the_given_sizes(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch):
     seen: list[LoadConfig] = []
 
-    def find_model(model: str, device: str, config: LoadConfig) -> FoundModel:
+    def find_model(model: str, device: str, config: LoadConfig, stored_format: str | None) -> FoundModel:
         seen.append(config)
         return FoundModel(known_shape("mixtral-8x7b"))
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors import safe_open
@@ -21,10 +22,12 @@ from epslots.formats.fp8 import block_of
 from epslots.formats.known_formats import FORMATS, find_format
 from epslots.formats.matrix import Matrix, MissingPart, StoredParts, join, make_matrix, pack_nibbles
 from epslots.formats.quantise import quantise_int4, quantise_int8
+from epslots.formats.usual_forms import USUAL_FORMS
 from epslots.layout import PackedMatrix
 from tests.support import zoo
 from tests.support.quantised import E2M1, SCHEMES, Tensors, ct, ct_mxfp4, pack_bytes, pack_words
 
+MXFP4 = {"quant_method": "mxfp4"}
 TOOLS = Path(__file__).parent / "tools/matrices.safetensors"
 
 
@@ -64,7 +67,7 @@ def test_deepseek_v4s_experts_are_fp4():
 
 def test_gpt_oss_matrices_are_its_outputs_by_inputs():
     blocks, scales = zoo.quantise_mxfp4(random_weight())
-    matrix = read({"down_proj_blocks": blocks, "down_proj_scales": scales}, {"quant_method": "mxfp4"})
+    matrix = read({"down_proj_blocks": blocks, "down_proj_scales": scales}, MXFP4)
     assert torch.equal(matrix.weights(), ct_mxfp4(random_weight())[1])
 
 
@@ -121,6 +124,20 @@ def test_eight_bits_in_words():
         read(parts | {"weight_zero_point": packed}, ct("pack-quantized", num_bits=8, symmetric=False))
 
 
+def test_usual_forms_are_those_of_their_checkpoints():
+    """But for the size of blocks, which the schemes here have smaller."""
+    schemes = {
+        **{"fp8": "ct fp8 block", "fp8-channels": "ct fp8 channel", "int8-channels": "ct int8", "int4-groups": "ct int4"},
+        **{"awq": "awq", "gptq": "gptq", "mxfp4": "ct mxfp4", "nvfp4": "modelopt nvfp4"},
+    }
+    assert set(USUAL_FORMS) == set(schemes)
+    for name, scheme in schemes.items():
+        found = read(SCHEMES[scheme].quantise(random_weight(64))[0], SCHEMES[scheme].settings).form
+        usual = USUAL_FORMS[name](found.rows, found.columns)
+        assert msgspec.structs.replace(usual, block=found.block) == found, name
+        assert (usual.block[0] > 1) == (found.block[0] > 1) and usual.block[1] >= found.block[1], name
+
+
 def test_a_module_has_the_scheme_of_its_group():
     settings = ct("pack-quantized", group_size=32)
     eight = ct("pack-quantized", num_bits=8, group_size=32)["config_groups"]["group_0"] | {"targets": ["re:.*self_attn.*"]}
@@ -128,9 +145,38 @@ def test_a_module_has_the_scheme_of_its_group():
     words = {"weight_packed": torch.zeros(4, 8, dtype=torch.int32), "weight_scale": torch.ones(4, 1).bfloat16()}
     assert read(words, settings, "model.layers.0.self_attn.q_proj").form.kind == "int8"
     assert read(words, settings, "model.layers.0.mlp.up_proj").form.kind == "int4"
-    settings["config_groups"]["four"]["targets"] = ["lm_head"]
+    settings["config_groups"]["four"]["targets"] = ["proj"]  # a name's end is no name
     with pytest.raises(ValueError, match="none of 2 config_groups matches model"):
         read(words, settings, "model.layers.0.mlp.up_proj")
+    settings["config_groups"] |= {"four": eight | {"targets": ["Linear"]}, "eight": eight | {"targets": ["Linear"]}}
+    with pytest.raises(ValueError, match="none of 2 config_groups matches model"):
+        read(words, settings, "model.layers.0.mlp.up_proj")
+
+
+def test_zeros_of_rows_are_padded_to_a_word():
+    scheme = SCHEMES["ct int4 asymmetric"]
+    parts, expected = scheme.quantise(random_weight(24))
+    cut = parts | {name: parts[name][:20] for name in ("weight_packed", "weight_scale")}
+    assert (read(cut, scheme.settings).weights() - expected[:20]).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def test_modelopts_blocks_and_exponents():
+    """Scales of blocks in four dimensions; MXFP4, which has no scale of the matrix."""
+    codes, scales = zoo.quantise_fp8(random_weight(), 16)
+    stored = {"weight": codes, "weight_scale": scales.float()[:, None, :, None]}
+    found = read(stored, {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"})
+    every = scales.float().repeat_interleave(16, 0).repeat_interleave(16, 1)
+    assert torch.equal(found.weights(), codes.float() * every)
+    parts, expected = ct_mxfp4(random_weight())
+    stored = {"weight": parts["weight_packed"], "weight_scale": parts["weight_scale"]}
+    assert torch.equal(read(stored, {"quant_method": "modelopt", "quant_algo": "MXFP4"}).weights(), expected)
+
+
+def test_exponents_of_one_block_a_row_are_no_row_scales():
+    """Of 32 columns, MXFP8 has one exponent a row."""
+    codes = random_weight(4, 32).to(torch.float8_e4m3fn)
+    parts = {"weight": codes, "weight_scale": torch.full((4, 1), 129, dtype=torch.uint8)}
+    assert torch.equal(read(parts, ct("mxfp8-quantized", num_bits=8)).weights(), codes.float() * 4)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------------
@@ -145,12 +191,14 @@ def test_a_module_has_the_scheme_of_its_group():
         ({"quant_method": "exl3", "bits": 4.0}, "'exl3'.*exllamav3"),
         ({"quant_method": "hqq"}, "'hqq'; epslots reads fp8, mxfp4, compressed-tensors, modelopt, awq, gptq"),
         ({"quant_method": ["fp8"]}, "quantised with"),
-        ({"quant_method": "gptq", "bits": 3}, "in 3 bits|with 3 bits"),
+        ({"quant_method": "gptq", "bits": 2}, "with 2 bits.*reads 4 and 8 bits.*the unquantised one"),
+        ({"quant_method": "gptq", "bits": 3}, "with 3 bits"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "'marlin'"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "'gemv'"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "'W4A8_AWQ'; epslots reads"),
         (ct("marlin-24"), "as marlin-24"),
         (ct("pack-quantized") | {"transform_config": {"config_groups": {"R1": {}}}}, "transformed"),
+        (ct("pack-quantized") | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsified"),
         (ct("pack-quantized") | {"config_groups": {}}, "no quantised weights"),
     ],
 )
@@ -186,6 +234,8 @@ def test_parts_that_do_not_fit_are_refused():
         read(changed(eight, qzeros=eight["qzeros"] + 1), of_eight)
     with pytest.raises(ValueError, match="zero has shape"):
         read(changed(gptq, qzeros=gptq["qzeros"][:, :4]), settings)
+    with pytest.raises(ValueError, match=r"not \[outputs, inputs"):
+        read({"down_proj_blocks": torch.zeros(4, 2, 8, dtype=torch.uint8), "down_proj_scales": gptq["scales"]}, MXFP4)
     e5m2 = torch.zeros(4, 4).to(torch.float8_e5m2)
     with pytest.raises(ValueError, match="codes are float8_e5m2"):
         read({"weight": e5m2, "weight_scale_inv": torch.ones(1, 1)}, {"quant_method": "fp8"})
@@ -213,6 +263,8 @@ def test_int4_has_the_scale_of_least_error(columns: int):
     by_group = [torch.nn.functional.pad(e, (0, -columns % 32)).unflatten(1, (-1, 32)).sum(-1) for e in errors]
     assert (by_group[0] <= by_group[1] + 1e-6).all() and errors[0].sum() < 0.98 * errors[1].sum()
     assert not found[3].any()
+    positive = weight.abs() + 5
+    assert (quantise_int4(positive).weights() - positive).abs().max() < 0.3 * positive.max()
 
 
 def test_int8_rounds_to_steps_of_the_rows_largest():

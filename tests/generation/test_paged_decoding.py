@@ -1,19 +1,25 @@
-"""Steps over pages that only decode attend row by row: the packed attention's results, without the packed batch's waste."""
+"""Steps over pages attend request by request: the packed attention's results, without the packed batch's waste."""
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.generation.continuous_batching.utils import build_attention_mask
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.paged_decoding import _aligned_here
+from epslots.generation.paged_prompts import PromptReads
 from epslots.generation.requests import Request
+from epslots.moe import query_attention
 from tests.support import zoo
 from tests.support.batches import Collected, generated, prompt_of, requests_of
 
@@ -23,10 +29,11 @@ SIZES = ((3, 20), (41, 20), (9, 20))
 
 
 class Attention:
-    """Notes what attention is computed of: the shapes of queries and keys, and whether there is a mask."""
+    """Notes what torch's attention is computed of: the shapes of queries and keys, and whether there is a mask."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.calls: set[tuple[tuple[int, ...], tuple[int, ...], bool]] = set()
+        patch.setattr(query_attention, "fits", lambda *_: False)
         self._attend = F.scaled_dot_product_attention
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", self)
 
@@ -68,7 +75,7 @@ def test_logits_are_those_of_packed_steps(name: str):
 
 
 def test_a_step_that_decodes_has_a_row_for_each_request(monkeypatch: pytest.MonkeyPatch):
-    """And none for a token of another one. Equal lengths need no mask; a step with a prompt is packed."""
+    """And none for a token of another one. In a step with a prompt, this has a product of its own."""
     model = zoo.ZOO["mixtral"].build()
     requests, late = requests_of(SIZES), Request("late", prompt_of(5), 2)
     expected = {request.id: generated(model, request) for request in (*requests, late)}
@@ -82,18 +89,18 @@ def test_a_step_that_decodes_has_a_row_for_each_request(monkeypatch: pytest.Monk
     batcher.add(late)
     attention.calls.clear()
     collected.run(1)
-    assert {call[0] for call in attention.calls} == {(1, 8)}
+    assert attention.calls == {((1, 5), (1, 5), False), ((3, 2), (3, longest + 1), True)}  # two heads share keys
     assert batcher._isolation is None, "no part of it was repeated: masks are made where they are needed"
     assert collected.run().tokens == expected
     batcher.close()
     batcher, collected = decoding(model, [replace(request, prompt=prompt_of(9)) for request in requests], prefix_cache=False)
     attention.calls.clear()
     collected.run(1)
-    assert {call[1:] for call in attention.calls} == {((3, 10), False)}
+    assert {call[1:] for call in attention.calls} == {((3, 10), True)}  # of ones: heads that share keys read them once
     batcher.close()
 
 
-def test_a_long_request_beside_short_ones_is_read_packed(monkeypatch: pytest.MonkeyPatch):
+def test_a_long_request_beside_short_ones_is_read_alone(monkeypatch: pytest.MonkeyPatch):
     """Rows of its length would take more room than all of the cache has tokens."""
     model = zoo.ZOO["mixtral"].build()
     requests = [Request("long", prompt_of(180), 6), *requests_of(((3, 9), (4, 9), (5, 9)))]
@@ -102,9 +109,28 @@ def test_a_long_request_beside_short_ones_is_read_packed(monkeypatch: pytest.Mon
     batcher, collected = decoding(model, requests, max_batch_tokens=32)
     attention.calls.clear()
     collected.run(1)
-    assert {call[0] for call in attention.calls} == {(1, 4)}
+    assert {call[0] for call in attention.calls} == {(1, 2)}
     assert collected.run().tokens == expected
     batcher.close()
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("room", [0, 1000])
+def test_prompts_attend_as_transformers_mask_says(window: int | None, room: int):
+    """Prompts from their start and chunks of them between requests that decode; without room, each of these alone."""
+    queries, past = (1, 6, 3, 1, 1, 4), (0, 0, 5, 9, 2, 3)
+    keys = [new + (old if window is None else min(old, window - 1)) for new, old in zip(queries, past, strict=True)]
+    query, key, value = (torch.randn(1, heads, count, 8) for heads, count in ((4, 16), (2, sum(keys)), (2, sum(keys))))
+    mask = torch.full((1, 1, 16, sum(keys)), torch.finfo(torch.float32).min)
+    ends = [[0, *itertools.accumulate(counts)] for counts in (queries, keys)]
+    build_attention_mask(mask, *ends, 1 if window is None else window)
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    expected = sdpa_attention_forward(module, query, key, value, mask)[0]
+    key[:, :, ends[1][3] : ends[1][4]] = value[:, :, ends[1][3] : ends[1][4]] = torch.nan  # of one that decodes
+    found = PromptReads(queries, keys, window, room, query.device).attend(module, query, key, value, is_causal=False)
+    others = torch.arange(16) != ends[0][3]
+    torch.testing.assert_close(found[:, others], expected[:, others])
+    assert found[:, ends[0][3]].isnan().all()
 
 
 def test_between_steps_the_model_is_as_it_was():

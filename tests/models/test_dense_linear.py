@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from epslots.models.dense_linear import read_in_place
 from epslots.moe import vector_gemm
@@ -41,6 +43,22 @@ def test_few_rows_are_multiplied_in_place(dtype: torch.dtype, bias: bool, produc
         assert products == [6]
         layer(torch.randn(1, vector_gemm._ALONE_ROWS + 1, 48).to(dtype))
         assert products == [6], "torch is faster"
+
+
+def test_routers_multiply_in_place_too(products: list[int]):
+    """By the code of their own class, of which only ``F.linear`` is another; transformers has it in 20 architectures."""
+    config = Qwen3MoeConfig(num_experts=40, hidden_size=64, num_experts_per_tok=3, norm_topk_prob=True)
+    router, inputs = Qwen3MoeTopKRouter(config), torch.randn(5, 64)
+    router.weight.data.normal_()
+    with torch.no_grad():
+        wanted = router(inputs)
+        read_in_place(router, batch_invariant=False)
+        found = router(inputs)
+    for ours, torchs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, torchs)
+    assert products == [5]
+    router(inputs)[0].sum().backward()
+    assert products == [5] and router.weight.grad is not None
 
 
 def test_a_batch_invariant_model_does_not_choose_by_rows(products: list[int]):

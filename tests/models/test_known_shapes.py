@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from epslots.config import EngineConfig
+from epslots.cli.find_model import find_model
+from epslots.config import EngineConfig, LoadConfig
 from epslots.errors import ConfigError
 from epslots.generation.planned_cache import with_cache
 from epslots.models.known_shapes import KNOWN_SHAPES, known_model, known_shape
@@ -115,6 +118,25 @@ def test_the_dtype_scales_everything() -> None:
     assert row_bytes(full, 10) == 2 * row_bytes(half, 10)
     assert full.dense_bytes == pytest.approx(2 * half.dense_bytes, rel=1e-6)
     assert known_shape("grok-1", "float32").dense_bytes == pytest.approx(2 * known_shape("grok-1").dense_bytes, rel=1e-6)
+
+
+def test_a_known_model_is_planned_as_its_checkpoint_is_stored(tmp_path: Path) -> None:
+    """An FP8 expert of DeepSeek-V3 and an INT4 one of Kimi-K2-Thinking, in bytes by hand; gpt-oss keeps its biases."""
+    weights, config = 3 * 7168 * 2048, LoadConfig()
+    fp8 = find_model("deepseek-v3", "cuda", config, "fp8").shape
+    assert {layer.layout.nbytes for layer in fp8.layers} == {weights + weights // 128**2 * 4}
+    int4 = find_model("kimi-k2", "cuda", config, "int4-groups").shape
+    assert {layer.layout.nbytes for layer in int4.layers} == {weights // 2 + weights // 32 * 2}
+    assert "int4-groups checkpoints" in int4.slot_note and int4.dense_bytes == known_shape("kimi-k2").dense_bytes
+    mxfp4 = find_model("gpt-oss-120b", "cuda", config, "mxfp4").shape.layers[0].layout
+    assert mxfp4.nbytes == pytest.approx(3 * 2880**2 * 17 / 32 + 3 * 2880 * BF16, rel=1e-4)
+    for given, formats, said in (
+        ("grok-1", {"stored_format": "q4_k"}, "stored_format='q4_k': allowed: fp8,"),
+        (str(tmp_path), {"stored_format": "fp8"}, "a folder's own headers"),
+        ("grok-1", {"stored_format": "fp8", "config": LoadConfig(expert_format="int4")}, "quantised already"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            find_model(given, "cuda", **{"config": config} | formats)
 
 
 def test_unknown_names_and_dtypes_are_refused_with_what_there_is() -> None:

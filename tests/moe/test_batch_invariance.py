@@ -150,7 +150,7 @@ def test_without_it_the_batch_shows(
 ):
     """Else the tests here would hold nothing."""
     model = load(checkpoint("qwen3_moe"), cache_dir, dtype=dtype, batch_invariant=False)
-    requests = requests_of(7, seed=1)
+    requests = requests_of(16, seed=2)
     expected = alone(model, requests, texts)
     together = texts()
     serve(model, requests, together, cache="pages")

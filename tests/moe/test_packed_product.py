@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import msgspec
 import pytest
 import torch
 
 from epslots.bench.packed_formats import random_packed
 from epslots.cache.unpacking import PackedWeight
-from epslots.layout import PackedForm
+from epslots.layout import PackedForm, PackedMatrix
+from epslots.moe.packed_gemm import has_packed_kernel
 from epslots.moe.packed_product import PackedProduct, suits
+from epslots.moe.vector_code import host_has
 from epslots.moe.vector_gemm import product
 
 # Rows of each slot: none, a few, and many, for which whole chunks are unpacked.
@@ -67,7 +70,15 @@ def test_columns_may_be_padded_and_permuted(dtype: torch.dtype):
     assert_equal_products(permuted, permuted, dtype=dtype)
     assert_equal_products(permuted, permuted, dtype=dtype, activation="silu")
     assert_equal_products(permuted, permuted, dtype=dtype, activation="gelu_tanh")
-    assert_equal_products(PackedForm("e2m1", 64, 40, "uint8", (1, 32)), dtype=dtype)
+    padded = PackedForm("e2m1", 64, 40, "uint8", (1, 32))
+    assert_equal_products(padded, dtype=dtype)
+    weight, rows = random_packed([padded], SLOTS, dtype), torch.randn(sum(COUNTS), 40).to(dtype)
+    few, exact = (PackedProduct(weight, exact=exact)(rows, ENDS) for exact in (False, True))
+    assert torch.equal(few, exact), "codes aren't multiplied as they are: inputs have no padding"
+
+
+def test_zeros_need_no_scales():
+    assert_equal_products(PackedForm("int4", 48, 64, None, (1, 32), zero=True, row=True))
 
 
 def test_forms_may_differ():
@@ -106,3 +117,12 @@ def test_forms_that_no_loop_knows(form: PackedForm):
     assert not suits([form], torch.bfloat16)
     good = PackedForm("int8", 64, 64, row=True)
     assert suits([good], torch.bfloat16) and not suits([good, form], torch.bfloat16) and not suits([good], torch.float16)
+
+
+def test_permuted_columns_are_unpacked_on_a_cpu():
+    """The loops take them, but in longer than unpacked slots take."""
+    plain = PackedForm("int4", 64, 64, "float16", (1, 32))
+    permuted = msgspec.structs.replace(plain, perm=True)
+    assert has_packed_kernel(PackedMatrix("w", (plain,)), torch.bfloat16, "cpu") == host_has("avx512bf16")
+    assert not has_packed_kernel(PackedMatrix("w", (permuted,)), torch.bfloat16, "cpu")
+    assert suits([permuted], torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Counting, sorting and summing pairs: torch's operations against plain Python, and Triton's kernels against torch's.
+"""Counting, sorting and summing pairs: torch's operations and compiled loops against plain Python, and Triton's kernels.
 
 The latter by Triton's interpreter, in the process of ``tests/cuda_graph/test_triton_kernels.py``.
 """
@@ -14,12 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epslots.moe.pair_kernels import Keys, PairKernels, TorchPairKernels
+from epslots.moe.pair_loops import CompiledPairKernels, scatter_rows
 from tests.support.interpreter import INTERPRETER, assembled, compiled, interpreted, needs_triton, outside
 
 CPU = torch.device("cpu")
+KINDS = ["Triton's"] if INTERPRETER else ["torch's", "compiled"]
 
 
-def kernels(experts: int) -> PairKernels:
+def kernels(experts: int, kind: str = "") -> PairKernels:
+    if kind == "compiled":
+        return CompiledPairKernels(experts)
     if not INTERPRETER:
         return TorchPairKernels(experts, CPU)
     from epslots.moe.pair_triton import TritonPairKernels
@@ -49,12 +53,13 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None, max_examples=12 if INTERPRETER else 40)
 @given(problem=problems())
-def test_pairs_are_counted_and_sorted(problem: dict[str, Any]):
+def test_pairs_are_counted_and_sorted(kind: str, problem: dict[str, Any]):
     """Stably, by key; pairs without a slot go last."""
     experts, ids, keys = problem["experts"], problem["ids"], problem["keys"]
-    ours, tensor = kernels(experts), torch.tensor(problem["ids"])
+    ours, tensor = kernels(experts, kind), torch.tensor(problem["ids"])
     counts = [ids.count(expert) for expert in range(experts + 1)]
     assert ours.count(tensor).tolist() == counts
 
@@ -82,16 +87,45 @@ def test_pairs_are_counted_and_sorted(problem: dict[str, Any]):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize(("tokens", "top_k", "columns"), [(1, 1, 1), (3, 2, 40), (2, 8, 1300)])
-def test_results_are_weighted_and_summed(dtype: torch.dtype, tokens: int, top_k: int, columns: int):
+@pytest.mark.parametrize(("tokens", "top_k", "columns"), [(1, 1, 1), (3, 2, 40), (2, 8, 1300), (3, 4, 48)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_results_are_weighted_and_summed(kind: str, dtype: torch.dtype, tokens: int, top_k: int, columns: int):
     """At least in fp32, for any strides of the weights; the sum is rounded once."""
     random = torch.Generator().manual_seed(tokens)
     results = torch.randn(tokens * top_k, columns, generator=random).to(dtype)
     weights = torch.rand(top_k, tokens, generator=random).t()
-    found = kernels(4).weighted_sum(results, weights, dtype)
+    found = kernels(4, kind).weighted_sum(results, weights, dtype)
     exact = (results.double().view(tokens, top_k, columns) * weights.double()[:, :, None]).sum(1)
     assert found.dtype == dtype and found.shape == (tokens, columns)
     assert (found.double() - exact).abs().max() <= max(torch.finfo(dtype).eps, 1e-6) * max(1.0, float(exact.abs().max()))
+
+
+@pytest.mark.parametrize(("dtype", "columns"), [(torch.float32, 6), (torch.bfloat16, 64), (torch.bfloat16, 7)])
+def test_rows_are_put_in_their_places(dtype: torch.dtype, columns: int):
+    rows, places = torch.randn(9, columns).to(dtype), torch.randperm(9, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(scatter_rows(rows, places)[places], rows)
+    assert torch.equal(scatter_rows(rows[:, : columns // 2], places)[places], rows[:, : columns // 2])
+
+
+@outside
+def test_compiled_loops_read_no_strange_expert():
+    """They read memory by the router's numbers."""
+    ours, keys = CompiledPairKernels(3), Keys.between(4, 7, CPU)
+    for ids in ([0, 4], [-1, 0]):
+        with pytest.raises(IndexError, match="isn't one of 0 to 3"):
+            ours.add_counts(torch.tensor(ids), torch.zeros(4, dtype=torch.int64), torch.zeros((), dtype=torch.int64))
+        with pytest.raises(IndexError, match="no slot holds"):
+            ours.sort(torch.tensor(ids), torch.tensor([4, 6, 5]), keys, 2, absent=False)
+    for strange in (-1, 3, 8):
+        with pytest.raises(IndexError, match="no slot holds"):
+            ours.sort(torch.tensor([0, 1]), torch.tensor([4, strange, 5]), keys, 2, absent=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pairs_behind_the_last_key_are_sorted_too(kind: str):
+    """A plan gives it to experts that the CPU computes."""
+    found = kernels(3, kind).sort(torch.tensor([2, 1, 0]), torch.tensor([4, 7, 5]), Keys.between(4, 7, CPU), 3, absent=False)
+    assert found.pair_N.tolist() == [2, 0, 1] and found.key_N.tolist() == [4, 5, 7] and found.ends_Q.tolist() == [1, 2, 2]
 
 
 @needs_triton

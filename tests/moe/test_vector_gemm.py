@@ -109,6 +109,17 @@ def test_slots_are_read_where_they_lie():
     rows = numbers(5, 48, dtype=torch.bfloat16)
     assert fits(weight) and weight.data_ptr() % 4
     assert differs(product(rows, weight, ends_of([2, 0, 3])), exact(rows, weight, [2, 0, 3], None)) <= 2**-8
+    bias = numbers(3, 50, dtype=torch.bfloat16)[:, :32]
+    assert differs(product(rows, weight, ends_of([2, 0, 3]), bias), exact(rows, weight, [2, 0, 3], bias)) <= 2**-8
+    apart = numbers(5, 96, dtype=torch.bfloat16)[:, ::2]
+    assert differs(product(apart, weight, ends_of([2, 0, 3])), exact(apart, weight, [2, 0, 3], None)) <= 2**-8
+
+
+def test_memory_grows_with_slots_and_rows():
+    here = vector_gemm._Workspace()
+    for slots, scratch in ((1, 64), (50, 64), (50, 999)):
+        here.reserve(slots, scratch)
+        assert len(here._spans) >= 8 * vector_gemm.loops.SPAN * slots and len(here._scratch) >= scratch
 
 
 def test_threads_that_share_slots_have_jobs_of_their_own():

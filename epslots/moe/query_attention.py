@@ -1,0 +1,247 @@
+"""Attention of one query a row on the CPU, by compiled loops: keys and values are read where they lie, once for all heads.
+
+torch's kernel for CPUs takes 20 us for one short row, and its callers as long again to shape what it takes. Here a task is a
+row's group of heads that share keys: their scores, the softmax and the sum of values, all in float32, rounded once.
+
+A *job* is an array of integers, whose fields are named below. Addresses, and strides in bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba.core import config
+from numba.extending import intrinsic
+
+from epslots.compiled import callback, compiled, prepare
+from epslots.moe import vector_code as code
+from epslots.moe.product_tiles import emits, for_each, looped, read, run_threads, take_next, write
+from epslots.moe.vector_code import F32, I8, I64, LANES, Value
+from epslots.moe.vector_gemm import fork_join
+from epslots.moe.weight_forms import BFLOAT16, FLOAT32, FORMS, WeightForm
+
+_FORMS = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}
+# Heads that share keys, at most: their sums are in registers together.
+MOST_SHARED = 8
+# Fields of a job. NEXT_TASK is alone in its cache line.
+NEXT_TASK, NEXT_THREAD, TASKS, FORM, SHARED, GROUPS, SPAN, SIZE = 0, 8, 16, 17, 18, 19, 20, 21
+QUERY, QUERY_ROW, QUERY_HEAD, KEY, KEY_ROW, KEY_GROUP, KEY_NEXT = 22, 23, 24, 25, 26, 27, 28
+VALUE, VALUE_ROW, VALUE_GROUP, VALUE_NEXT, VALUE_SIZE, MASK, MASK_ROW = 29, 30, 31, 32, 33, 34, 35
+OUT, OUT_ROW, OUT_HEAD, SCALE, SCRATCH, SCRATCH_BYTES, JOB_FIELDS = 36, 37, 38, 39, 40, 41, 42
+# Bytes of keys and values that one thread reads sooner than several meet.
+_ALONE_BYTES = 1 << 17
+# exp of less is nothing.
+_LEAST = -87.0
+
+
+@for_each({shared: shared for shared in range(1, MOST_SHARED + 1)})
+@for_each(FORMS)
+def _score(b: Any, shared: int, form: WeightForm, *args: Value) -> None:
+    query, query_head, key, key_next, span, size, scale, scores, row_bytes = args
+    queries = [code.offset(b, query, I64(head), query_head) for head in range(shared)]
+    factor = code.load(b, scale, F32, 1)
+
+    def one(position: Value) -> list[Value]:
+        at = code.offset(b, key, position, key_next)
+
+        def chunk(column: Value, *sums: Value) -> list[Value]:
+            k = form.load(b, code.offset(b, at, column, form.row_bytes))
+            q = [form.load(b, code.offset(b, start, column, form.row_bytes)) for start in queries]
+            return [code.fma(b, each, k, total) for each, total in zip(q, sums, strict=True)]
+
+        sums = looped(b, I64(0), I64(LANES), size, [code.constant(F32, 0.0)] * shared, chunk)
+        for head, total in enumerate(code.sums_across(b, sums)):
+            place = code.offset(b, code.offset(b, scores, I64(head), row_bytes), position, 4)
+            code.store(b, b.fmul(total, factor), place, 4)
+        return []
+
+    looped(b, I64(0), I64(1), span, [], one)
+
+
+@intrinsic(prefer_literal=True)
+def score(context, shared, form, query, query_head, key, key_next, span, size, scale, scores, row_bytes):  # type: ignore[no-untyped-def]
+    """Products of ``shared`` heads' queries with each key, times the float32 at ``scale``; float32, ``row_bytes`` a head."""
+    return emits(_score, shared, form, query, query_head, key, key_next, span, size, scale, scores, row_bytes)
+
+
+def _softmax(b: Any, scores: Value, mask: Value, span: Value) -> None:
+    """Weights in the place of scores, over their sum; memory goes on for ``LANES`` numbers."""
+    low = code.constant(F32, -float("inf"))
+    lanes = ir.Constant(code.vector(I64), list(range(LANES)))
+
+    def present(position: Value) -> Value:
+        return b.icmp_signed("<", lanes, code.splat(b, b.sub(span, position)))
+
+    def largest(position: Value, most: Value) -> list[Value]:
+        place = code.offset(b, scores, position, 4)
+        x = code.load(b, place, code.vector(F32), 4)
+        seen = present(position)
+        x = b.select(seen, x, low)
+        code.store(b, x, place, 4)
+        return [b.select(b.fcmp_unordered(">", x, most), x, most)]
+
+    def masked(position: Value) -> list[Value]:
+        place = code.offset(b, scores, position, 4)
+        hidden = b.icmp_unsigned("==", code.load(b, b.add(mask, position), I8), I8(0))
+        x = code.load(b, place, F32, 4)
+        code.store(b, b.select(hidden, ir.Constant(F32, -float("inf")), x), place, 4)
+        return []
+
+    with b.if_then(b.icmp_unsigned("!=", mask, I64(0))):
+        looped(b, I64(0), I64(1), span, [], masked)
+    (most,) = looped(b, I64(0), I64(LANES), span, [low], largest, whole=False)
+    top = b.extract_element(most, code.I32(0))
+    for lane in range(1, LANES):
+        other = b.extract_element(most, code.I32(lane))
+        top = b.select(b.fcmp_unordered(">", other, top), other, top)
+    tops = code.splat(b, top)
+
+    def weigh(position: Value, total: Value) -> list[Value]:
+        place = code.offset(b, scores, position, 4)
+        x = b.fsub(code.load(b, place, code.vector(F32), 4), tops)
+        counts = b.fcmp_unordered(">", x, code.constant(F32, _LEAST))
+        weight = b.select(counts, code.exp(b, x), code.constant(F32, 0.0))
+        code.store(b, weight, place, 4)
+        return [b.fadd(total, weight)]
+
+    (total,) = looped(b, I64(0), I64(LANES), span, [code.constant(F32, 0.0)], weigh, whole=False)
+    (all_of_it,) = code.sums_across(b, [total])
+    factor = code.splat(b, b.fdiv(ir.Constant(F32, 1.0), all_of_it))
+
+    def divide(position: Value) -> list[Value]:
+        place = code.offset(b, scores, position, 4)
+        code.store(b, b.fmul(code.load(b, place, code.vector(F32), 4), factor), place, 4)
+        return []
+
+    looped(b, I64(0), I64(LANES), span, [], divide, whole=False)
+
+
+@intrinsic(prefer_literal=True)
+def softmax(context, scores, mask, span):  # type: ignore[no-untyped-def]
+    """Turn ``span`` float32 scores into weights; those whose byte in ``mask`` (0 = none) is 0 get none."""
+    return emits(_softmax, scores, mask, span)
+
+
+@for_each({shared: shared for shared in range(1, MOST_SHARED + 1)})
+@for_each(FORMS)
+def _sum_values(b: Any, shared: int, form: WeightForm, *args: Value) -> None:
+    weights, row_bytes, value, value_next, span, size, out, out_head = args
+    heads = [code.offset(b, weights, I64(head), row_bytes) for head in range(shared)]
+
+    def chunk(column: Value) -> list[Value]:
+        def one(position: Value, *sums: Value) -> list[Value]:
+            v = form.load(b, code.offset(b, code.offset(b, value, position, value_next), column, form.row_bytes))
+            found = []
+            for start, total in zip(heads, sums, strict=True):
+                weight = code.splat(b, code.load(b, code.offset(b, start, position, 4), F32, 4))
+                found.append(code.fma(b, weight, v, total))
+            return found
+
+        sums = looped(b, I64(0), I64(1), span, [code.constant(F32, 0.0)] * shared, one)
+        for head, total in enumerate(sums):
+            form.store(b, total, code.offset(b, code.offset(b, out, I64(head), out_head), column, form.row_bytes))
+        return []
+
+    looped(b, I64(0), I64(LANES), size, [], chunk)
+
+
+@intrinsic(prefer_literal=True)
+def sum_values(context, shared, form, weights, row_bytes, value, value_next, span, size, out, out_head):  # type: ignore[no-untyped-def]
+    """Each head's values, weighted and summed in the order of positions, rounded to the form."""
+    return emits(_sum_values, shared, form, weights, row_bytes, value, value_next, span, size, out, out_head)
+
+
+@compiled("void(int64, int64, int64)")
+def _attend(job: int, task: int, scratch: int) -> None:
+    """One row's group of heads."""
+    groups, shared, form, span = read(job, GROUPS), read(job, SHARED), read(job, FORM), read(job, SPAN)
+    row, group = task // groups, task % groups
+    row_bytes, query_head = 4 * (span + LANES), read(job, QUERY_HEAD)
+    query = read(job, QUERY) + row * read(job, QUERY_ROW) + group * shared * query_head
+    key = read(job, KEY) + row * read(job, KEY_ROW) + group * read(job, KEY_GROUP)
+    value = read(job, VALUE) + row * read(job, VALUE_ROW) + group * read(job, VALUE_GROUP)
+    score(
+        shared, form, query, query_head, key, read(job, KEY_NEXT), span, read(job, SIZE), job + 8 * SCALE, scratch, row_bytes
+    )
+    mask = read(job, MASK)
+    if mask:
+        mask += row * read(job, MASK_ROW)
+    for head in range(shared):
+        softmax(scratch + head * row_bytes, mask, span)
+    out_head = read(job, OUT_HEAD)
+    out = read(job, OUT) + row * read(job, OUT_ROW) + group * shared * out_head
+    sum_values(shared, form, scratch, row_bytes, value, read(job, VALUE_NEXT), span, read(job, VALUE_SIZE), out, out_head)
+
+
+@callback("void(int64)")
+def work(job: int) -> None:
+    """Take part in a job."""
+    scratch = read(job, SCRATCH) + take_next(job, NEXT_THREAD) * read(job, SCRATCH_BYTES)
+    tasks, task = read(job, TASKS), take_next(job, NEXT_TASK)
+    while task < tasks:
+        _attend(job, task, scratch)
+        task = take_next(job, NEXT_TASK)
+
+
+@compiled("void(int64, int64, int64, int64)")
+def _launch(job: int, work_address: int, fork: int, threads: int) -> None:
+    write(job, NEXT_TASK, 0)
+    write(job, NEXT_THREAD, 0)
+    run_threads(fork, work_address, job, threads)
+
+
+def fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether attention of queries [R, H, 1, D] over keys and values [R, G, S, D] can be computed here, without gradients.
+
+    Args:
+        mask: bool [R, 1, 1, S], False where a row has no key.
+    """
+    if not query.is_cpu or query.dtype not in _FORMS or config.DISABLE_JIT:
+        return False
+    rows, heads, queries, size = query.shape
+    groups, span = key.shape[1], key.shape[2]
+    alike = query.dtype is key.dtype is value.dtype and size % LANES == 0 and value.shape[3] % LANES == 0
+    whole = queries == 1 and rows > 0 and span > 0 and heads % groups == 0 and heads // groups <= MOST_SHARED
+    near = query.stride(3) == key.stride(3) == value.stride(3) == 1 and key.shape[0] == value.shape[0] == rows
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return False
+    plain = mask is None or (mask.dtype is torch.bool and tuple(mask.shape) == (rows, 1, 1, span) and mask.stride(3) == 1)
+    return alike and whole and near and plain
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """[R, 1, H, D] for queries, keys, values and a mask for which ``fits``; a row without any key yields NaN."""
+    rows, heads, _, size = query.shape
+    groups, span = key.shape[1], key.shape[2]
+    out = torch.empty(rows, 1, heads, value.shape[3], dtype=query.dtype)
+    if work.address is None:
+        prepare()
+    tasks, item, shared = rows * groups, query.element_size(), heads // groups
+    alone = tasks * span * (size + value.shape[3]) * item <= _ALONE_BYTES or not fork_join()
+    threads = 1 if alone else min(tasks, torch.get_num_threads())
+    scratch_bytes = 4 * (span + LANES) * shared
+    scratch = torch.empty(threads * scratch_bytes, dtype=torch.uint8)
+    job = np.zeros(JOB_FIELDS, np.int64)
+    job[TASKS:] = (
+        *(tasks, _FORMS[query.dtype], shared, groups, span, size),
+        *(query.data_ptr(), query.stride(0) * item, query.stride(1) * item),
+        *(key.data_ptr(), key.stride(0) * item, key.stride(1) * item, key.stride(2) * item),
+        *(value.data_ptr(), value.stride(0) * item, value.stride(1) * item, value.stride(2) * item, value.shape[3]),
+        *((0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))),
+        *(out.data_ptr(), heads * value.shape[3] * item, value.shape[3] * item),
+        *(_float_bits(scale), scratch.data_ptr(), scratch_bytes),
+    )
+    _launch(job.ctypes.data, work.address, fork_join(), threads)
+    return out
+
+
+@functools.cache
+def _float_bits(number: float) -> int:
+    """The bits of a float32 in the lower half of an integer."""
+    return int(np.float32(number).view(np.uint32))
