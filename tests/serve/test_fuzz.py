@@ -30,7 +30,7 @@ from tests.support.asgi_client import ask_app
 from tests.support.http_service import CHAT, COMPLETIONS, TEMPLATE, Reply
 from tests.support.scripted_cluster import ScriptedCluster
 
-BODIES = int(os.environ.get("EPSLOTS_FUZZ_BODIES", "4000"))
+BODIES = int(os.environ.get("EPSLOTS_FUZZ_BODIES", "10000"))
 AT_A_TIME = 100
 HELLO = [{"role": "user", "content": "hi"}]
 SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
