@@ -64,12 +64,13 @@ class _RankLoad:
     """The requests of a rank, in numbers.
 
     Attributes:
-        number: in the order of arrival; of equal ranks the first is taken.
+        number: its place in its group, and in the order of arrival; of equal ranks the lowest is taken, so that few requests
+            are spread over the groups: those of a group wait for each other in every step.
         serves: it takes requests.
         reserved: one of its requests gets it to itself.
     """
 
-    number: int
+    number: tuple[int, int]
     capacity: RankCapacity
     serves: bool = True
     requests: int = 0
@@ -115,7 +116,7 @@ class _LoadHeap:
 
     def __init__(self, loads: dict[Hashable, _RankLoad], key: Callable[[_RankLoad], float]) -> None:
         self._loads, self._key = loads, key
-        self._nodes: list[tuple[float, int, Hashable]] = []
+        self._nodes: list[tuple[float, tuple[int, int], Hashable]] = []
         self._live: dict[Hashable, float] = {}
         """By rank: the key of its live node."""
 
@@ -170,14 +171,18 @@ class RankLoads:
     def __contains__(self, worker: Hashable) -> bool:
         return worker in self._loads
 
-    def serve(self, worker: Hashable, capacity: RankCapacity) -> None:
-        """A rank takes requests from now on, with this capacity."""
+    def serve(self, worker: Hashable, capacity: RankCapacity, place: int = 0) -> None:
+        """A rank takes requests from now on, with this capacity.
+
+        Args:
+            place: in its group.
+        """
         self.pause(worker)
         if worker in self._loads:
             load = self._loads[worker]
             load.capacity, load.serves = capacity, True
         else:
-            self._loads[worker] = _RankLoad(next(self._numbers), capacity)
+            self._loads[worker] = _RankLoad((place, next(self._numbers)), capacity)
         self.serving += 1
         self._push(worker)
 

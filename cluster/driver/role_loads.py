@@ -37,10 +37,10 @@ class RoleLoads:
         """The loads of the rank's kind."""
         return self._decoding if worker in self._decoding else self._prompts
 
-    def serve(self, worker: Hashable, capacity: RankCapacity) -> None:
-        """A rank takes requests from now on, with this capacity."""
+    def serve(self, worker: Hashable, capacity: RankCapacity, place: int = 0) -> None:
+        """A rank takes requests from now on, with this capacity; ``place`` is that in its group."""
         self._returning.discard(worker)
-        (self._decoding if capacity.role == "decode" else self._prompts).serve(worker, capacity)
+        (self._decoding if capacity.role == "decode" else self._prompts).serve(worker, capacity, place)
 
     def pause(self, worker: Hashable, *, soon: bool = False) -> None:
         """A rank keeps its requests, and takes no further ones until it serves again, which is expected ``soon`` or isn't."""

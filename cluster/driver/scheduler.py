@@ -93,9 +93,9 @@ class Scheduler:
     # Ranks.
 
     def serve(self, capacities: Mapping[Hashable, RankCapacity]) -> None:
-        """These ranks take requests from now on; of equal ones, the one given first."""
-        for worker, capacity in capacities.items():
-            self._ranks.serve(worker, capacity)
+        """A group's ranks take requests from now on. Of equally loaded ones, the first of each group come first."""
+        for place, (worker, capacity) in enumerate(capacities.items()):
+            self._ranks.serve(worker, capacity, place)
 
     def pause(self, workers: Iterable[Hashable], *, soon: bool = False) -> None:
         """These ranks take no further requests until they serve again, which is expected ``soon`` or isn't."""

@@ -95,7 +95,8 @@ class RequestSimulation:
         self.groups = self._open_groups(traffic)
         self.windows = GroupWindows(cluster, self.groups) if cluster.window_steps else None
         self._scheduler = Scheduler()
-        self._scheduler.serve({rank: self._capacity(rank) for rank in range(cluster.ranks)})
+        for first in range(0, cluster.ranks, cluster.group_size):
+            self._scheduler.serve({rank: self._capacity(rank) for rank in range(first, first + cluster.group_size)})
         self.hand_overs = HandOvers(self._scheduler, self._send, form_s=_DEADLINE_S, deadline_s=_DEADLINE_S)
         self._transfers = CacheTransfers(cluster, self.ranks, self._put, self._at, self._report)
         self._assignment_due = False

@@ -38,6 +38,15 @@ def test_the_least_loaded_rank_is_next():
     assert found == [("x", "a"), ("y", "b"), ("y", "c"), ("y", "d"), ("x", "e")]
 
 
+def test_few_requests_are_spread_over_the_groups():
+    scheduler = Scheduler()
+    for id in "abcde":
+        scheduler.add([request(id)])
+    for group in "xy":
+        scheduler.serve({f"{group}{rank}": WIDE for rank in range(2)})
+    assert [worker for worker, _ in scheduler.assign()] == ["x0", "y0", "x1", "y1", "x0"]
+
+
 def test_a_request_waits_until_there_is_room():
     scheduler = Scheduler()
     for id in "abc":
