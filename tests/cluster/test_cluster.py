@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -427,14 +428,14 @@ def test_a_seat_is_reserved_again_if_the_fleet_is_lost_meanwhile(open_cluster: A
     resize = backend.resize
     asked: list[int] = []
 
-    async def lost_meanwhile(ranks: int) -> None:
+    async def lost_meanwhile(ranks: int, group_of: Sequence[int]) -> None:
         asked.append(ranks)
         if asked == [2]:
             monkeypatch.setattr(backend, "resize", resize)
             backend.lose("the Ray has ended, says the test")
             await cluster._supervisor._changes.wait_for(lambda: len(backend.reopened) == 1)
             raise ClusterError("Ray did not answer")
-        await resize(ranks)
+        await resize(ranks, group_of)
 
     monkeypatch.setattr(backend, "resize", lost_meanwhile)
     cluster.scale(2)

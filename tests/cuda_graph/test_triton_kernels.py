@@ -36,7 +36,7 @@ pytestmark = needs_triton
 def test_under_the_interpreter():
     in_moe = [f"moe/test_{name}" for name in ("grouped_kernel", "packed_kernel", "pair_kernels")]
     modules = "cuda_graph/test_triton_kernels", *in_moe, "prefetch/test_usage"
-    pass_under_the_interpreter(*(f"tests/{module}.py" for module in modules), tests=6 + 6 + 9 + 14 + 6)
+    pass_under_the_interpreter(*(f"tests/{module}.py" for module in modules), tests=6 + 6 + 9 + 22 + 6)
 
 
 def kernels(loader: Any) -> Kernels:
