@@ -72,7 +72,7 @@ class ServiceOptions:
     max_queue: Annotated[
         int, typer.Option(min=1, help="Requests that may wait or run at once; others are told to come again.")
     ] = ClusterConfig().max_queue
-    request_timeout_s: Annotated[Optional[float], typer.Option(help="Seconds that a request may take. Default: any.")] = (
+    request_timeout_s: Annotated[Optional[float], typer.Option(help="Seconds that a request may take. Default: no limit.")] = (
         _DEFAULTS.request_timeout_s
     )
     drain_s: Annotated[float, typer.Option(help="Seconds in which running requests may end after SIGTERM or Ctrl-C.")] = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
 from importlib.metadata import entry_points
 from inspect import signature
@@ -62,12 +63,18 @@ def bench(
     threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
     parts: Annotated[
         Optional[str],
-        typer.Option(help="batch, groups, packed, serve: names of their parts, with commas between them; default: all."),
+        typer.Option(
+            help="Names of parts, with commas between them; default: all. batch: throughput, generate, caches, latents, "
+            "arrivals, grammars; groups: routing, bursts, kills, hand-over, division; packed: cpu, formats, peer, memory, "
+            "quality; serve: throughput, first, ranks, driver, idle, gcs."
+        ),
     ] = None,
     redis: Annotated[
         Optional[str], typer.Option(help="serve: program of a Redis server, for the state of Ray's GCS; default: RocksDB.")
     ] = None,
-    gpu: Annotated[Optional[str], typer.Option(help="timeline: h100 (default), a100, b200, 4090 or 5090.")] = None,
+    gpu: Annotated[
+        Optional[str], typer.Option(help="timeline: h100 (default), h200, a100, b200, 4090, 5090; several with commas.")
+    ] = None,
     model: Annotated[Optional[str], typer.Option(help="timeline: a known model; default: qwen3-30b-a3b.")] = None,
     slots: Annotated[Optional[str], typer.Option(help="timeline: shares of slots; default: 25%,50%,100%.")] = None,
     device: DeviceOption = None,
@@ -94,6 +101,11 @@ def bench(
     if unknown := [key for key in settings if key not in signature(run).parameters]:
         raise ConfigError(f"--{unknown[0]}: benchmark {name} takes none")
     prepare()
+    signal.signal(signal.SIGTERM, _stop)  # as after Ctrl-C, no folder stays behind
     with tempfile.TemporaryDirectory(prefix="epslots-bench-") as folder:
         run(report, Path(folder) / "cache", *((target,) if takes_device else ()), **settings)
     report.save()
+
+
+def _stop(number: int, _: Any) -> None:
+    raise SystemExit(128 + number)

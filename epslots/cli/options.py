@@ -14,6 +14,7 @@ import typer
 from epslots.config import LoadConfig, load_config
 from epslots.planner.cache_policy import POLICIES
 
+POLICY_HELP = f"Which resident expert gives way to a missing one: {', '.join(POLICIES)}."
 _DEFAULTS = LoadConfig()
 
 ModelOption = Annotated[
@@ -95,7 +96,7 @@ PrefillRanksOption = Annotated[
 ]
 DecodeRanksOption = Annotated[
     int,
-    typer.Option("--decode-ranks", min=0, help="Ranks that go on after --prefill-ranks. Default: all others of --ranks."),
+    typer.Option("--decode-ranks", min=0, help="Ranks that go on after --prefill-ranks; 0 = all others of --ranks."),
 ]
 StrategyOption = Annotated[
     str,
@@ -114,7 +115,7 @@ class LoadConfigOptions:
     PANEL: ClassVar[str] = "The model"
 
     slots: SlotsOption = str(_DEFAULTS.slots)
-    policy: Annotated[str, typer.Option("--policy", help=f"Eviction policy: {', '.join(POLICIES)}.")] = _DEFAULTS.policy
+    policy: Annotated[str, typer.Option("--policy", help=POLICY_HELP)] = _DEFAULTS.policy
     device: DeviceOption = _DEFAULTS.device
     dtype: DtypeOption = _DEFAULTS.dtype
     host_store: Annotated[

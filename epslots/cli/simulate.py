@@ -13,6 +13,7 @@ import typer
 
 from epslots.arrays import IntArray
 from epslots.cli.option_groups import takes_groups
+from epslots.cli.options import POLICY_HELP
 from epslots.cli.record_table import Columns, record_table
 from epslots.cli.simulate_load import ArrivalOptions, DivisionOptions, EngineOptions, find_simulator, print_load
 from epslots.cli.trace import slots_of_layers
@@ -55,7 +56,7 @@ class ClusterOptions:
     )
     nodes: Annotated[int, typer.Option(min=1, help="Nodes that the ranks are on.")] = 1
     slots: Annotated[str, typer.Option("--slots", "-s", help="Slots of each layer on each rank: 16, or 25%.")] = "25%"
-    policy: Annotated[str, typer.Option(help=f"Eviction policy: {', '.join(POLICIES)}.")] = DEFAULT_POLICY
+    policy: Annotated[str, typer.Option(help=POLICY_HELP)] = DEFAULT_POLICY
     group_size: Annotated[int, typer.Option(min=1, help="Most ranks of an expert-parallel group.")] = GROUP_SIZE
     placement: Annotated[Optional[Path], typer.Option(help="A .placement to begin with, for the ranks of a group.")] = None
     controller: Annotated[bool, typer.Option("--controller/--static", help="Decide on placements as traffic goes on.")] = False
@@ -140,7 +141,8 @@ class TimeOptions:
 
     machine: Annotated[str, typer.Option(help=f"Bandwidths: {', '.join(DEVICES)}.")] = DEFAULT_DEVICE
     timing: Annotated[
-        Optional[Path], typer.Option(help="Measured times instead, as JSON (epslots.simulation.timing.Timing, nanoseconds).")
+        Optional[Path],
+        typer.Option(help="Measured times instead: JSON with the fields of epslots.simulation.timing.Timing, in ns."),
     ] = None
     expert_bytes: Annotated[str, typer.Option(help="An expert's size; default: 3 x 2048 x 768 weights in bf16.")] = "9MiB"
     row_bytes: Annotated[str, typer.Option(help="A hidden state's size; default: 2048 in bf16.")] = "4KiB"
