@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, replace
 
 from cluster.driver.scheduled_request import Move
@@ -70,6 +70,8 @@ class HandOvers:
         self._form_s, self._deadline_s = form_s, deadline_s
         self._numbers = itertools.count()
         self._moves: dict[int, Move] = {}
+        self._given_up: dict[int, Move] = {}
+        """Of those whose source hasn't reported the end yet."""
         self.counts = NO_HAND_OVERS
 
     def __len__(self) -> int:
@@ -109,6 +111,9 @@ class HandOvers:
 
     def take(self, worker: Hashable, event: HandedOver) -> None:
         """A source reports the end of a hand-over."""
+        late = self._given_up.pop(event.number, None)
+        if late is not None and late.source == worker and event.failure is None:
+            self._send(worker, GoOn(late.entry.request.id))
         if event.number not in self._moves or self._moves[event.number].source != worker:
             return
         move, done = self._moves.pop(event.number), event.failure is None
@@ -142,11 +147,23 @@ class HandOvers:
         """A rank is lost: those that it was the source of have ended; the scheduler has moved their requests."""
         for number, move in list(self._moves.items()):
             if move.source == worker:
-                del self._moves[number]
-                self._scheduler.end_move(move, done=False)
-                self.counts = replace(self.counts, failed=self.counts.failed + 1)
-                self._send(move.target, Release(move.entry.request.id))
+                self._fail(number)
+        self._given_up = {number: move for number, move in self._given_up.items() if move.source != worker}
+
+    def give_up(self, workers: Collection[Hashable]) -> None:
+        """A group makes no steps: end those that wait for its prompts, or they would hold their places at the targets."""
+        for number, move in list(self._moves.items()):
+            if move.source in workers and not move.entry.began:
+                self._given_up[number] = move
+                self._fail(number)
+
+    def _fail(self, number: int) -> None:
+        move = self._moves.pop(number)
+        self._scheduler.end_move(move, done=False)
+        self.counts = replace(self.counts, failed=self.counts.failed + 1)
+        self._send(move.target, Release(move.entry.request.id))
 
     def clear(self) -> None:
         """All requests are dropped."""
         self._moves.clear()
+        self._given_up.clear()

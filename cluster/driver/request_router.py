@@ -139,8 +139,14 @@ class RequestRouter:
 
     def open_group(self) -> GroupRouter:
         """A further group of ranks; it serves none yet."""
-        self._groups.append(group := GroupRouter(self._scheduler, self._send, self._assign_soon))
+        self._groups.append(group := GroupRouter(self._scheduler, self._send, self._assign_soon, self._stop_waiting))
         return group
+
+    def _stop_waiting(self, ranks: Sequence[Hashable]) -> None:
+        """A group hasn't come back in time: its requests are others' now."""
+        self._scheduler.pause(ranks)
+        self.hand_overs.give_up(ranks)
+        self._assign_soon()
 
     def close_group(self, group: GroupRouter) -> None:
         """A group is no more; its ranks are lost already."""
@@ -232,15 +238,21 @@ class GroupRouter:
     Args:
         scheduler: of all groups.
         assign_soon: assigns waiting requests.
+        stop_waiting: the group doesn't come back soon; it gets its ranks.
 
     Attributes:
         serves: the group takes requests.
     """
 
     def __init__(
-        self, scheduler: Scheduler, send: Callable[[Hashable, Command], None], assign_soon: Callable[[], None]
+        self,
+        scheduler: Scheduler,
+        send: Callable[[Hashable, Command], None],
+        assign_soon: Callable[[], None],
+        stop_waiting: Callable[[Sequence[Hashable]], None],
     ) -> None:
-        self._scheduler, self._send, self._assign_soon = scheduler, send, assign_soon
+        self._scheduler, self._send = scheduler, send
+        self._assign_soon, self._stop_waiting = assign_soon, stop_waiting
         self._idle = IdleTracker()
         self._ranks: tuple[Hashable, ...] = ()
         self.serves = False
@@ -262,17 +274,20 @@ class GroupRouter:
         self._assign_soon()
 
     def pause(self) -> None:
-        """The group is broken: assign no request to its ranks until ``serve``. They keep those that they have."""
+        """The group is broken: assign no request to its ranks until ``serve``. They keep those that they have.
+
+        Again while it forms, it does nothing: prompts wait for the group once.
+        """
+        if not self.serves:
+            return
         self.serves = False
         self._scheduler.pause(self._ranks, soon=True)
         self._pauses += 1
-        asyncio.get_running_loop().call_later(SOON_S, self._stop_waiting, self._pauses)
+        asyncio.get_running_loop().call_later(SOON_S, self._look, self._pauses)
 
-    def _stop_waiting(self, pause: int) -> None:
-        """The group hasn't come back in time: its requests are others' now."""
+    def _look(self, pause: int) -> None:
         if not self.serves and pause == self._pauses:
-            self._scheduler.pause(self._ranks)
-            self._assign_soon()
+            self._stop_waiting(self._ranks)
 
     def fell_asleep(self, worker: Hashable, epoch: int, step: int) -> None:
         """A rank reports that no rank of its group had work in this step."""

@@ -6,7 +6,6 @@ import asyncio
 
 from cluster.driver.worker_groups import WorkerGroups
 from cluster.driver.worker_pool import WorkerPool
-from cluster.errors import ClusterError
 from epslots.errors import ConfigError
 
 
@@ -37,17 +36,19 @@ class Scaling:
                     f"next driver expects"
                 )
             common = old.common(deal)
-            stay = min(self._pool.size, count) if deal.size is None else len(common.dealt)
+            stay = min(self._pool.size, count if deal.size is None else len(common.dealt))
             if stay < self._pool.size:
                 self._pool.shrink(stay)
                 self._groups.deal = common
-                await self._pool.wait_until_serving(range(stay))
-                await self._pool.reserve(stay)
+                try:
+                    await self._pool.wait_until_serving(range(stay))
+                finally:
+                    await self._pool.reserve(stay)
             if count > stay:
                 before, self._groups.deal = self._groups.deal, deal
                 try:
                     await self._pool.reserve(count)
-                except ClusterError:
+                except BaseException:  # one that is interrupted, too
                     self._groups.deal = before
                     raise
             await self._pool.grow(count)

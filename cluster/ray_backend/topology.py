@@ -37,9 +37,7 @@ def near_labels(nodes: Sequence[Node], need: Resources, parts: Sequence[tuple[in
 def _domain(nodes: Sequence[Node], free: dict[str, int], count: int, beside: Set[str]) -> tuple[dict[str, str], list[str]]:
     """The label and the nodes of the smallest domain with room; without a label, all nodes."""
     single = [node.id for node in nodes if free[node.id] >= count]
-    if beside:
-        single = [node for node in single if node in beside]
-    if single:
+    if single and not beside:
         return {}, [min(single, key=lambda node: (free[node], node))]
     for level in LEVELS:
         domains: dict[str, list[str]] = {}
@@ -47,7 +45,7 @@ def _domain(nodes: Sequence[Node], free: dict[str, int], count: int, beside: Set
             if value := node.labels.get(level):
                 domains.setdefault(value, []).append(node.id)
         roomy = [value for value, ids in domains.items() if sum(free[id] for id in ids) >= count]
-        if beside:
+        if beside:  # Ray knows nothing of the older bundles
             roomy = [value for value in roomy if set(domains[value]) >= beside]
         if roomy:
             value = min(roomy, key=lambda value: (sum(free[id] for id in domains[value]), value))

@@ -155,7 +155,7 @@ class PagedBatcher(Batcher):
         if self._isolation is not None or number is None or number not in active or not active[number].current_len():
             return None
         state, length = active[number], entry.length
-        if state.current_len() == length - 1:
+        if state.current_len() == length - 1 and entry.tokens:
             return image_of_pages(cache, number, entry.ids(0, length - 1))
         # While a step is under way, or has to be repeated, its tokens count already.
         computed: Callable[[], int | None] = lambda: state.current_len() if self._isolation is None else None  # noqa: E731

@@ -93,8 +93,10 @@ class PromptReads:
 def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
     if queries == keys and (window is None or keys <= window):
         return None
-    back_QK = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-    seen_QK = back_QK >= 0 if window is None else (back_QK >= 0) & (back_QK < window)
+    last_Q1, key_K = torch.arange(keys - queries, keys, device=device)[:, None], torch.arange(keys, device=device)
+    seen_QK = key_K <= last_Q1
+    if window is not None:
+        seen_QK &= key_K > last_Q1 - window
     return seen_QK[None, None]
 
 

@@ -99,7 +99,7 @@ class RowAdmission:
         running = next((running for running in self.running if running.entry is entry), None)
         if running is None or not running.row.length or not steps_stand():
             return None
-        if running.left == 1:
+        if running.left == 1 and (entry.tokens or self._cache.keeps_objects):
             return image_of_row(self._cache, running.row, entry.ids(0, running.row.length))
         if self._cache.keeps_objects:
             return None

@@ -32,6 +32,7 @@ def read_in_place(model: nn.Module, *, batch_invariant: bool) -> None:
         elif _calls_linear(module):
             function: Any = type(module).forward
             own = FunctionType(function.__code__, {**function.__globals__, "F": functional}, function.__name__)
+            own.__kwdefaults__ = function.__kwdefaults__
             setattr(module, "forward", MethodType(own, module))  # noqa: B010
 
 
@@ -86,15 +87,21 @@ def _multiply(
     inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, chosen: Callable[[int], bool]
 ) -> torch.Tensor:
     rows = inputs.numel() // max(1, weight.shape[1])
-    if not _takes(inputs, weight) or not chosen(rows):
+    if not _takes(inputs, weight, bias) or not chosen(rows):
         return F.linear(inputs, weight, bias)
     biases = None if bias is None else bias[None]
     results = vector_gemm.product(inputs.reshape(rows, weight.shape[1]), weight[None], None, biases)
     return results.view(*inputs.shape[:-1], weight.shape[0])
 
 
-def _takes(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether inputs can be multiplied in place by a weight [out, in] without its gradient."""
-    suits = weight.dtype is inputs.dtype and inputs.is_cpu and inputs.numel() > 0
-    wants_gradient = torch.is_grad_enabled() and (inputs.requires_grad or weight.requires_grad)
-    return suits and not wants_gradient and vector_gemm.fits(weight)
+def _takes(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether inputs can be multiplied in place by a weight [out, in] without its gradient. Loops read all by its address."""
+    suits = weight.dtype is inputs.dtype and inputs.is_cpu and weight.is_cpu and inputs.numel() > 0
+    if not suits or torch.is_autocast_enabled("cpu"):
+        return False
+    trained = inputs.requires_grad or weight.requires_grad
+    if bias is not None:
+        trained |= bias.requires_grad
+        if bias.shape != weight.shape[:1] or bias.dtype is not weight.dtype or not (bias.is_cpu and bias.is_contiguous()):
+            return False
+    return not (trained and torch.is_grad_enabled()) and vector_gemm.fits(weight)

@@ -43,4 +43,4 @@ def _in_place(module: Any, rows: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _epsilon(value: float) -> torch.Tensor:
-    return torch.tensor([value], dtype=torch.float32)
+    return torch.tensor([value], dtype=torch.float32, device="cpu")

@@ -142,7 +142,7 @@ def _scatter_rows(rows: int, places: int, count: int, words: int, out: int) -> N
 def scatter_rows(rows_NH: torch.Tensor, place_N: torch.Tensor) -> torch.Tensor:
     """Rows [N, H] in another order: each at its place, which are 0 to N - 1."""
     words, rest = divmod(rows_NH.shape[1] * rows_NH.element_size(), 8)
-    known = rows_NH.is_contiguous() and place_N.is_contiguous() and not rest and not config.DISABLE_JIT
+    known = rows_NH.is_contiguous() and _is_plain(place_N) and not rest and not config.DISABLE_JIT
     if not known or (torch.is_grad_enabled() and rows_NH.requires_grad):
         return torch.empty_like(rows_NH).index_copy_(0, place_N, rows_NH)
     out_NH = torch.empty_like(rows_NH)
@@ -160,13 +160,13 @@ class CompiledPairKernels(TorchPairKernels):
     def __init__(self, experts: int) -> None:
         super().__init__(experts, torch.device("cpu"))
         self._experts = experts
-        self._counts = torch.empty(experts + 1, dtype=torch.int64)
-        self._starts = torch.empty(0, dtype=torch.int64)
+        self._counts = torch.empty(experts + 1, dtype=torch.int64, device="cpu")
+        self._starts = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def add_counts(
         self, ids_N: torch.Tensor, tokens_X: torch.Tensor, uses: torch.Tensor, real: torch.Tensor | None = None
     ) -> None:
-        if real is not None or not (ids_N.is_contiguous() and tokens_X.is_contiguous()):
+        if real is not None or not (_is_plain(ids_N) and _is_plain(tokens_X)):
             super().add_counts(ids_N, tokens_X, uses, real)
             return
         used = _add_counts(ids_N.data_ptr(), ids_N.shape[0], self._experts, tokens_X.data_ptr(), self._counts.data_ptr())
@@ -175,12 +175,13 @@ class CompiledPairKernels(TorchPairKernels):
         uses.add_(used)
 
     def sort(self, ids_N: torch.Tensor, key_E: torch.Tensor, keys: Keys, top_k: int, *, absent: bool) -> SortedPairs:
-        if not (ids_N.is_contiguous() and key_E.is_contiguous()):
+        if not (_is_plain(ids_N) and _is_plain(key_E)):
             return super().sort(ids_N, key_E, keys, top_k, absent=absent)
         pairs, slots = ids_N.shape[0], keys.numbers.shape[0]
         if len(self._starts) <= slots:
-            self._starts = torch.empty(slots + 1, dtype=torch.int64)
-        ends_Q, out_3N = torch.empty(slots, dtype=torch.int32), torch.empty(3, pairs, dtype=torch.int64)
+            self._starts = torch.empty(slots + 1, dtype=torch.int64, device="cpu")
+        ends_Q = torch.empty(slots, dtype=torch.int32, device="cpu")
+        out_3N = torch.empty(3, pairs, dtype=torch.int64, device="cpu")
         missing = _sort_pairs(
             *(ids_N.data_ptr(), pairs, key_E.data_ptr(), key_E.shape[0], keys.first, slots),
             *(ends_Q.data_ptr(), self._starts.data_ptr(), top_k, out_3N.data_ptr()),
@@ -197,7 +198,7 @@ class CompiledPairKernels(TorchPairKernels):
         if not known or wants_gradient or not results_NH.numel():
             return super().weighted_sum(results_NH, weights_TK, dtype)
         weights_TK = weights_TK.float().contiguous()
-        out_TH = torch.empty(tokens, columns, dtype=dtype)
+        out_TH = torch.empty(tokens, columns, dtype=dtype, device="cpu")
         _sum_all(
             *(_FORMS[dtype], results_NH.data_ptr(), weights_TK.data_ptr(), tokens, top_k, columns, out_TH.data_ptr()),
         )
@@ -207,3 +208,8 @@ class CompiledPairKernels(TorchPairKernels):
 def pair_kernels_for_cpu(experts: int) -> TorchPairKernels:
     """Compiled loops, unless nothing is compiled."""
     return TorchPairKernels(experts, torch.device("cpu")) if config.DISABLE_JIT else CompiledPairKernels(experts)
+
+
+def _is_plain(numbers: torch.Tensor) -> bool:
+    """Whether loops can read integers by their address."""
+    return numbers.dtype is torch.int64 and numbers.is_contiguous()

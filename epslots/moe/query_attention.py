@@ -200,17 +200,18 @@ def fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torc
     Args:
         mask: bool [R, 1, 1, S], False where a row has no key.
     """
-    if not query.is_cpu or query.dtype not in _FORMS or config.DISABLE_JIT:
+    if not query.is_cpu or query.dtype not in _FORMS or config.DISABLE_JIT or torch.is_autocast_enabled("cpu"):
         return False
     rows, heads, queries, size = query.shape
     groups, span = key.shape[1], key.shape[2]
-    alike = query.dtype is key.dtype is value.dtype and size % LANES == 0 and value.shape[3] % LANES == 0
+    alike = query.dtype is key.dtype is value.dtype and key.shape[3] == size and value.shape[1:3] == key.shape[1:3]
+    wide = size > 0 and size % LANES == 0 and value.shape[3] % LANES == 0
     whole = queries == 1 and rows > 0 and span > 0 and heads % groups == 0 and heads // groups <= MOST_SHARED
     near = query.stride(3) == key.stride(3) == value.stride(3) == 1 and key.shape[0] == value.shape[0] == rows
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return False
     plain = mask is None or (mask.dtype is torch.bool and tuple(mask.shape) == (rows, 1, 1, span) and mask.stride(3) == 1)
-    return alike and whole and near and plain
+    return alike and wide and whole and near and plain and not (query.is_neg() or key.is_neg() or value.is_neg())
 
 
 def attend(
@@ -219,14 +220,14 @@ def attend(
     """[R, 1, H, D] for queries, keys, values and a mask for which ``fits``; a row without any key yields NaN."""
     rows, heads, _, size = query.shape
     groups, span = key.shape[1], key.shape[2]
-    out = torch.empty(rows, 1, heads, value.shape[3], dtype=query.dtype)
+    out = torch.empty(rows, 1, heads, value.shape[3], dtype=query.dtype, device="cpu")
     if work.address is None:
         prepare()
     tasks, item, shared = rows * groups, query.element_size(), heads // groups
     alone = tasks * span * (size + value.shape[3]) * item <= _ALONE_BYTES or not fork_join()
     threads = 1 if alone else min(tasks, torch.get_num_threads())
     scratch_bytes = 4 * (span + LANES) * shared
-    scratch = torch.empty(threads * scratch_bytes, dtype=torch.uint8)
+    scratch = torch.empty(threads * scratch_bytes, dtype=torch.uint8, device="cpu")
     job = np.zeros(JOB_FIELDS, np.int64)
     job[TASKS:] = (
         *(tasks, _FORMS[query.dtype], shared, groups, span, size),
@@ -235,7 +236,7 @@ def attend(
         *(value.data_ptr(), value.stride(0) * item, value.stride(1) * item, value.stride(2) * item, value.shape[3]),
         *((0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))),
         *(out.data_ptr(), heads * value.shape[3] * item, value.shape[3] * item),
-        *(_float_bits(scale), scratch.data_ptr(), scratch_bytes),
+        *(_float_bits(float(scale)), scratch.data_ptr(), scratch_bytes),
     )
     _launch(job.ctypes.data, work.address, fork_join(), threads)
     return out

@@ -137,7 +137,7 @@ def compute(
     rows_NK, outer = rows_NK.contiguous(), matrices.outer
     # Not len(): a tensor's takes as long as one of torch's operations.
     rows, width = rows_NK.shape[0], outer if activation is None else outer // 2
-    out = torch.empty(rows, width, dtype=rows_NK.dtype)
+    out = torch.empty(rows, width, dtype=rows_NK.dtype, device="cpu")
     most = max(loops.SMALLEST_CHUNK, min(loops.CHUNK, loops.CHUNK_BYTES // weights.pair))
     threads, thread_bytes = torch.get_num_threads() if fork_join() else 1, loops.SCRATCH_BYTES
     if matrices.scale_bytes:
@@ -175,7 +175,7 @@ class _Workspace:
         self._job, self.job_address = job.data, job.ctypes.data
         # Of 32 bits: the lower half comes first on every processor that torch has wheels for.
         self.num_rows_address = self.job_address + memory.itemsize * loops.NUM_ROWS
-        self._spans = self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._spans = self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._span_bytes = self._scratch_bytes = 0
 
     def enter(self, *fields: int) -> None:
@@ -186,9 +186,9 @@ class _Workspace:
         """Addresses of memory for so many slots' spans, and of so many bytes."""
         spans = slots * 8 * loops.SPAN
         if self._span_bytes < spans:
-            self._spans, self._span_bytes = torch.empty(spans, dtype=torch.uint8), spans
+            self._spans, self._span_bytes = torch.empty(spans, dtype=torch.uint8, device="cpu"), spans
         if self._scratch_bytes < scratch:
-            self._scratch, self._scratch_bytes = torch.empty(scratch, dtype=torch.uint8), scratch
+            self._scratch, self._scratch_bytes = torch.empty(scratch, dtype=torch.uint8, device="cpu"), scratch
         return self._spans.data_ptr(), self._scratch.data_ptr()
 
 

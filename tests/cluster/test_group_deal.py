@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from cluster.driver.group_deal import GroupDeal, runs
 from cluster.driver.scaling import Scaling
 from cluster.driver.worker_pool import WorkerPool
+from cluster.errors import ClusterError
 from epslots.errors import ConfigError
 
 
@@ -81,6 +82,28 @@ def test_ranks_that_outlive_their_driver_keep_their_groups():
     scaling = Scaling(cast(WorkerPool, None), groups, outlives=True)
     with pytest.raises(ConfigError, match="2 ranks a group; allowed for a cluster whose ranks outlive their driver: 1"):
         asyncio.run(scaling.scale(4, 2))
+
+
+@pytest.mark.parametrize("interruption", [asyncio.CancelledError(), ClusterError("no room")], ids=type)
+def test_a_change_that_is_interrupted_is_none(interruption: BaseException):
+    """The next one reserves places first, too."""
+    asked: list[int] = []
+
+    async def reserve(ranks: int) -> None:
+        asked.append(ranks)
+        if len(asked) == 1:
+            raise interruption
+
+    async def grow(ranks: int) -> None:
+        asked.append(-ranks)
+
+    groups: Any = SimpleNamespace(deal=(before := GroupDeal(2, 2)))
+    scaling = Scaling(cast(WorkerPool, SimpleNamespace(size=4, reserve=reserve, grow=grow)), groups, outlives=False)
+    with pytest.raises(type(interruption)):
+        asyncio.run(scaling.scale(6, 3))
+    assert groups.deal is before
+    asyncio.run(scaling.scale(6, 3))
+    assert asked == [6, 6, -6] and groups.deal.groups == 3
 
 
 def test_runs_are_groups_that_follow_each_other():

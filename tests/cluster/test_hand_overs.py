@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Hashable
+from contextlib import closing
 
 import msgspec
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from cluster.driver.hand_over_costs import LEAST_HIDDEN_S, MEETING_S, HandOverCosts
 from cluster.driver.hand_overs import HandOvers
 from cluster.driver.rank_loads import RankCapacity
+from cluster.driver.request_router import SOON_S, GroupRouter
 from cluster.driver.scheduler import Scheduler
 from cluster.messages.hand_over import (
     BYTES_BETWEEN_STEPS,
@@ -27,6 +30,7 @@ from cluster.messages.hand_over import (
 from cluster.messages.rank import Cancel, Command, Submit
 from epslots.generation.requests import Output, Request
 from epslots.rank_groups import Role
+from tests.support.clock_loop import ClockLoop
 
 REQUEST = Request("a", tuple(range(50)), 20)
 DONE = HandedOver(number=0, failure=None, seconds=0.1, copying_s=0.2, nbytes=1000, tokens=50, prompt_token_s=0.001)
@@ -158,6 +162,44 @@ def test_a_hand_over_begins_before_the_first_token():
     assert driver.sent[2:] == [("d", Submit((other.after((7,)),))), ("p", Cancel(("b",)))]
     assert (driver.hand_overs.counts.done, driver.hand_overs.counts.early) == (1, 1)
     driver.end()
+
+
+@pytest.mark.parametrize("end", [DONE, FAILED])
+def test_a_group_that_does_not_come_back_hands_nothing_over(end: HandedOver):
+    """It makes no steps, so the rest of the prompt isn't computed; the target's place is free for others."""
+    driver = Driver()
+    driver.hand_overs.take("p", FAILED)
+    driver.scheduler.add([Request("b", tuple(range(50)), 20)])
+    driver.scheduler.assign()
+    driver.scheduler._ranks.costs.token_s = driver.scheduler._ranks.costs.prompt_token_s = 0.001
+    driver.hand_overs.consider_early("p", PromptProgress("b", 30, 20))
+    driver.hand_overs.consider_early("p", PromptProgress("b", 35, 15))
+    driver.sent.clear()
+    driver.hand_overs.give_up(("p",))
+    assert driver.sent == [("d", Release("b"))]
+    driver.end()
+    driver.hand_overs.take("p", msgspec.structs.replace(end, number=1))
+    assert driver.sent[1:] == ([("p", GoOn("b"))] if end is DONE else []), "the source may have sent the last piece just then"
+    assert driver.hand_overs.counts.failed == 2 and not driver.hand_overs._given_up
+    driver.end()
+
+
+def test_a_group_that_forms_is_waited_for_once():
+    """Each attempt breaks it again."""
+
+    async def run() -> None:
+        scheduler, gone = Scheduler(), list[tuple[Hashable, ...]]()
+        group = GroupRouter(scheduler, lambda *_: None, lambda: None, lambda ranks: gone.append(tuple(ranks)))
+        group.serve({"p": RankCapacity(1000, 16, role="prefill")})
+        loop = asyncio.get_running_loop()
+        for attempt in range(10):
+            loop.call_later(0.4 * SOON_S * attempt, group.pause)
+        await asyncio.sleep(1.5 * SOON_S)
+        assert gone == [("p",)]
+
+    with closing(ClockLoop()) as loop:
+        loop.skip_until(lambda: False)
+        loop.run_until_complete(run())
 
 
 def test_addresses_go_to_the_other_rank():

@@ -54,6 +54,7 @@ def test_a_group_that_grows_stays_where_it_is():
     assert near_labels(FLEET, CPU, [(6, ["b1"]), (6, ["a1"])]) == [{ZONE: "x"}, {RACK: "a"}], "two left on a1, four on a2"
     assert near_labels(FLEET, CPU, [(7, ["b1"]), (6, ["a1"])]) == [{ZONE: "x"}, {REGION: "r"}], "one less"
     assert near_labels(FLEET, CPU, [(6, ["lost"])]) == [{}], "no domain is nearer to it than another"
+    assert near_labels(FLEET, CPU, [(1, ["a1"])]) == [{RACK: "a"}], "Ray doesn't know that a1 has room for it, and is its node"
 
 
 NODES = st.lists(

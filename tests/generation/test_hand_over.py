@@ -152,6 +152,19 @@ class TestRoom:
         target.release("greedy")
         assert is_empty(source) and is_empty(target)
 
+    def test_a_prompts_last_token_is_computed_where_the_others_were(self, kind: str):
+        """Its hand-over begins when all but that one are there, and goes on with it."""
+        source = opened(self.name, kind)
+        source.add(request := Request("greedy", prompt_of(33), 4))
+        collected = Collected(source).run(1)
+        assert (source.stats().prompt_tokens, source.hold("greedy") is not None) == (32, True)
+        collected.run()
+        assert source.stats().prompt_tokens == 33
+        assert collected.tokens["greedy"] == drawn(model_of(self.name), request)[:1], "it waits for its place then"
+        source.cancel("greedy")
+        collected.run()
+        assert is_empty(source)
+
     def test_an_incomplete_place_is_not_used(self, kind: str):
         """Nor one of another sequence: the prompt is computed."""
         source, target = opened(self.name, kind), opened(self.name, kind)

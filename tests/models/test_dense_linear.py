@@ -85,3 +85,31 @@ def test_what_does_not_suit_is_torchs(products: list[int]):
         read_in_place(narrow, batch_invariant=False)
         assert narrow(torch.randn(2, 48)).shape == (2, 3)
     assert products == []
+
+
+@torch.no_grad()
+def test_what_loops_can_not_read_is_torchs(products: list[int]):
+    """A bias of another shape, type or stride, or under autocast."""
+    layer = nn.Linear(48, 64)
+    read_in_place(layer, batch_invariant=False)
+    inputs, bias = torch.randn(3, 48), torch.randn(128)
+    for strange in (bias[::2], bias[:1], bias[0]):
+        layer.bias = nn.Parameter(strange, requires_grad=False)
+        assert torch.equal(layer(inputs), nn.functional.linear(inputs, layer.weight, strange))
+    layer.bias = nn.Parameter(bias[:64].double(), requires_grad=False)
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(inputs)
+    layer.bias = None
+    with torch.autocast("cpu"):
+        assert layer(inputs).dtype is torch.bfloat16
+    assert products == []
+
+
+@torch.no_grad()
+def test_results_are_on_the_cpu_whatever_the_default(products: list[int]):
+    layer, inputs = nn.Linear(48, 64), torch.randn(3, 48)
+    wanted = layer(inputs)
+    read_in_place(layer, batch_invariant=False)
+    with torch.device("meta"):
+        torch.testing.assert_close(layer(inputs), wanted)
+    assert products == [3]

@@ -128,6 +128,19 @@ def test_pairs_behind_the_last_key_are_sorted_too(kind: str):
     assert found.pair_N.tolist() == [2, 0, 1] and found.key_N.tolist() == [4, 5, 7] and found.ends_Q.tolist() == [1, 2, 2]
 
 
+@pytest.mark.skipif(INTERPRETER, reason="compiled loops")
+def test_compiled_loops_read_long_integers_alone():
+    """Others are sorted by torch; and what the loops write is on the CPU, whatever the default device."""
+    ids, key_E, keys = torch.tensor([2, 0, 1, 2]), torch.arange(3), Keys.between(0, 3, CPU)
+    compiled = kernels(3, "compiled")
+    wanted = compiled.sort(ids, key_E, keys, 2, absent=False)
+    found = compiled.sort(ids.int(), key_E, keys, 2, absent=False)
+    assert all(map(torch.equal, found, wanted))
+    with torch.device("meta"):
+        found = kernels(3, "compiled").sort(ids, key_E, keys, 2, absent=False)
+    assert all(map(torch.equal, found, wanted))
+
+
 @needs_triton
 @interpreted
 def test_many_pairs_take_torchs_operations(monkeypatch: pytest.MonkeyPatch):

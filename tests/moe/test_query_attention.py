@@ -70,3 +70,15 @@ def test_what_the_loops_do_not_take():
     assert not fits(numbers(2, 18, 1, 16), key, key, None), "more heads share keys than registers hold"
     assert not fits(query, key.transpose(2, 3).contiguous().transpose(2, 3), key, None)
     assert not fits(query.clone().requires_grad_(), key, key, None)
+    assert not fits(query, key, key[:, :, :4], None) and not fits(query, key, key[:, :1], None), "torch refuses these"
+    assert not fits(query, numbers(2, 2, 5, 32), key, None) and not fits(numbers(2, 4, 1, 0), key[..., :0], key, None)
+    assert not fits(query, torch._neg_view(key), key, None)
+    with torch.autocast("cpu"):
+        assert not fits(query, key, key, None)
+
+
+def test_results_are_on_the_cpu_whatever_the_default():
+    query, key = numbers(2, 4, 1, 16), numbers(2, 2, 5, 16)
+    wanted = attend(query, key, key, None, 0.25)
+    with torch.device("meta"):
+        assert torch.equal(attend(query, key, key, None, 0.25), wanted)
