@@ -19,19 +19,13 @@ USUAL = 1000
 _MEMORY = 0.9  # a window's weight over the next one's
 _LEAST_NS = 5e7  # computing, before a rank's speed is known: less is mostly noise
 _CHANGED = 1.25  # a smaller change is taken for noise
-_CALL_NS = 20_000  # of a layer's step, whatever it computes
-_CALLS = 5  # times that the work of a window exceeds this, or nothing is learned from it
 _MOST = 16.0  # times that a rank is faster, or slower, than the usual one
 
 
 def work_ns(window: LoadWindow, costs: Costs) -> float:
-    """Nanoseconds that a usual rank would compute for the pairs and experts that a rank computed in a window.
-
-    0 if that is little beside the calls themselves, whose time says nothing of the rank.
-    """
+    """Nanoseconds that a usual rank would compute for the pairs and experts that a rank computed in a window."""
     pairs = int(np.frombuffer(window.tokens, "<i8").sum()) - sum(window.pairs_sent) + sum(window.pairs_received)
-    found = max(0, pairs) * costs.pair_compute + (sum(window.hits) + sum(window.misses)) * costs.expert_compute
-    return found if found >= _CALLS * _CALL_NS * window.steps * len(window.hits) else 0.0
+    return max(0, pairs) * costs.pair_compute + (sum(window.hits) + sum(window.misses)) * costs.expert_compute
 
 
 class RankSpeeds:
@@ -50,10 +44,10 @@ class RankSpeeds:
         """Learn from one window of all ranks; returns whether a speed has changed.
 
         Args:
-            work_ns_R: float64, nanoseconds that a usual rank would compute for each rank's work; 0 where that says nothing.
+            work_ns_R: float64, nanoseconds that a usual rank would compute for each rank's work, 0 or more.
             taken_ns_R: float64, nanoseconds that it took; 0 where that isn't known.
         """
-        known_R = (taken_ns_R > 0) & (work_ns_R > 0)
+        known_R = (taken_ns_R > 0) & (work_ns_R > 0)  # calls take time without work, too
         self._work_R = np.where(known_R, _MEMORY * self._work_R + work_ns_R, self._work_R)
         self._taken_R = np.where(known_R, _MEMORY * self._taken_R + taken_ns_R, self._taken_R)
         self._seen_R += np.where(known_R, taken_ns_R, 0)

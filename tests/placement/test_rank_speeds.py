@@ -59,12 +59,11 @@ def test_a_rank_that_recovers_is_found_out():
 
 
 def test_work_is_that_of_the_rank_that_computes():
-    one = msgspec.structs.replace(msgspec.msgpack.decode(window((8,) * 6), type=LoadWindow), steps=0)
+    one = msgspec.msgpack.decode(window((8,) * 6), type=LoadWindow)
     moved = msgspec.structs.replace(one, pairs_sent=(7,) * LAYERS, pairs_received=(9,) * LAYERS)
     uses = LAYERS * 6 * COSTS.expert_compute
     assert work_ns(one, COSTS) == LAYERS * 48 * COSTS.pair_compute + uses
     assert work_ns(moved, COSTS) == LAYERS * 50 * COSTS.pair_compute + uses
-    assert work_ns(msgspec.structs.replace(one, steps=10**6), COSTS) == 0, "hardly more than the calls"
 
 
 def test_an_idle_ranks_calls_do_not_make_it_slow():
