@@ -103,7 +103,7 @@ class Generation:
 
     @property
     def id(self) -> str:
-        """Of its request; no other one of the cluster has it."""
+        """Of its request, unique in the cluster."""
         return self._choice.request.id
 
     @property

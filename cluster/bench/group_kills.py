@@ -103,7 +103,7 @@ def _amid_hand_over(groups: Iterable[int]) -> _Choose:
             for group in groups:
                 if state.groups[group].handing_over:
                     return group
-            time.sleep(0.0005)
+            time.sleep(0.0005)  # the state has no event to wait for, and a hand-over takes some milliseconds
         raise TimeoutError(f"no hand-over began within {_PATIENCE_S:g} s")
 
     return choose

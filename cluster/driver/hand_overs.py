@@ -1,7 +1,7 @@
 """``HandOvers``: the driver's side of hand-overs: which are under way, their messages, and what follows from their ends.
 
-``scheduler.py`` decides which request moves where. The source holds the request until it has reported: whatever is lost
-before that, the request goes on at the source, or is computed again elsewhere if that is what was lost.
+``scheduler.py`` decides which request moves where. The source holds the request until it has reported. If a rank is lost
+before that, the request goes on at the source, or is computed again elsewhere if the source was lost.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class LinkOrder(msgspec.Struct, frozen=True, kw_only=True):
     """How two ranks meet for a hand-over.
 
     Attributes:
-        number: of the hand-over; no other one of the cluster has it.
+        number: of the hand-over, unique in the cluster.
         secret: known to the two ranks alone; they recognise each other by it.
         kind: "memory" for processes of one machine.
         form_s: seconds to wait for the other rank.

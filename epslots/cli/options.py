@@ -14,7 +14,7 @@ import typer
 from epslots.config import LoadConfig, load_config
 from epslots.planner.cache_policy import POLICIES
 
-POLICY_HELP = f"Which resident expert gives way to a missing one: {', '.join(POLICIES)}."
+POLICY_HELP = f"Which resident expert is evicted for a missing one: {', '.join(POLICIES)}."
 _DEFAULTS = LoadConfig()
 
 ModelOption = Annotated[

@@ -27,7 +27,7 @@ from epslots.generation.cache_layout import CacheLayout, CachePiece, KeptTensor
 
 
 class CacheGone(EpslotsError):
-    """A request's place in the cache is another's now, or nobody's."""
+    """A request's place in the cache is another's now, or free."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ _MOST_REQUESTS = 10**7
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests that arrive at random (a Poisson process), whatever the cluster can take.
+    """Requests that arrive at random (a Poisson process), even faster than the cluster can serve them.
 
     Attributes:
         rate: requests a second.

@@ -1,7 +1,7 @@
 """``MemoryLink``: a ``PairLink`` through shared memory, for two processes of one machine.
 
 Pieces are copied into an anonymous memory file, which has room for two; a socket carries messages, the file's descriptor, and
-the news that a piece is there or was read. Neither has a name on a disk: whichever process is killed, the kernel frees both,
+the news that a piece is there or was read. Neither has a name on a disk: if either process is killed, the kernel frees both,
 and the other end's next call fails at once.
 """
 

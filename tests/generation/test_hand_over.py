@@ -158,6 +158,7 @@ class TestRoom:
         source.add(request := Request("greedy", prompt_of(33), 4))
         collected = Collected(source).run(1)
         assert (source.stats().prompt_tokens, source.hold("greedy") is not None) == (32, True)
+        assert source.has_work, "it isn't held before its first token"
         collected.run()
         assert source.stats().prompt_tokens == 33
         assert collected.tokens["greedy"] == drawn(model_of(self.name), request)[:1], "it waits for its place then"
