@@ -72,7 +72,7 @@ def test_misses_wait_for_the_counts_alone(checkpoint: Callable[[str], Path], sha
 
 @pytest.mark.parametrize(("slots", "most"), [("100%", 11), ("50%", 18)])
 def test_a_layer_of_a_captured_step(slots: str, most: int, checkpoint: Callable[[str], Path], shared_stores: Path):
-    """What a layer more costs an engine: four kernels are the row cache's, for keys and values; the others are the experts'."""
+    """What a layer more costs an engine: four kernels are the row cache's, for keys and values, the others the experts'."""
     kernels = []
     for name in ("qwen3_moe_short", "qwen3_moe"):
         with simulated_gpus("h100") as gpu:
