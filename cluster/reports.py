@@ -170,6 +170,7 @@ class ClusterState:
         places: requests that it has room for when it is empty.
         failure: why the cluster can't go on; None if it can.
         groups: each group, by its number.
+        hand_overs: that have ended, since the start.
     """
 
     ranks: int
@@ -180,6 +181,7 @@ class ClusterState:
     places: int
     failure: str | None
     groups: tuple[GroupReport, ...] = ()
+    hand_overs: HandOverCounts = NO_HAND_OVERS
 
 
 @dataclass(frozen=True)

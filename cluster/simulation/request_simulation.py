@@ -98,7 +98,7 @@ class RequestSimulation:
         for first in range(0, cluster.ranks, cluster.group_size):
             self._scheduler.serve({rank: self._capacity(rank) for rank in range(first, first + cluster.group_size)})
         self.hand_overs = HandOvers(self._scheduler, self._send, form_s=_DEADLINE_S, deadline_s=_DEADLINE_S)
-        self._transfers = CacheTransfers(cluster, self.ranks, self._put, self._at, self._report)
+        self._transfers = CacheTransfers(cluster, self.ranks, self._put, self._at, self._report, now=lambda: self.now_s)
         self._assignment_due = False
         self._busy = [False] * len(self.groups)
         """By group: a step is under way, or about to begin."""
@@ -266,7 +266,7 @@ class RequestSimulation:
         if self.windows is not None:
             self.windows.step(group, seconds / self._cluster.depth)
         if self.role_of(first_rank) == "prefill":
-            self._follow_prompts(group, now_s)
+            self._follow_prompts(group)
         due_R = one.news_R & (now_s >= self._sent_s_GR[group] + EVENTS_EVERY_S)
         for rank in {*first, *np.flatnonzero(due_R).tolist()}:
             self._deliver(group, rank, now_s)
@@ -284,11 +284,11 @@ class RequestSimulation:
                 self.hand_overs.consider_early(number, progress)
             self._take(number, self.groups[group].outputs(rank))
 
-    def _follow_prompts(self, group: int, now_s: float) -> None:
+    def _follow_prompts(self, group: int) -> None:
         """Note how far prompts are: for the driver, and for hand-overs that have begun."""
         for rank in self.groups[group].stepped:
             number = group * self._cluster.group_size + rank
-            self._transfers.follow(number, now_s)
+            self._transfers.follow(number)
             if prompts := self.ranks[number].prompts():
                 self._progress.setdefault(number, []).extend(PromptProgress(*prompt) for prompt in prompts)
                 self.groups[group].news_R[rank] = True

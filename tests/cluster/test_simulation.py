@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from cluster.driver.hand_over_costs import HandOverCosts
 from cluster.simulation.arrivals import arrivals_of
+from cluster.simulation.cache_transfers import CacheTransfers
 from cluster.simulation.counted_rows import CountedRows
 from cluster.simulation.figures import simulate_load
 from cluster.simulation.request_simulation import RequestSimulation
@@ -24,7 +27,8 @@ from epslots.rank_groups import divide_ranks
 from epslots.simulation.grouped_cluster import GroupedCluster
 from epslots.simulation.load import Workload
 from epslots.simulation.simulate import RecordedTraffic
-from epslots.simulation.timing import DEVICES, hand_over_of, timing_of
+from epslots.simulation.timing import DEVICES, HandOverTiming, hand_over_of, timing_of
+from epslots.transport.pair_link import PIECE_BYTES
 
 LOAD = Workload(rate=60.0, requests=60, prompt_tokens=(20, 90), new_tokens=(1, 40), shared_tokens=20, shared_prompts=3)
 
@@ -145,6 +149,38 @@ def test_hand_overs_begin_before_prompts_end():
     assert counts.early > 0 and counts.failed == 0
     whole_s = cluster.hand_over.fixed_s + cluster.hand_over.transfer_s(400 * 10**7, same_node=True)
     assert min(simulation.hand_over_s) < whole_s, "no hand-over after its prompt takes less"
+
+
+def test_sources_read_and_targets_write_between_steps(monkeypatch: pytest.MonkeyPatch):
+    """Over a link that takes no time: two pieces before a source's step, and one before a target's."""
+    cluster = cluster_of(ranks=4, groups=2, prefill_ranks=2, kv_tokens=2000)
+    free_link, traffic = HandOverTiming(0.0, host_bytes_s=1e18, network_bytes_s=1e18), traffic_of()
+    simulation = RequestSimulation(replace(cluster, kv_token_bytes=PIECE_BYTES // 25, hand_over=free_link), traffic)
+    calls: dict[str, list[tuple[int, int]]] = {"_read": [], "_write": []}
+    """By a hand-over's number and its group's steps; of a group without work, which makes none, not all."""
+
+    def note(name: str, end: str) -> None:
+        do = getattr(CacheTransfers, name)
+
+        def noted(transfers: CacheTransfers, one: Any) -> None:
+            group = simulation.groups[getattr(one, end) // 2]
+            if group._tokens_R.any():
+                calls[name].append((one.number, group.steps))
+            do(transfers, one)
+
+        monkeypatch.setattr(CacheTransfers, name, noted)
+
+    note("_read", "source")
+    note("_write", "target")
+    load = replace(LOAD, rate=200.0, requests=30, prompt_tokens=(200, 300), new_tokens=(30, 40))
+    simulation.run(arrivals_of(load, traffic.starts))
+    simulation.check()
+    assert simulation.hand_overs.counts.done > 15
+    for found in calls.values():
+        assert len(found) == len(set(found)) > 60
+    pieces = -(-200 // 25)
+    assert min(Counter(number for number, _ in calls["_write"]).values()) >= pieces, "every target had texts to go on with"
+    assert np.median(simulation.hand_over_s) > pieces * min(group.take().seconds / group.steps for group in simulation.groups)
 
 
 def test_a_controller_places_experts():
