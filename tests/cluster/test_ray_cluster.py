@@ -117,8 +117,8 @@ def skip_silence(cluster: Cluster, stopped: int) -> None:
     )
 
 
-def pids(cluster: Cluster) -> list[int]:
-    return [int(re.findall(r"pid (\d+)", place)[0]) for place in cluster.placement().ranks]
+def pids(cluster: Cluster, group: int = 0) -> list[int]:
+    return [int(re.findall(r"pid (\d+)", place)[0]) for place in cluster.placement(group).ranks]
 
 
 def controllers(cluster: Cluster) -> ControllerStats:
@@ -249,3 +249,23 @@ def test_more_ranks_than_there_is_room_for(ray_nodes: RayNodes, folder: Path, ca
     refused = pytest.raises(ClusterError, match=r"no room for 7 ranks(.|\n)*What helps: ask for fewer ranks")
     with clusters(ray_nodes, folder, cache_dir) as make, refused:
         make(7)
+
+
+def test_groups_grow_and_shrink_while_requests_go_on(ray_nodes: RayNodes, folder: Path, cache_dir: Path):
+    """Two groups of one rank, then of two, on a further node; what came last goes first. Each rank is a process of its own."""
+    right = expected(folder, PROMPTS, NEW)
+    with ray_nodes.further(2), clusters(ray_nodes, folder, cache_dir) as make:
+        cluster = make(2, groups=2, costs=COPIES_TRAVEL)
+        first = [pids(cluster, group) for group in range(2)]
+        going = running(cluster)
+        cluster.scale(ranks=4, groups=2)
+        assert tokens(going) == right
+        grown = [pids(cluster, group) for group in range(2)]
+        assert [group.ranks for group in cluster.state().groups] == [2, 2]
+        assert [set(before) < set(after) for before, after in zip(first, grown, strict=True)] == [True, True]
+        going = running(cluster)
+        assert {cluster.group_of(generation) for generation in going} == {0, 1}
+        cluster.scale(ranks=2, groups=2)
+        assert tokens(going) == right
+        assert [pids(cluster, group) for group in range(2)] == first
+        assert tokens_of(cluster.generate(PROMPTS[:2], max_new_tokens=9, stop_tokens=())) == [own[:9] for own in right[:2]]
