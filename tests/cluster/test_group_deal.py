@@ -25,7 +25,7 @@ def test_groups_grow_and_come_at_the_end():
     assert (deal.dealt, ranks, deal.size) == ([0, 0, 1, 1, 0, 1], 6, 3)
     deal, ranks = deal.changed(None, 3)
     assert (deal.dealt, ranks) == ([0, 0, 1, 1, 0, 1, 2, 2, 2], 9)
-    assert deal.group_of(9) == 3, "of the next group"
+    assert [deal.group_of(bundle) for bundle in (9, 11, 12)] == [3, 3, 4], "of further groups"
     assert deal.changed(4, 2)[0].dealt == [0, 0, 1, 1]
     assert deal.changed(3, 1)[0].dealt == [0, 0, 0]
 

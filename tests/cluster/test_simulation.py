@@ -22,6 +22,7 @@ from cluster.simulation.trace_counts import TraceCounts
 from epslots.config import EngineConfig
 from epslots.errors import ConfigError
 from epslots.generation.cell_table import CellTable
+from epslots.placement.rank_speeds import USUAL
 from epslots.planner.cache_policy import DEFAULT_POLICY, POLICIES
 from epslots.rank_groups import divide_ranks
 from epslots.simulation.grouped_cluster import GroupedCluster
@@ -194,6 +195,22 @@ def test_a_controller_places_experts():
     assert max(versions) > 0
     controllers = simulation.windows._controllers.by_group.values()
     assert all(one._windows > 0 and not one._refused for one in controllers)
+
+
+def test_slower_ranks_get_fewer_requests():
+    """As the controller learns from the time of their work: the speeds are those that they have."""
+    timing = timing_of(DEVICES["cpu"], 10**7, 4096, layer_ns=400_000, token_ns=1000)
+    cluster = replace(
+        cluster_of(ranks=4, groups=2, max_requests=16), timing=timing, window_steps=8, speeds=(1.0, 1.0, 1.0, 0.25)
+    )
+    load = replace(LOAD, rate=5.0, requests=40, new_tokens=(20, 30))
+    learned, blind = served(cluster, load), served(replace(cluster, window_steps=0), load)
+    assert learned.windows is not None
+    level, apart = learned.windows._speeds
+    assert level == (USUAL, USUAL)
+    assert apart[0] / apart[1] == pytest.approx(4, rel=0.01)
+    assert learned.ranks[3].served < 0.8 * learned.ranks[2].served
+    assert blind.ranks[3].served > 0.8 * blind.ranks[2].served
 
 
 def test_figures_tell_a_load_that_is_too_much(monkeypatch: pytest.MonkeyPatch):
