@@ -103,7 +103,7 @@ class EngineOptions:
     ] = HAND_OVER_FIXED_S * 1e3
 
     speeds: Annotated[
-        str, typer.Option(help="Speeds of the ranks in turn, 1 = usual: 1,1,0.5 makes every third half as fast.")
+        str, typer.Option(help="Speeds of the ranks in turn, 1 = usual: 1,1,0.5. --controller learns them, as those of CPUs.")
     ] = "1"
 
     @property
