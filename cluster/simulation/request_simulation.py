@@ -4,8 +4,8 @@
 
 The decisions are the cluster's own: ``driver/scheduler.py``, ``driver/hand_overs.py`` with its costs, the admission and
 batches of ``simulated_rank.py``, the planner and caches of ``SimulatedGroup``, and the controller with its messages. Times are
-modelled: of steps (``epslots/simulation/timing.py``), and of hand-overs by their bytes. Messages between driver and ranks take
-none; but ranks send outputs in batches, and the driver assigns requests together, as in a cluster.
+modelled: of steps (``epslots/simulation/timing.py``), and of hand-overs by their bytes and both ranks' steps. Messages between
+driver and ranks take none; but ranks send outputs in batches, and the driver assigns requests together, as in a cluster.
 """
 
 from __future__ import annotations

@@ -170,6 +170,7 @@ def test_sources_read_and_targets_write_between_steps(monkeypatch: pytest.Monkey
             if group._tokens_R.any():
                 calls[name].append((one.number, group.steps))
             do(transfers, one)
+            assert one.in_flight <= 2
 
         monkeypatch.setattr(CacheTransfers, name, noted)
 

@@ -101,6 +101,18 @@ def test_a_speed_is_known_as_far_as_there_was_work(seed: int, true: float, share
         assert true / 1.6 <= found <= true * 1.6 and (found - 1) * (true - 1) >= 0
 
 
+def test_calls_without_work_tell_their_fixed_part():
+    """After them, a speed is known from less work: half of the time is no longer taken for that of calls."""
+    speeds, calls, true_R = RankSpeeds(3), 2400, np.array([1, 1, 0.5])
+    work_R = np.array([2000, 2000, 200]) * 1000.0 * calls
+    for idle in (False, True):
+        for _ in range(20):
+            speeds.learn(work_R, (work_R + calls * FIXED_NS) / true_R, calls)
+        found = speeds.speed_R[2] / USUAL
+        assert 0.5 <= found < 0.65 if idle else found > 0.75
+        speeds.learn(np.array([0, 0, 0]), np.full(3, calls * FIXED_NS) / true_R, calls)
+
+
 @settings(max_examples=15)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 3), st.sampled_from([2.0, 3.0]))
 def test_a_rank_twice_as_slow_gets_half_the_load(seed: int, slow: int, times: float):
