@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ def _in_turn() -> _Choose:
     return choose
 
 
-def stop_amid_hand_over(groups: Iterable[int]) -> _Choose:
+def stop_amid_hand_over(groups: Collection[int]) -> _Choose:
     """While one of these groups, of one rank each, hands a request over or takes one over: its rank is stopped then.
 
     A hand-over takes some milliseconds, and on a busy machine more may pass until the rank is stopped: if it has ended by
