@@ -15,6 +15,7 @@ import torch
 
 import epslots
 from epslots.errors import ConfigError
+from epslots.formats.quantise import quantise_int4
 from epslots.runtime import runtime_of
 from tests.support import zoo
 from tests.support.cpu_hosting import OFTEN, hosting
@@ -112,8 +113,15 @@ def eight_bits(weight: torch.Tensor) -> torch.Tensor:
     return (weight / step).round() * step
 
 
-@pytest.mark.parametrize("name", [BASE, "gpt_oss"])
-def test_experts_are_quantised_while_loading(name: str, checkpoint: Checkpoints, tmp_path: Path, cache_dir: Path):
+def four_bits(weight: torch.Tensor) -> torch.Tensor:
+    """The weights that int4's codes stand for; the codes are held to their error in tests/formats."""
+    return quantise_int4(weight).weights()
+
+
+@pytest.mark.parametrize(("name", "expert_format"), [(BASE, "int8"), ("gpt_oss", "int8"), (BASE, "int4")])
+def test_experts_are_quantised_while_loading(
+    name: str, expert_format: str, checkpoint: Checkpoints, tmp_path: Path, cache_dir: Path
+):
     """As nothing but the rounding of experts' weights would change them; gpt_oss keeps them as [inputs, outputs]."""
     source, twin = checkpoint(name), {}
     for key, weight in zoo.read_tensors(source).items():
@@ -123,12 +131,12 @@ def test_experts_are_quantised_while_loading(name: str, checkpoint: Checkpoints,
         elif name == "gpt_oss":
             twin[key] = eight_bits(weight.transpose(-1, -2)).transpose(-1, -2)
         else:
-            twin[key] = eight_bits(weight)
+            twin[key] = {"int8": eight_bits, "int4": four_bits}[expert_format](weight)
     folder = zoo.write_checkpoint(source, tmp_path / "twin", twin)
-    model = load(source, cache_dir, expert_format="int8")
+    model = load(source, cache_dir, expert_format=expert_format)
     assert_equal(model, Reference(folder))
     runtime = runtime_of(model)
-    assert runtime.plan.shape.slot_note == "quantised while loading, which changes outputs: int8"
+    assert runtime.plan.shape.slot_note.startswith(f"quantised while loading, which changes outputs: {expert_format}")
     assert runtime.layers[0].layout.nbytes < runtime.layers[0].weights.nbytes / 3
     assert_equal(load(source, cache_dir), Reference(source))  # another store: its key knows
 

@@ -114,12 +114,13 @@ def test_packed_records_and_experts_on_the_host(kind: str, checkpoint: Callable[
 
 
 def test_a_quantised_checkpoint_decodes_captured(checkpoint: Callable[[str], Path], tmp_path: Path):
-    """Its records are unpacked into the host store, and copied from there by a kernel like any others."""
+    """Its records stay as they are stored, and come from the host store by a kernel like any others."""
     folder = zoo.make_mxfp4(checkpoint("gpt_oss"), tmp_path / "packed")
     settings: dict[str, Any] = {"slots": "50%", "dtype": "float32", "host_compute": "off", "cache_dir": tmp_path}
     expected = serve(epslots.load(folder, device="cpu", progress=False, **settings), REQUESTS[:1], cache="rows")
     with simulated_gpus() as gpu:
         model = load_gpu(folder, tmp_path, **settings)
+        assert all(layer.packed is not None for layer in runtime_of(model).layers)
         engine = Engine(model, kv_tokens=512, cache="rows")
         engine.batcher.add(REQUESTS[0])
         assert [token for output in engine.run() for token in output.tokens] == expected[REQUESTS[0].id]
