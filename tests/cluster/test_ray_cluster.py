@@ -272,6 +272,7 @@ def asking(cluster: Cluster, right: list[tuple[int, ...]]) -> Iterator[None]:
     assert found and all(found)
 
 
+@pytest.mark.skipif(not os.environ.get("EPSLOTS_MORE_RAY"), reason="four ranks more, half a minute")
 def test_groups_grow_and_shrink_while_requests_go_on(ray_nodes: RayNodes, folder: Path, cache_dir: Path):
     """Two groups of one rank, then of two, on a further node; what came last goes first. Each rank is a process of its own."""
     right = expected(folder, PROMPTS, NEW)
