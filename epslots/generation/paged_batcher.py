@@ -369,7 +369,7 @@ class PagedBatcher(Batcher):
         used_bytes = all_bytes - int(cache.compute_free_capacity(relative=False)) - left_for_others
         kv_tokens = cache.num_blocks * self._processor.cb_config.page_size
         running = sum(number in self._running for number in active)  # else it has just been cancelled
-        return Usage(running, used_bytes * kv_tokens // all_bytes, kv_tokens)
+        return Usage(running, used_bytes * kv_tokens // all_bytes, kv_tokens, kv_tokens)
 
     @property
     def _capture_obstacle(self) -> str | None:
