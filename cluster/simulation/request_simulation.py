@@ -123,7 +123,7 @@ class RequestSimulation:
     def _capacity(self, rank: int) -> RankCapacity:
         engine = self._cluster.engine
         return RankCapacity(
-            engine.kv_tokens,
+            engine.planned_tokens,
             engine.max_requests,
             self.ranks[rank].shares_prefixes,
             role=self._cluster.role_of(rank),

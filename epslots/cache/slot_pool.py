@@ -192,7 +192,7 @@ class SlotPool:
             assert not len(wrong), f"layer {layer}: slot {row[wrong[:1]]} doesn't hold expert {wrong[:1]}"
             used = int((inside >= 0).sum())
             assert used == len(resident), f"layer {layer}: {used} slots in use for {len(resident)} experts"
-        used, filled = np.count_nonzero(self.slot_of >= 0), np.count_nonzero(self.expert_of >= 0)
+        used, filled = int((self.slot_of >= 0).sum()), int((self.expert_of >= 0).sum())
         assert used == filled, f"{filled} slots hold experts, and {used} of them are in layers' ranges"
         rows = [layer for layer, unpublished in enumerate(self._unpublished) if not unpublished]
         assert np.array_equal(self.slot_of_device.cpu().numpy()[rows], self.slot_of[rows]), "slot_of differs on the device"

@@ -39,6 +39,7 @@ class RankGroup:
         settings: equal on all ranks.
         costs: agreed by all, by pool.
         nodes: the name of each rank's node.
+        pools: the layers between which slots may pass, by pool.
         shared: the planner of the model; the same on all ranks.
         lockstep: keeps this rank in step.
     """
@@ -59,7 +60,7 @@ class RankGroup:
         self._runtime = runtime
         self._offered: dict[int, tuple[Placement, int]] = {}
         self._tables = [(loader, _table(loader, handshakes)) for loader in runtime.loaders]
-        self._pools = slot_pools(runtime, handshakes)
+        self.pools = slot_pools(runtime, handshakes)
         self.shared = self._planners(handshakes)
         if followed is not None:
             self.shared.adopt(*followed)
@@ -110,7 +111,7 @@ class RankGroup:
                 )
         in_order = [layers[index] for index in range(len(layers))]
         ceded_R = levels_R.clip(min=0) if (levels_R >= 0).any() else None
-        return ModelPlanner(in_order, placement, self._pools, budgets, levels_R=ceded_R, ceding=ceding)
+        return ModelPlanner(in_order, placement, self.pools, budgets, levels_R=ceded_R, ceding=ceding)
 
     @property
     def placement(self) -> Placement:
@@ -137,7 +138,7 @@ class RankGroup:
             most = format_bytes(MOST_STEP_BYTES)
             raise ConfigError(f"bytes_per_step={bytes_per_step!r}: allowed: bytes, more than 0 and less than {most}")
         if placement.version > self._newest:
-            check_fits(placement, self.placement, self._pools)
+            check_fits(placement, self.placement, self.pools)
             self._offered[placement.version] = placement, bytes_per_step
             self._newest = placement.version
 

@@ -110,7 +110,10 @@ def test_tokens_stay_while_levels_change(name: str, checkpoint: Checkpoints, cac
     model = load(checkpoint(name), cache_dir)
     runtime = runtime_of(model)
     memory = [(loader.pool.memory.data_ptr(), loader.pool.memory.nbytes) for loader in runtime.loaders]
-    engine = Engine(model)
+    engine, plan = Engine(model), runtime.plan
+    sizes = exchange_of(engine).sizes
+    assert rows_of(engine)._cache.nbytes + sizes.own_bytes == plan.kv_bytes
+    assert sum(nbytes for _, nbytes in memory) == plan.slot_bytes + sizes.own_bytes
     mover = Mover(engine, seed=1)
     assert serve(engine, requests_of(), mover.move) == expected_of(zoo.reference(checkpoint(name)), requests_of())
     assert max(mover.levels) >= 4 and len(set(mover.levels)) > 3
