@@ -82,7 +82,7 @@ class Runtime:
         return next(loader for loader in self.loaders if loader.store_layers == layers)
 
     def cede_level(self, evicted: Sequence[int]) -> None:
-        """Let each layer of that pool cede a slot; plans have entered it.
+        """Let each layer of that pool cede a slot; plans have entered it. No other thread makes a step meanwhile.
 
         Args:
             evicted: each layer's expert that is evicted before; -1 = it has an empty slot.
@@ -91,13 +91,12 @@ class Runtime:
             StoreError: a fetch that was in flight has failed.
         """
         loader = self.ceding_loader
-        with loader.pool.lock:
-            loader.cede_level(evicted)
-            for index in loader.store_layers:
-                self.runners[index].use_slot_range()
+        loader.cede_level(evicted)
+        for index in loader.store_layers:
+            self.runners[index].use_slot_range()
 
     def take_back_level(self, *, complete: bool) -> None:
-        """Let each layer of that pool use the slot again that it ceded last.
+        """Let each layer of that pool use the slot again that it ceded last. No other thread makes a step meanwhile.
 
         Args:
             complete: fill layers that have a slot for every expert now: a rank alone makes no plans for them.
@@ -106,12 +105,11 @@ class Runtime:
             StoreError: a record that completes a layer can't be read.
         """
         loader = self.ceding_loader
-        with loader.pool.lock:
-            loader.take_back_level()
-            if complete:
-                loader.complete_layers()
-            for index in loader.store_layers:
-                self.runners[index].use_slot_range()
+        loader.take_back_level()
+        if complete:
+            loader.complete_layers()
+        for index in loader.store_layers:
+            self.runners[index].use_slot_range()
 
     def fill(self, experts: Mapping[int, IntArray], display: ProgressDisplay) -> None:
         """Load these experts of each layer into its first slots, which are empty."""

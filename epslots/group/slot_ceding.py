@@ -46,11 +46,12 @@ class SlotCeding:
         settle = self._runtime.telemetry.settle
         if settle is not None and levels != self.levels:
             settle()  # the device decides about slots
-        while self.levels < levels:
-            self._loader.wait_all()
-            self._runtime.cede_level([self._evict(index) for index in self._loader.store_layers])
-        while self.levels > levels:
-            self._runtime.take_back_level(complete=True)
+        with self._loader.pool.lock:
+            while self.levels < levels:
+                self._loader.wait_all()
+                self._runtime.cede_level([self._evict(index) for index in self._loader.store_layers])
+            while self.levels > levels:
+                self._runtime.take_back_level(complete=True)
 
     def _evict(self, index: int) -> int:
         """Take a slot from a layer's plans; returns the expert that is evicted, -1 = none."""

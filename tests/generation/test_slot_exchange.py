@@ -159,6 +159,18 @@ def test_tokens_stay_on_ranks_with_levels_of_their_own(checkpoint: Checkpoints, 
     grouped.check()
 
 
+def test_a_group_makes_a_step_for_slots_that_a_rank_needs(checkpoint: Checkpoints, cache_dir: Path):
+    """One rank's request outgrows its cells, and the others have no work: the slots come with a step without tokens."""
+    grouped = Grouped(checkpoint("qwen3_moe"), cache_dir, ["75%", 2], **AUTO)
+    request = Request("long", prompt_of(200), 40)
+    engines = [Engine(model) for model in grouped.models]
+    tokens = run_threads(lambda t: serve(engines[t.rank], [request][t.rank :]), 2, hub=grouped.hub)
+    assert tokens == [expected_of(zoo.reference(checkpoint("qwen3_moe")), [request]), {}]
+    assert [exchange_of(engine).levels for engine in engines] == [exchange_of(engines[0]).sizes.levels_for(239), 0]
+    assert engines[0].batcher.stats().preempted == 0
+    grouped.check()
+
+
 def test_running_requests_get_room_at_once(checkpoint: Checkpoints, cache_dir: Path):
     """Rather than being given up: experts cede as many slots as it takes, and no request was refused for its length."""
     folder = checkpoint("qwen3_moe")
@@ -178,7 +190,7 @@ def test_requests_are_preempted_when_no_slot_is_left(checkpoint: Checkpoints, ca
     engine = Engine(load(folder, cache_dir, slots=2))
     capacity = engine.batcher.capacity
     assert exchange_of(engine).sizes.most_levels == 1
-    requests = [Request(f"r{number}", prompt_of(10, number), capacity - 40) for number in range(3)]
+    requests = [Request(f"r{number}", prompt_of(60, number), 30) for number in range(3)]
     assert serve(engine, requests) == expected_of(zoo.reference(folder), requests)
     stats = engine.batcher.stats()
     assert stats.preempted > 0 and stats.kv_tokens == stats.kv_most_tokens == capacity
