@@ -231,7 +231,7 @@ def test_the_cache_grows_under_load_and_shrinks_after(checkpoint: Checkpoints, c
     batcher.close()
 
 
-def test_a_lost_peer_and_a_cancelled_request_leave_no_cell_behind(checkpoint: Checkpoints, cache_dir: Path):
+def test_a_loss_and_a_cancelled_request_leave_no_cell_behind(checkpoint: Checkpoints, cache_dir: Path):
     folder = checkpoint("qwen3_moe")
     model = load(folder, cache_dir)
     engine = Engine(model)

@@ -43,7 +43,7 @@ def test_captured_steps_follow_each_change_of_level(name: str, checkpoint: Calla
                     exchange.change(change)
             levels.add(exchange.levels)
         assert tokens == expected_of(zoo.reference(checkpoint(name)), requests)
-        assert len(levels) > 2 and batcher.stats().replayed_steps > steps // 4
+        assert len(levels) > 2 and batcher.stats().replayed_steps >= steps // 5
         assert gpu.races == []
         batcher.close()
         runtime_of(model).check_integrity()
