@@ -152,8 +152,9 @@ class CapturedDecoding(Generic[Step]):
     def _open(self) -> None:
         """Look at the layers' slots as they are now: layers may have passed some, and a group may have formed."""
         runtime = runtime_of(self._model)
-        limit = most_rows(runtime)
-        most = self._requests if limit is None else min(self._requests, limit)
+        # Slots that have moved may serve more rows than planned: the memory plan counted the graphs of those.
+        limits = (most_rows(runtime), runtime.plan.served_tokens)
+        most = min([self._requests, *(limit for limit in limits if limit is not None)])
         pairs = max(most, 1) * runtime.plan.shape.top_k
         self._note(device_obstacle(runtime, pairs))
         if self.present_obstacle is not None:
