@@ -1,7 +1,7 @@
 """Batches of requests in an engine: what they bring, against one request at a time, transformers, and the other kind of cache.
 
 The bench has parts, which can be chosen: ``PARTS``. All candidates are in fp32 on the CPU with every expert resident, so that
-nothing but the engine and the model's forward pass is timed; but for ``memory``, where cache and slots share what is too little.
+nothing but the engine and the model's forward pass is timed. In ``memory``, cache and slots share what is too little for both.
 """
 
 from __future__ import annotations

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from epslots.bench.batch_speed import batch_checkpoint
-from epslots.bench.engines import Served, close, open_engine, random_requests
+from epslots.bench.engines import close, open_engine, random_requests, step
 from epslots.bench.models import load_fp32, random_config, use_sums
 from epslots.bench.report import Tables, median, ratio_columns
 from epslots.generation.engine import Engine
-from epslots.generation.requests import Request
 from epslots.progress import Advance
 from epslots.runtime import runtime_of
 
 CONFIG = random_config(layers=4, hidden=256, experts=32, top_k=4, width=128, heads=4)
 LINK = "2GB/s,100us"
-MANY, TOGETHER, PROMPT, NEW = 64, 16, 192, 64
-FEW, LONG = 3, 192
+MANY, TOGETHER, PROMPT, NEW = 40, 16, 192, 64
+FEW, LONG = 2, 256
 """Requests of the quiet part, which come one after the other, and their new tokens."""
 SLOTS, LEVELS = 24, 8
 """Slots of each layer beside the small cache; of these, levels that hold the large one."""
@@ -27,33 +26,73 @@ _STEP_TOKENS = 512
 
 
 def measure_memory(cache_dir: Path, rounds: int, advance: Advance) -> Tables:
-    """Tokens a second of the three divisions, part by part in turn; each engine goes through the load again and again."""
+    """Tokens a second of the three divisions, which make their steps in turn; each goes through the load again and again."""
     with batch_checkpoint(CONFIG) as folder:
         engines = _engines(folder, cache_dir)
-        rates: dict[str, dict[str, list[float]]] = {kind: {"many": [], "few": [], "both": []} for kind in engines}
-        hits, levels = dict.fromkeys(engines, 0.0), []
+        seconds: dict[str, dict[str, list[float]]] = {part: {kind: [] for kind in engines} for part in ("many", "few", "both")}
+        hits: dict[str, dict[str, list[float]]] = {part: {kind: [] for kind in engines} for part in ("many", "few")}
+        levels = []
         for number in range(1 + rounds):  # the first to warm up
-            for kind, engine in engines.items():
-                before = use_sums(engine.model)
-                found = _one_round(engine, number)
-                if number:
-                    sums = use_sums(engine.model, before)
-                    hits[kind] += sums["hits"] / sums["uses"] / rounds
-                    for part, rate in found.items():
-                        rates[kind][part].append(rate)
-                if kind == "auto":
-                    levels.append(engine.batcher.stats().ceded_slots // CONFIG.num_hidden_layers)
+            found = {part: _Part(engines) for part in hits}
+            found["many"].serve(MANY, NEW, seed=1 + number)
+            levels.append(_levels(engines["auto"]))
+            for one in range(FEW):
+                found["few"].serve(1, LONG, seed=100 * (1 + number) + one)
+            levels.append(_levels(engines["auto"]))
+            for kind in engines if number else ():
+                for part, each in found.items():
+                    seconds[part][kind].append(each.seconds[kind])
+                    hits[part][kind].append(each.hit_rate(kind))
+                seconds["both"][kind].append(sum(each.seconds[kind] for each in found.values()))
         rows: list[dict[str, Any]] = []
-        for part in ("many", "few", "both"):
+        for part, taken in seconds.items():
             for other in ("small cache", "large cache"):
-                ours, theirs = rates["auto"][part], rates[other][part]
-                row = {"requests": part, "against": other, "auto": median(ours), "theirs": median(theirs)}
-                rows.append(row | ratio_columns(ours, theirs, "auto / theirs"))
+                row = {
+                    "requests": part,
+                    "against": other,
+                    **ratio_columns(taken[other], taken["auto"], "speed of auto / theirs"),
+                }
+                if part in hits:
+                    row |= {"hit rate of auto": median(hits[part]["auto"]), "theirs": median(hits[part][other])}
+                rows.append(row)
                 advance(1)
         close(engines)
-    title = f"tokens/s by division of memory; {MANY} requests, at most {TOGETHER} at a time, then {FEW} one by one; {LINK}"
-    sizes = [{"division": kind, "hit rate": hits[kind]} for kind in hits]
-    return {title: rows, f"hit rates; levels of auto after each round: {levels}": sizes}
+    what = f"{MANY} requests, at most {TOGETHER} at a time, then {FEW} one by one; {LINK}; levels of auto after each: {levels}"
+    return {f"tokens/s with kv_tokens='auto' over fixed divisions of the memory; {what}": rows}
+
+
+class _Part:
+    """One part of a round.
+
+    Attributes:
+        seconds: by division.
+    """
+
+    def __init__(self, engines: dict[str, Engine]) -> None:
+        self._engines = engines
+        self.seconds = dict.fromkeys(engines, 0.0)
+        self._before = {kind: use_sums(engine.model) for kind, engine in engines.items()}
+
+    def serve(self, count: int, new: int, *, seed: int) -> None:
+        """Serve the same requests by all engines, which make their steps in turn: the machine's other load meets all."""
+        for engine in self._engines.values():
+            for request in random_requests(engine.model, count, PROMPT, new, seed=seed):
+                engine.batcher.add(request)
+        while working := {kind: engine for kind, engine in self._engines.items() if engine.batcher.has_work}:
+            for kind, engine in working.items():
+                began = time.perf_counter()
+                step(engine)
+                self.seconds[kind] += time.perf_counter() - began
+
+    def hit_rate(self, kind: str) -> float:
+        """Of a division since the part began."""
+        sums = use_sums(self._engines[kind].model, self._before[kind])
+        return sums["hits"] / sums["uses"]
+
+
+def _levels(engine: Engine) -> int:
+    """Slots that each layer has ceded."""
+    return engine.batcher.stats().ceded_slots // CONFIG.num_hidden_layers
 
 
 def _engines(folder: Path, cache_dir: Path) -> dict[str, Engine]:
@@ -67,14 +106,3 @@ def _engines(folder: Path, cache_dir: Path) -> dict[str, Engine]:
     for kind, (slots, tokens) in divided.items():
         engines[kind] = open_engine(load_fp32(folder, cache_dir, slots=slots, kv_tokens=tokens, **room))
     return engines
-
-
-def _one_round(engine: Engine, number: int) -> dict[str, float]:
-    """Tokens a second of each part."""
-    began = time.perf_counter()
-    many = Served(engine, random_requests(engine.model, MANY, PROMPT, NEW, seed=1 + number))
-    tokens, few_s = MANY * NEW, 0.0
-    for request in random_requests(engine.model, FEW, PROMPT, LONG, seed=100 + number):
-        few_s += Served(engine, [Request(request.id, request.prompt, LONG)]).seconds
-    few = FEW * LONG
-    return {"many": many.rate, "few": few / few_s, "both": (tokens + few) / (time.perf_counter() - began)}
