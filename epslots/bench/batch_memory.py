@@ -71,10 +71,11 @@ class _Part:
     def __init__(self, engines: dict[str, Engine]) -> None:
         self._engines = engines
         self.seconds = dict.fromkeys(engines, 0.0)
-        self._before = {kind: use_sums(engine.model) for kind, engine in engines.items()}
+        self._hits, self._uses = dict.fromkeys(engines, 0.0), dict.fromkeys(engines, 0.0)
 
     def serve(self, count: int, new: int, *, seed: int) -> None:
         """Serve the same requests by all engines, which make their steps in turn: the machine's other load meets all."""
+        before = {kind: use_sums(engine.model) for kind, engine in self._engines.items()}
         for engine in self._engines.values():
             for request in random_requests(engine.model, count, PROMPT, new, seed=seed):
                 engine.batcher.add(request)
@@ -83,11 +84,14 @@ class _Part:
                 began = time.perf_counter()
                 step(engine)
                 self.seconds[kind] += time.perf_counter() - began
+        for kind, engine in self._engines.items():
+            sums = use_sums(engine.model, before[kind])
+            self._hits[kind] += sums["hits"]
+            self._uses[kind] += sums["uses"]
 
     def hit_rate(self, kind: str) -> float:
-        """Of a division since the part began."""
-        sums = use_sums(self._engines[kind].model, self._before[kind])
-        return sums["hits"] / sums["uses"]
+        """Hits per use of a division."""
+        return self._hits[kind] / self._uses[kind]
 
 
 def _levels(engine: Engine) -> int:

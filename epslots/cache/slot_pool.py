@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -54,7 +55,7 @@ class SlotPool:
         slot_of, expert_of: the host's tables, int64 [layers, experts] and [slots].
         slot_of_device, expert_of_device: the device's.
         lock: held by a thread for its step: another thread's step could evict what this one computes with.
-        reader: of cells in the slots; one at a time may be.
+        reader: of cells in the slots; there may be one at a time.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class SlotPool:
         self.slot_of_device, self.expert_of_device = (table.to(device) for table in tables)
         self._unpublished = [False] * len(layers)
         self.lock = threading.Lock()
-        self.reader: object | None = None
+        self.reader: weakref.ref[object] | None = None
 
     def _lay_out(self, rooms: Sequence[int]) -> None:
         self.rooms = tuple(int(room) for room in rooms)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,13 +34,13 @@ class CellMemory:
     """
 
     def __init__(self, pool: SlotPool, sizes: CacheSlots, cache: Sequence[CacheTensor]) -> None:
-        if pool.reader is not None:
+        if pool.reader is not None and pool.reader() is not None:
             raise ConfigError(
                 "another engine keeps its requests in this model's slots (kv_tokens='auto'); close its batcher before, or "
                 "give this one a number of kv_tokens"
             )
         assert len(pool.level_slots(0)) == sizes.own_slots
-        pool.reader = self
+        pool.reader = weakref.ref(self)
         self.pool, self.sizes = pool, sizes
         tensors = [tensor for tensor in cache if in_cells(tensor)]
         self._offset_of = dict(zip(tensors, cell_offsets(tensors)[0], strict=True))

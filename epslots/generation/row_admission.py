@@ -248,8 +248,7 @@ class RowAdmission:
         others = bool(self.running or self.reserved)
         if source is None or source not in self.kept:
             if not self.make_room(needed, rows=1) and others:
-                if self.exchange is not None and self._cache.free_rows:
-                    self.exchange.note_waiting(needed)
+                self._note_waiting(needed)
                 return None
             return self._cache.open() if source is None else self._cache.copy(source.row, shared)
         self.kept.remove(source)
@@ -261,7 +260,14 @@ class RowAdmission:
             if self._cache.free_tokens >= needed or not others:
                 return source.row
         self.kept.append(source)  # the last to be given up
+        if row is None:
+            self._note_waiting(needed)
         return row
+
+    def _note_waiting(self, tokens: int) -> None:
+        """A request waits for free cells; for a row, too, if none is free."""
+        if self.exchange is not None and self._cache.free_rows:
+            self.exchange.note_waiting(tokens)
 
     def _uncomputed(self) -> int:
         """Tokens of running requests' prompts that have no cell yet."""

@@ -100,9 +100,14 @@ class SlotExchange:
 
     def follow(self) -> None:
         """Use the cells of all slots that are ceded by now, and that weren't asked back. Called between steps."""
-        self._cells.open_to(min(self._target, self.levels))  # before slots go back
+        self._open_cells()  # before slots go back
         self._ceding.ask(self._target)
-        self._cells.open_to(min(self._target, self.levels))
+        self._open_cells()
+
+    def _open_cells(self) -> None:
+        level = min(self._target, self.levels)
+        if self._cells.open_levels != level:
+            self._cells.open_to(level)
 
     def grow(self, tokens: int) -> bool:
         """Get free cells for so many tokens, by as many levels as it takes; False if they come later, or never."""

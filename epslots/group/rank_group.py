@@ -5,7 +5,7 @@ It holds the planners, keeps the rank in lock-step, and follows placements.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import xxhash
@@ -63,7 +63,7 @@ class RankGroup:
         self.pools = slot_pools(runtime, handshakes)
         self.shared = self._planners(handshakes)
         if followed is not None:
-            self.shared.adopt(*followed)
+            self.shared.adopt(*followed, self._scores)
         self._newest = self.shared.placement.version
         self.lockstep = LockStep(
             transport,
@@ -152,24 +152,24 @@ class RankGroup:
                 )
                 self.lockstep.fail(error)  # the others don't know
                 raise error
-            self.shared.adopt(*self._offered[header.placement])
+            self.shared.adopt(*self._offered[header.placement], self._scores)
             self._offered = {g: offer for g, offer in self._offered.items() if g > header.placement}
         runners = self._runtime.runners
-
-        def scores(layer: int) -> IntArray:
-            return runners[layer].scores()
-
-        for shift in self.shared.begin_step(scores):
+        for shift in self.shared.begin_step(self._scores):
             if shift.rank == self.transport.rank:
                 runners[shift.giver].pass_slot(runners[shift.taker], shift.evicted)
         if self.shared.levels_R is not None:
             for rank, levels in enumerate(header.levels_R):
-                self._change_levels(rank, levels - int(self.shared.levels_R[rank]), scores)
+                self._change_levels(rank, levels - int(self.shared.levels_R[rank]))
 
-    def _change_levels(self, rank: int, change: int, scores: Callable[[int], IntArray]) -> None:
+    def _scores(self, layer: int) -> IntArray:
+        """The eviction policy's scores of a layer's experts, the same on all ranks."""
+        return self._runtime.runners[layer].scores()
+
+    def _change_levels(self, rank: int, change: int) -> None:
         """Enter that a rank's layers cede further slots to its KV cache, or use some again; on that rank, let them."""
         for _ in range(abs(change)):
-            evicted = self.shared.change_level(rank, 1 if change > 0 else -1, scores)
+            evicted = self.shared.change_level(rank, 1 if change > 0 else -1, self._scores)
             if rank != self.transport.rank:
                 continue
             if change > 0:

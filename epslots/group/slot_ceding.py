@@ -43,8 +43,10 @@ class SlotCeding:
         if group is not None:
             group.lockstep.levels = levels
             return
+        if levels == self.levels:
+            return
         settle = self._runtime.telemetry.settle
-        if settle is not None and levels != self.levels:
+        if settle is not None:
             settle()  # the device decides about slots
         with self._loader.pool.lock:
             while self.levels < levels:

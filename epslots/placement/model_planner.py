@@ -99,19 +99,21 @@ class ModelPlanner:
             raise StaleEpoch(f"placement {placement.version} is not newer than {self.placement.version}, which is followed")
         check_fits(placement, self.placement, self._pools)
 
-    def adopt(self, placement: Placement, bytes_per_step: int) -> None:
+    def adopt(self, placement: Placement, bytes_per_step: int, scores: Callable[[int], IntArray] | None = None) -> None:
         """Follow ``placement`` from now on; between steps, on all ranks alike.
 
         Args:
             bytes_per_step: bytes that each rank migrates at most in a step. Less than an expert's size allows a migration
                 every few steps.
+            scores: as for ``begin_step``; needed where slots are ceded, for which copies aren't wanted then.
         """
         self.placement, self.bytes_per_step = placement, bytes_per_step
         for index, layer in enumerate(self.layers):
             experts = int(placement.num_experts_L[index])
             layer.state.adopt(placement.home_LE[index, :experts].copy(), placement.wanted_LRE[index, :, :experts].copy())
             if self.levels_R is not None:
-                layer.state.drop_wanted()
+                assert scores is not None
+                layer.state.drop_wanted(scores(index))
         self._shifting = self.levels_R is None and bool((self._quota_LR() != placement.quota_LR).any())
         largest = max(layer.expert_bytes for layer in self.layers)
         pending = self.pending_migrations > 0
@@ -167,7 +169,7 @@ class ModelPlanner:
         self.levels_R[rank] += change
         evicted = [self.layers[layer].state.resize(rank, -change, scores(layer)) for layer in self._ceding]
         for layer in self._ceding:
-            self.layers[layer].state.drop_wanted()
+            self.layers[layer].state.drop_wanted(scores(layer))
         return evicted
 
     def _quota_LR(self) -> IntArray:

@@ -6,10 +6,12 @@ import itertools
 import os
 import random
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from msgspec.structs import asdict
 from transformers import PreTrainedModel
@@ -139,7 +141,7 @@ def test_tokens_stay_while_levels_change(name: str, checkpoint: Checkpoints, cac
 
 
 def test_tokens_stay_on_ranks_with_levels_of_their_own(checkpoint: Checkpoints, cache_dir: Path):
-    """Three ranks change theirs on their own; the group is lost and formed again on the way."""
+    """Three ranks change theirs on their own, with a placement for all of their slots; their group is formed again meanwhile."""
     folder = checkpoint("qwen3_moe")
     grouped = Grouped(folder, cache_dir, [12, "50%", 8], COPIES_TRAVEL, prefetch="auto", **AUTO)
     for rank in range(3):
@@ -150,6 +152,12 @@ def test_tokens_stay_on_ranks_with_levels_of_their_own(checkpoint: Checkpoints, 
 
     def first_steps(transport: LocalTransport) -> dict[str, list[int]]:
         engine, tokens = engines[transport.rank], dict[str, list[int]]()
+        group = group_of(engine.model)
+        assert group is not None
+        first = group.placement
+        wanted_LRE = first.wanted_LRE | (np.arange(first.wanted_LRE.shape[2]) < first.quota_LR[:, :, None])
+        home_LE = np.where(wanted_LRE.any(1), wanted_LRE.argmax(1), first.home_LE)
+        group.offer(replace(first, version=1, home_LE=home_LE, wanted_LRE=wanted_LRE), 2**20)
         for request in requests_of(transport.rank):
             engine.batcher.add(request)
         for _ in range(9):
@@ -160,7 +168,7 @@ def test_tokens_stay_on_ranks_with_levels_of_their_own(checkpoint: Checkpoints, 
         engine = engines[transport.rank]
         join(engine.model, transport)
         group = group_of(engine.model)
-        assert group is not None and group.shared.levels_R is not None
+        assert group is not None and group.shared.levels_R is not None and group.placement.version > 0
         assert group.shared.levels_R[transport.rank] == exchange_of(engine).levels
         return serve(engine, [], movers[transport.rank].move)
 
