@@ -31,7 +31,7 @@ from epslots.runtime import plan_of, runtime_of
 
 WINDOW_STEPS = 32
 _MEMORY_WINDOWS = 8
-"""Stack distances of so many windows ago count a third."""
+"""Stack distances of so many windows ago, and reused beginnings, count a third."""
 
 
 @dataclass
@@ -76,7 +76,8 @@ class SlotExchange:
         self._sums, self._waits_for = _Sums(), 0
         self._last_reuse, self._last_uses = self._telemetry.reuse()
         self._reuse_LD: FloatArray = np.zeros((len(self.sizes.layers), self._last_reuse.shape[1]))
-        self._uses, self._last_reused = 0.0, 0
+        self._uses = self._reused_s = 0.0
+        self._last_reused = 0
         self.follow()
 
     @property
@@ -154,6 +155,7 @@ class SlotExchange:
         """
         sums = self._sums
         saved_s, lost_s = self._fetches()
+        self._reused_s += ((reused - self._last_reused) * token_s - self._reused_s) / _MEMORY_WINDOWS
         window = ShareWindow(
             steps=sums.steps,
             seconds=sums.seconds,
@@ -163,7 +165,7 @@ class SlotExchange:
             tokens=sums.tokens / max(1, sums.waiting),
             held=sums.held,
             kept=kept,
-            reused_s=(reused - self._last_reused) * token_s,
+            reused_s=self._reused_s,
             saved_s=saved_s,
             lost_s=lost_s,
         )

@@ -141,7 +141,7 @@ def test_tokens_stay_while_levels_change(name: str, checkpoint: Checkpoints, cac
 
 
 def test_tokens_stay_on_ranks_with_levels_of_their_own(checkpoint: Checkpoints, cache_dir: Path):
-    """Three ranks change theirs on their own, and want copies for all of their slots; their group is formed again meanwhile."""
+    """Three ranks change theirs on their own, and want copies for all slots; their group is formed again meanwhile."""
     folder = checkpoint("qwen3_moe")
     grouped = Grouped(folder, cache_dir, [12, "50%", 8], COPIES_TRAVEL, prefetch="auto", **AUTO)
     for rank in range(3):
