@@ -33,7 +33,7 @@ def measure_memory(cache_dir: Path, rounds: int, advance: Advance) -> Tables:
         hits: dict[str, dict[str, list[float]]] = {part: {kind: [] for kind in engines} for part in ("many", "few")}
         levels = []
         for number in range(1 + rounds):  # the first to warm up
-            found = {part: _Part(engines) for part in hits}
+            found = {part: _LoadPart(engines) for part in hits}
             found["many"].serve(MANY, NEW, seed=1 + number)
             levels.append(_levels(engines["auto"]))
             for one in range(FEW):
@@ -61,7 +61,7 @@ def measure_memory(cache_dir: Path, rounds: int, advance: Advance) -> Tables:
     return {f"tokens/s with kv_tokens='auto' over fixed divisions of the memory; {what}": rows}
 
 
-class _Part:
+class _LoadPart:
     """One part of a round.
 
     Attributes:

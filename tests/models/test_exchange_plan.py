@@ -48,7 +48,7 @@ def test_slots_take_what_the_least_cache_leaves():
     assert sum(plan.quotas) > sum(fixed.quotas) and plan.most_kv_tokens > fixed.most_kv_tokens
 
 
-def test_a_model_without_an_exchange_is_refused_before_it_is_loaded():
+def test_a_model_without_an_exchange_is_refused_unloaded():
     shape = msgspec.structs.replace(known_shape("qwen3-30b-a3b"), whole_prompts=True)
     with pytest.raises(
         ConfigError, match=r"kv_tokens='auto': .* can't exchange memory, because its prompts are computed whole"
