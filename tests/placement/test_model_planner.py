@@ -275,7 +275,7 @@ def test_placements_that_do_not_fit_are_refused_by_name():
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10**9))
-def test_a_placement_for_ceded_slots_is_reached_as_far_as_it_fits(seed: int):
+def test_a_placement_for_ceded_slots_is_reached_where_it_fits(seed: int):
     """Ranks cede slots and use them again at any time; all plan alike, and copies without a slot aren't waited for."""
     world = World.random(seed)
     layers, ranks = world.models[0].layers, len(world.models[0].layers[0].state.holds_RE)
