@@ -88,8 +88,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     capture_obstacle: str | None = None
 
     @property
-    def grows(self) -> bool:
-        """Whether the cache exchanges memory with experts, and isn't as large as it may be, or some slots are ceded."""
+    def exchanges_memory(self) -> bool:
+        """Whether the cache exchanges memory with experts: it may grow, or has grown."""
         return self.ceded_slots > 0 or self.kv_most_tokens > self.kv_tokens
 
     @property

@@ -169,6 +169,11 @@ class RowAdmission:
             return False
         return self._cache.free_tokens >= tokens or (grow and self.exchange is not None and self.exchange.grow(tokens))
 
+    def foresee(self, tokens: int) -> None:
+        """Running requests need cells for so many tokens by the end of the next step."""
+        if self.exchange is not None:
+            self.exchange.grow(tokens)
+
     @property
     def waits_for_room(self) -> bool:
         """Whether slots were asked for that come with the group's next step."""

@@ -156,16 +156,19 @@ class RowBatcher(Batcher):
     def _plan(self) -> RowBatch | None:
         """The next batch, with room for its tokens: where the cache is full, the last rows are given up.
 
-        Before, experts cede slots. In a group these come with the next step, which is made without a batch then.
+        Before, experts cede slots. In a group these come with the next step: they are asked for a step ahead, and where that
+        wasn't foreseen, the step is made without a batch.
         """
         while active := self._admission.active:
             states = [self._state(running) for running in active]
             room = self.chunk_size.prompt_tokens(sum(map(decodes, states)), self.balanced)
             planned = next_batch(states, room, prompt_was_last=self._prompt_was_last, together=self._support.together)
             assert planned is not None, "every active row has a token left to compute"
-            if self._admission.make_room(len(planned.rows) * planned.width, rows=0, grow=True):
+            needed = len(planned.rows) * planned.width
+            if self._admission.make_room(needed, rows=0, grow=True):
                 most, together = self._config.max_batch_tokens, self._support.together
                 self._next_prompt_tokens = following_prompt_tokens(states, planned, most, together=together)
+                self._admission.foresee(needed + max(self._next_prompt_tokens, len(active)))
                 return planned
             if self._admission.waits_for_room:
                 return None

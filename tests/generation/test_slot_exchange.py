@@ -182,15 +182,33 @@ def test_tokens_stay_on_ranks_with_levels_of_their_own(checkpoint: Checkpoints, 
     grouped.check()
 
 
-def test_a_group_makes_a_step_for_slots_that_a_rank_needs(checkpoint: Checkpoints, cache_dir: Path):
-    """One rank's request outgrows its cells, and the others have no work: the slots come with a step without tokens."""
+def test_a_group_cedes_slots_before_a_rank_needs_them(checkpoint: Checkpoints, cache_dir: Path):
+    """One rank's request outgrows its cells: slots come with the step before. A prompt's first may take a step without one."""
     grouped = Grouped(checkpoint("qwen3_moe"), cache_dir, ["75%", 2], **AUTO)
     request = Request("long", prompt_of(200), 40)
     engines = [Engine(model) for model in grouped.models]
     tokens = run_threads(lambda t: serve(engines[t.rank], [request][t.rank :]), 2, hub=grouped.hub)
     assert tokens == [expected_of(zoo.reference(checkpoint("qwen3_moe")), [request]), {}]
     assert [exchange_of(engine).levels for engine in engines] == [exchange_of(engines[0]).sizes.levels_for(239), 0]
-    assert engines[0].batcher.stats().preempted == 0
+    stats, group = engines[0].batcher.stats(), group_of(engines[0].model)
+    assert group is not None and stats.preempted == 0
+    assert stats.steps <= group.lockstep.steps <= stats.steps + 2, "at the beginning, and where none has work any more"
+    grouped.check()
+
+
+def test_a_rank_that_waits_for_slots_makes_a_step(checkpoint: Checkpoints, cache_dir: Path):
+    """Without a batch, and though no rank has one: or the slots would never come."""
+    grouped = Grouped(checkpoint("qwen3_moe"), cache_dir, ["75%", 2], **AUTO)
+    engines = [Engine(model) for model in grouped.models]
+
+    def work(transport: LocalTransport) -> list[bool]:
+        engine = engines[transport.rank]
+        if not transport.rank:
+            assert not exchange_of(engine).grow(100) and engine.batcher.waits_for_room
+        return [engine.step().work for _ in range(2)]
+
+    assert run_threads(work, 2, hub=grouped.hub) == [[True, False]] * 2
+    assert exchange_of(engines[0]).grow(100)
     grouped.check()
 
 
