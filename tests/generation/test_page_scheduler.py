@@ -214,21 +214,6 @@ def test_the_newest_gives_way_and_keeps_its_place(built: Callable[[str], PreTrai
     watched.batcher.close()
 
 
-def test_one_that_loses_its_pages_leaves_the_step(built: Callable[[str], PreTrainedModel]):
-    """It decodes, and so was chosen before the older one's prompt, which needs a page more."""
-    watched = Watched(built("mixtral"), kv_tokens=96, max_requests=2, max_batch_tokens=2, prefix_cache=False)
-    watched.add(Request("first", prompt_of(60), 2))
-    watched.run(6)
-    watched.add(Request("second", prompt_of(5), 60))
-    while not watched.batcher.stats().preempted:
-        assert watched.step()
-    assert [id for id, _ in watched.steps[-2]] == ["second", "first"]
-    assert [id for id, _ in watched.steps[-1]] == ["first"]
-    watched.run()
-    assert watched.order == ["first", "second"]
-    watched.batcher.close()
-
-
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_no_more_than_max_requests_run(name: str, built: Callable[[str], PreTrainedModel]):
     model = zoo.ZOO[name].build()
