@@ -33,6 +33,7 @@ EXPERT_FORMATS = ("int8", "int4")
 SLOT_FORMATS = ("auto", "packed", "unpacked")
 CACHE_SETTINGS = ("auto", "pages", "rows")
 DEFAULT_KV_TOKENS = 4096
+AUTO = "auto"
 DEFAULT_BATCH_TOKENS = 512
 """Tokens of one step of an engine."""
 DEFAULT_REQUESTS = 16
@@ -58,7 +59,7 @@ class ChangesOutputs:
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How an engine keeps and batches its requests. The fields are those of ``LoadConfig``."""
 
-    kv_tokens: int = DEFAULT_KV_TOKENS
+    kv_tokens: int | str = DEFAULT_KV_TOKENS
     max_requests: int = DEFAULT_REQUESTS
     max_batch_tokens: int = DEFAULT_BATCH_TOKENS
     cache: str = "auto"
@@ -67,7 +68,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     capture: bool = True
 
     def __post_init__(self) -> None:
-        check_count("kv_tokens", self.kv_tokens, least=0)
+        check_kv_tokens(self.kv_tokens)
+        if self.exchanges_memory and self.cache == "pages":
+            raise ConfigError("kv_tokens='auto' with cache='pages'; allowed: cache='rows' or 'auto', or a number of kv_tokens")
         for name in ("max_requests", "max_batch_tokens"):
             check_count(name, getattr(self, name))
         if self.cache not in CACHE_SETTINGS:
@@ -79,9 +82,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         if target is not None and (not isinstance(target, int | float) or isinstance(target, bool) or not 0 < target < 1e6):
             raise ConfigError(f"step_target_ms={target!r}: allowed: None, or milliseconds, more than 0")
 
+    @property
+    def exchanges_memory(self) -> bool:
+        """Whether the cache and the experts exchange memory while the engine runs (``models/cache_slots.py``)."""
+        return self.kv_tokens == AUTO
+
+    @property
+    def planned_tokens(self) -> int:
+        """``kv_tokens``; of "auto", a number in its place where sizes are chosen once: those of captured steps."""
+        return DEFAULT_KV_TOKENS if isinstance(self.kv_tokens, str) else self.kv_tokens
+
     def step_tokens(self, whole_prompts: bool) -> int:
         """Tokens of one step, at most; ``whole_prompts``: a prompt of any length is computed in one step."""
-        return self.kv_tokens if whole_prompts else max(self.max_batch_tokens, self.max_requests)
+        return self.planned_tokens if whole_prompts else max(self.max_batch_tokens, self.max_requests)
 
 
 class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,6 +122,8 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
             each checkpoint and dtype, and built anew when a weight file or its mode changes. None is ever pruned: delete
             files there when no process uses them.
         kv_tokens: tokens that the cache of an ``Engine`` keeps of all requests together: the memory plan reserves their bytes.
+            ``"auto"``: those of one step, and more in slots that experts cede while requests need the room. Experts keep a
+            quarter of their slots; ``epslots plan`` says the bounds. Only with rows (``cache``).
         max_requests: requests that an ``Engine`` runs at a time. The memory plan reserves the logits of each, and the states
             that recurrent layers keep of it.
         max_batch_tokens: tokens of one step of an ``Engine``, at most; longer prompts take several steps. The memory plan
@@ -147,7 +162,7 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
     slot_format: Annotated[str, ComparedAs("slot_format")] = "auto"
     expert_format: Annotated[str | None, ComparedAs("expert_format"), ChangesOutputs()] = None
     cache_dir: str | None = None
-    kv_tokens: int = DEFAULT_KV_TOKENS
+    kv_tokens: int | str = DEFAULT_KV_TOKENS
     max_requests: int = DEFAULT_REQUESTS
     max_batch_tokens: int = DEFAULT_BATCH_TOKENS
     cache: Annotated[str, ComparedAs("cache")] = "auto"
@@ -285,7 +300,7 @@ class LoadSettings(TypedDict, total=False):
     slot_format: str
     expert_format: str | None
     cache_dir: str | os.PathLike[str] | None
-    kv_tokens: int
+    kv_tokens: int | str
     max_requests: int
     max_batch_tokens: int
     cache: str
@@ -328,6 +343,17 @@ def refuse_unknown(given: Mapping[str, object], allowed: tuple[str, ...]) -> Non
         raise ConfigError(
             f"{', '.join(unknown)}: epslots sets this itself, or has no such setting; allowed: {', '.join(allowed)}"
         )
+
+
+def check_kv_tokens(given: object) -> None:
+    """Refuse a ``kv_tokens`` that is neither a number nor "auto".
+
+    Raises:
+        ConfigError: naming it, and what is allowed.
+    """
+    counts = isinstance(given, int) and not isinstance(given, bool) and given >= 0
+    if given != AUTO and not counts:
+        raise ConfigError(f"kv_tokens={given!r}; allowed: an int, at least 0, or 'auto'")
 
 
 def check_count(name: str, given: object, least: int = 1) -> None:

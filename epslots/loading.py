@@ -309,9 +309,10 @@ def _build_runtime(
     if isinstance(store, DiskStore):
         link = DiskLink(link, store)
         store.on_read = lambda layer, nbytes: telemetry.count(layer, disk_bytes=nbytes)
-    loaders, runners = [], {}
+    loaders, runners, cells = [], {}, plan.cache_slots
     for indices in members.values():
-        pool = SlotPool([layers[i] for i in indices], [plan.quotas[i] for i in indices], device)
+        own_slots = cells.own_slots if cells is not None and cells.layers == tuple(indices) else 0
+        pool = SlotPool([layers[i] for i in indices], [plan.quotas[i] for i in indices], device, own_slots=own_slots)
         loader = ExpertLoader(pool, store, link, tuple(indices), telemetry)
         if isinstance(store, DiskStore):
             store.watch(pool.layout, pool.slot_of)

@@ -15,6 +15,7 @@ from epslots.cache.slot_pool import SlotPool
 from epslots.config import EngineConfig
 from epslots.errors import ConfigError, CorruptExpertError
 from epslots.layout import LayerSpec
+from epslots.models.cache_slots import largest_pool
 from epslots.models.memory_plan import MemoryPlan
 from epslots.moe.moe_layer import MoELayer
 from epslots.moe.prefetcher import PrefetchConfig, UsagePredictor
@@ -73,6 +74,42 @@ class Runtime:
                 loader.pool.divide(of_pool)
                 for index in loader.store_layers:
                     self.runners[index].use_slot_range()
+
+    @property
+    def ceding_loader(self) -> ExpertLoader:
+        """The loader of the pool whose layers cede slots to the KV cache, with ``kv_tokens="auto"``."""
+        layers = largest_pool(self.layers)
+        return next(loader for loader in self.loaders if loader.store_layers == layers)
+
+    def cede_level(self, evicted: Sequence[int]) -> None:
+        """Let each layer of that pool cede a slot; plans have entered it. No other thread makes a step meanwhile.
+
+        Args:
+            evicted: each layer's expert that is evicted before; -1 = it has an empty slot.
+
+        Raises:
+            StoreError: a fetch that was in flight has failed.
+        """
+        loader = self.ceding_loader
+        loader.cede_level(evicted)
+        for index in loader.store_layers:
+            self.runners[index].use_slot_range()
+
+    def take_back_level(self, *, complete: bool) -> None:
+        """Let each layer of that pool use the slot again that it ceded last. No other thread makes a step meanwhile.
+
+        Args:
+            complete: fill layers that have a slot for every expert now: a rank alone makes no plans for them.
+
+        Raises:
+            StoreError: a record that completes a layer can't be read.
+        """
+        loader = self.ceding_loader
+        loader.take_back_level()
+        if complete:
+            loader.complete_layers()
+        for index in loader.store_layers:
+            self.runners[index].use_slot_range()
 
     def fill(self, experts: Mapping[int, IntArray], display: ProgressDisplay) -> None:
         """Load these experts of each layer into its first slots, which are empty."""

@@ -169,3 +169,15 @@ def parse_prefetch(value: str | bool | PrefetchSetting) -> PrefetchSetting:
     if nbytes >= MOST_STEP_BYTES:
         raise ConfigError(f"prefetch={value!r}: allowed: less than {format_bytes(MOST_STEP_BYTES)} a step")
     return PrefetchSetting(bytes_per_step=nbytes)
+
+
+def parse_kv_tokens(text: str) -> int | str:
+    """A ``kv_tokens`` as users write it: a number of tokens, or "auto".
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    given = text.strip()
+    if given != "auto" and not (given.isdecimal() and given.isascii()):
+        raise ConfigError(f"kv_tokens={text!r}; allowed: a number of tokens, or 'auto'")
+    return given if given == "auto" else int(given)

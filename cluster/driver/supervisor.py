@@ -321,12 +321,13 @@ class Supervisor:
 
     def _make_group(self, number: int) -> WorkerGroup:
         """A further group, and its controller client."""
+        config = self._load.config
         group = WorkerGroup(
             GroupWorkers(self.workers, number),
             self.router.open_group(),
             epochs=self._epochs,
             role=self.groups.role_of(number),
-            kv_tokens=self._load.config.kv_tokens,
+            kv_tokens=None if config.engine.exchanges_memory else config.engine.planned_tokens,
             costs=self._costs,
             deadlines=self._deadlines,
             placement=self._placement,

@@ -44,7 +44,7 @@ class WorkerGroup:
         router: the requests' way to them; paused while the group is broken.
         epochs: numbers of groups, of all of the cluster.
         role: what its ranks serve.
-        kv_tokens: capacity of each rank's cache.
+        kv_tokens: tokens that each rank's cache holds; None = as many as one request may have there.
         costs: the costs to plan with; None = measured ones.
         placement: of the first group (``placement.pack``); None = the default one.
         on_formed: called when a group has formed.
@@ -65,7 +65,7 @@ class WorkerGroup:
         *,
         epochs: Epochs,
         role: Role,
-        kv_tokens: int,
+        kv_tokens: int | None,
         costs: Costs | None,
         deadlines: Deadlines,
         placement: bytes | None,
@@ -146,7 +146,7 @@ class WorkerGroup:
     def _capacities(self, members: Sequence[WorkerRecord]) -> dict[Hashable, RankCapacity]:
         return {
             worker: RankCapacity(
-                self._kv_tokens,
+                worker.loaded.limits.capacity if self._kv_tokens is None else self._kv_tokens,
                 worker.loaded.max_requests,
                 worker.loaded.shares_prefixes,
                 speed=speed,

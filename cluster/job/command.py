@@ -21,6 +21,7 @@ from epslots.cli.option_groups import takes_groups
 from epslots.cli.options import (
     DecodeRanksOption,
     GroupsOption,
+    KvTokensOption,
     LoadConfigOptions,
     ModelOption,
     PlacementOption,
@@ -29,7 +30,7 @@ from epslots.cli.options import (
     ray_address,
 )
 from epslots.cli.text_options import TextOptions
-from epslots.config import LoadConfig
+from epslots.config import DEFAULT_KV_TOKENS
 
 if TYPE_CHECKING:
     from cluster.api import Cluster
@@ -78,7 +79,7 @@ def job(
     load: LoadConfigOptions,
     where: RayOptions,
     text: TextOptions,
-    kv_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each rank's KV cache keeps.")] = LoadConfig().kv_tokens,
+    kv_tokens: KvTokensOption = str(DEFAULT_KV_TOKENS),
     version: VersionOption = False,
 ) -> None:
     """Continue the prompts of a file, on the ranks of a Ray cluster.

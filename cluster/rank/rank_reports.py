@@ -84,7 +84,7 @@ def group_state(model: nn.Module, number: int) -> GroupState | None:
     group, runtime = group_of(model), runtime_of(model)
     if group is None:
         return None
-    pool_of = {layer: pool for pool, loader in enumerate(runtime.loaders) for layer in loader.store_layers}
+    pool_of = {layer: pool for pool, layers in enumerate(group.pools) for layer in layers}
     return GroupState(
         number=number,
         epoch=group.transport.epoch,

@@ -61,6 +61,7 @@ _GROUP_GAUGES: dict[str, _Meaning[GroupReport]] = {
 _GROUP_COUNTERS: dict[str, _Meaning[GroupStats]] = {
     "requests": (GaugeMetricFamily, lambda group: group.requests, "Requests that its ranks have."),
     "kv_cache_usage_perc": (GaugeMetricFamily, lambda group: group.engine.kv_usage, "Share of its caches in use; 1 = all."),
+    "kv_cache_tokens": (GaugeMetricFamily, lambda group: group.engine.kv_tokens, "Tokens that its caches have room for now."),
     "prompt_tokens": (CounterMetricFamily, lambda group: group.engine.prompt_tokens, "Prompt tokens that it computed."),
     "new_tokens": (CounterMetricFamily, lambda group: group.engine.new_tokens, "New tokens that it returned."),
     "expert_hits": (CounterMetricFamily, lambda group: group.hits, "Uses of an expert that found it in a slot."),
@@ -107,6 +108,8 @@ class ClusterCollector(Collector):
     def _of_requests(self, stats: ClusterStats) -> Iterator[Metric]:
         engine = stats.engine
         yield self._gauge("kv_cache_usage_perc", engine.kv_usage, "Share of the caches in use; 1 = all.")
+        yield self._gauge("kv_cache_tokens", engine.kv_tokens, "Tokens that the caches have room for now.")
+        yield self._gauge("slots_ceded", engine.ceded_slots, "Slots of experts that hold a part of them, by kv_tokens=auto.")
         yield self._counter("num_preemptions", engine.preempted, "Times that a request gave up its place in the cache.")
         yield self._counter("prefix_cache_hits", engine.reused_tokens, "Prompt tokens that the cache held already.")
         queries = engine.prompt_tokens + engine.reused_tokens

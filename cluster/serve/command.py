@@ -19,8 +19,8 @@ from cluster.config import ClusterConfig, cluster_config
 from cluster.job.command import RayOptions
 from cluster.serve.config import ServeConfig
 from epslots.cli.option_groups import takes_groups
-from epslots.cli.options import LoadConfigOptions, ModelOption, ray_address
-from epslots.config import LoadConfig
+from epslots.cli.options import KvTokensOption, LoadConfigOptions, ModelOption, ray_address
+from epslots.config import DEFAULT_KV_TOKENS
 from epslots.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -148,13 +148,7 @@ def serve(
     load: LoadConfigOptions,
     ranks: ServeRanks,
     service: ServiceOptions,
-    kv_tokens: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Tokens that a rank keeps of all its requests together, prompts and new text; no request may have more.",
-        ),
-    ] = LoadConfig().kv_tokens,
+    kv_tokens: KvTokensOption = str(DEFAULT_KV_TOKENS),
 ) -> None:
     """Serve a model over HTTP, with OpenAI's API.
 

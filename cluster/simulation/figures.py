@@ -35,10 +35,10 @@ def simulate_load(
     Raises:
         ConfigError: a setting is out of range, or a request is too long for a rank's cache.
     """
-    if workload.most_tokens > cluster.engine.kv_tokens:
+    if workload.most_tokens > cluster.engine.planned_tokens:
         raise ConfigError(
             f"prompts of {workload.prompt_tokens[1]} tokens and {workload.new_tokens[1]} new ones; allowed: up to "
-            f"kv_tokens={cluster.engine.kv_tokens} together, but for the last"
+            f"kv_tokens={cluster.engine.planned_tokens} together, but for the last"
         )
     simulation = RequestSimulation(cluster, traffic)
     measured = range(int(_BEFORE * workload.requests), math.ceil((1 - _AFTER) * workload.requests))

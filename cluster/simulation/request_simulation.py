@@ -129,7 +129,7 @@ class RequestSimulation:
     def _capacity(self, rank: int, speed: float) -> RankCapacity:
         engine = self._cluster.engine
         return RankCapacity(
-            engine.kv_tokens,
+            engine.planned_tokens,
             engine.max_requests,
             self.ranks[rank].shares_prefixes,
             speed=speed,

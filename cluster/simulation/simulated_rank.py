@@ -83,7 +83,7 @@ class SimulatedRank:
         self.served = 0
         self.prompt_token_s = 0.0
         self.waiting = 0
-        self._rows = CountedRows(engine.kv_tokens, engine.max_requests)
+        self._rows = CountedRows(engine.planned_tokens, engine.max_requests)
         self._admission = RowAdmission(self._rows, engine, _PLAIN, self.counters)
         self._chunk = ChunkSize(
             engine.max_batch_tokens, None if engine.step_target_ms is None else engine.step_target_ms / 1e3

@@ -1,7 +1,7 @@
 """Batches of requests in an engine: what they bring, against one request at a time, transformers, and the other kind of cache.
 
 The bench has parts, which can be chosen: ``PARTS``. All candidates are in fp32 on the CPU with every expert resident, so that
-nothing but the engine and the model's forward pass is timed.
+nothing but the engine and the model's forward pass is timed. In ``memory``, cache and slots share what is too little for both.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from epslots.bench.batch_arrivals import ARRIVAL_ROWS, measure_arrivals
 from epslots.bench.batch_grammars import GRAMMAR_ROWS, measure_grammars
 from epslots.bench.batch_latents import LATENT_ROWS, measure_latents
+from epslots.bench.batch_memory import MEMORY_ROWS, measure_memory
 from epslots.bench.batch_speed import (
     CACHE_ROWS,
     GENERATE_ROWS,
@@ -48,11 +49,13 @@ PARTS = {
     "latents": Part(measure_latents, LATENT_ROWS),
     "arrivals": Part(measure_arrivals, ARRIVAL_ROWS),
     "grammars": Part(measure_grammars, GRAMMAR_ROWS),
+    "memory": Part(measure_memory, MEMORY_ROWS),
 }
 
 
 def bench_batch(report: BenchReport, cache_dir: Path, *, rounds: int = 5, parts: str = ",".join(PARTS)) -> None:
-    """Throughput, steps against ``generate``, rows against pages, latents, newcomers' effect on running requests, grammars.
+    """Throughput, steps against ``generate``, rows against pages, latents, newcomers' effect on running requests, grammars,
+    and the exchange of memory between cache and slots.
 
     Args:
         parts: names in ``PARTS``, with commas between them.

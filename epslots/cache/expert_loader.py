@@ -9,6 +9,7 @@ Legend of shape suffixes: F fetches of one layer, in order; S slots of the pool.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -226,19 +227,56 @@ class ExpertLoader:
         Args:
             evicted: the giver's expert that loses its slot first; -1 = the giver has an empty slot.
         """
+        self.wait_all()
+        self._empty_slot(giver, self.pool.boundary_slot(giver, taker), evicted)
+        self.pool.pass_slot(giver, taker)
+
+    def cede_level(self, evicted: Sequence[int]) -> None:
+        """Let each layer of the pool cede the last slot that it uses; its expert moves to an empty slot of the layer.
+
+        Args:
+            evicted: each layer's expert that loses its slot first; -1 = the layer has an empty slot.
+
+        Raises:
+            StoreError: a fetch that was in flight has failed; its slot is empty, and nothing else has changed.
+        """
         pool = self.pool
         self.wait_all()
-        pool.vacate(giver, np.array([evicted]))
-        slot = pool.boundary_slot(giver, taker)
+        for layer, expert in enumerate(evicted):
+            self._empty_slot(layer, pool.slot_range(layer).stop - 1, expert)
+        pool.set_levels(pool.levels + 1)
+
+    def take_back_level(self) -> None:
+        """Let each layer use the slot again that it ceded last; it is empty. What was read from it must be done."""
+        self.pool.set_levels(self.pool.levels - 1)
+
+    def complete_layers(self) -> None:
+        """Load the missing experts of the layers that have a slot for every one.
+
+        Raises:
+            StoreError: a record can't be read, or differs from its digest.
+        """
+        pool = self.pool
+        for layer, spec in enumerate(pool.layers):
+            missing = np.flatnonzero(pool.slot_of[layer, : spec.num_experts] < 0)
+            if pool.holds_all_of(layer) and len(missing):
+                slot_range = pool.slot_range(layer)
+                empty = slot_range.start + np.flatnonzero(pool.expert_of[slot_range] < 0)
+                self.fetch(layer, missing, empty, np.full(len(missing), -1))
+                self.wait(empty)
+
+    def _empty_slot(self, layer: int, slot: int, evicted: int) -> None:
+        """Evict an expert of a layer, and move the one in ``slot``, if there is one, to an empty slot."""
+        pool = self.pool
+        pool.vacate(layer, np.array([evicted]))
         expert = int(pool.expert_of[slot])
         if expert >= 0:
-            slot_range = pool.slot_range(giver)
+            slot_range = pool.slot_range(layer)
             empty = slot_range.start + int(np.flatnonzero(pool.expert_of[slot_range] < 0)[0])
-            pool.vacate(giver, np.array([expert]))
+            pool.vacate(layer, np.array([expert]))
             pool.memory[empty].copy_(pool.memory[slot], non_blocking=True)
-            pool.occupy(giver, np.array([expert]), np.array([empty]))
-        pool.pass_slot(giver, taker)
-        self.telemetry.count(self.store_layers[giver], evictions=int(evicted >= 0))
+            pool.occupy(layer, np.array([expert]), np.array([empty]))
+        self.telemetry.count(self.store_layers[layer], evictions=int(evicted >= 0))
 
     def fill(self, layer: int, experts_F: IntArray) -> None:
         """Load experts, int64 [F], into the layer's first F slots, which are empty."""

@@ -4,16 +4,19 @@
     expert_of[slot]          the expert id in a slot, -1 = empty
 
 A layer owns a range of neighbouring slots, so that its experts are one strided tensor, which grouped matrix multiplication
-reads in place. The tables exist on the host, for plans, and on the device, where tokens are sorted by them; on the CPU these
-are the same memory. ``ExpertLoader`` fills slots. A fetch first empties its slot in both tables, and enters the expert
-once it is in flight: a failed fetch leaves a smaller cache, never a wrong one. The loader alone knows which slots are in
-flight; readers of a slot call its ``wait`` first. A layer's row reaches the device with ``publish``, once before it is read.
+reads in place. With ``kv_tokens="auto"`` it may cede the last slots of its range to the KV cache, which has further slots of
+its own behind all ranges (``models/cache_slots.py``). The tables exist on the host, for plans, and on the device, where tokens
+are sorted by them; on the CPU these are the same memory. ``ExpertLoader`` fills slots. A fetch first empties its slot in both
+tables, and enters the expert once it is in flight: a failed fetch leaves a smaller cache, never a wrong one. The loader alone
+knows which slots are in flight; readers of a slot call its ``wait`` first. A layer's row reaches the device with ``publish``,
+once before it is read.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,20 +44,28 @@ class SlotPool:
     Args:
         layers: the layers served, all with the same layout; indices below are positions in this sequence.
         quotas: slots of each layer, from 1 to its number of experts.
-        device: the device of the slots. The memory is allocated here, once: ``sum(quotas) * layout.nbytes`` bytes.
+        device: the device of the slots. The memory is allocated here, once, and never moves.
+        own_slots: slots of the KV cache, behind those of the layers.
 
     Attributes:
         memory: uint8 [slots, layout.nbytes].
+        rooms: slots of each layer's range, those included that it has ceded.
+        quotas: slots that each layer can use now.
+        levels: slots that each layer has ceded, the last of its range.
         slot_of, expert_of: the host's tables, int64 [layers, experts] and [slots].
         slot_of_device, expert_of_device: the device's.
         lock: held by a thread for its step: another thread's step could evict what this one computes with.
+        reader: of cells in the slots; there may be one at a time.
     """
 
-    def __init__(self, layers: Sequence[LayerSpec], quotas: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, layers: Sequence[LayerSpec], quotas: Sequence[int], device: torch.device, *, own_slots: int = 0
+    ) -> None:
         assert len({layer.layout for layer in layers}) == 1
         assert all(1 <= q <= layer.num_experts for q, layer in zip(quotas, layers, strict=True))
         self.layers = tuple(layers)
         self.layout = layers[0].layout
+        self.levels, self._own_slots = 0, own_slots
         self._lay_out(quotas)
         self.device = device
         self.memory = torch.empty(self.num_slots, self.layout.nbytes, dtype=torch.uint8, device=device)
@@ -65,14 +76,17 @@ class SlotPool:
         self.slot_of_device, self.expert_of_device = (table.to(device) for table in tables)
         self._unpublished = [False] * len(layers)
         self.lock = threading.Lock()
+        self.reader: weakref.ref[object] | None = None
 
-    def _lay_out(self, quotas: Sequence[int]) -> None:
-        self.quotas = tuple(int(q) for q in quotas)
-        self.starts = tuple(int(s) for s in np.concatenate([[0], np.cumsum(self.quotas)]))
+    def _lay_out(self, rooms: Sequence[int]) -> None:
+        self.rooms = tuple(int(room) for room in rooms)
+        self.quotas = tuple(room - self.levels for room in self.rooms)
+        self.starts = tuple(int(s) for s in np.concatenate([[0], np.cumsum(self.rooms)]))
 
     @property
     def num_slots(self) -> int:
-        return self.starts[-1]
+        """Slots of all layers, and the KV cache's own."""
+        return self.starts[-1] + self._own_slots
 
     @property
     def nbytes(self) -> int:
@@ -83,8 +97,8 @@ class SlotPool:
         return self.quotas[layer] == self.layers[layer].num_experts
 
     def slot_range(self, layer: int) -> slice:
-        """The layer's slots."""
-        return slice(self.starts[layer], self.starts[layer + 1])
+        """The slots that the layer can use."""
+        return slice(self.starts[layer], self.starts[layer] + self.quotas[layer])
 
     def weights(self, layer: int) -> dict[str, Weight]:
         """The layer's slots as weights [quota, ...] by the module's parameter names, which share the slots' memory."""
@@ -101,6 +115,7 @@ class SlotPool:
     def pass_slot(self, giver: int, taker: int) -> None:
         """Shift the boundary between two neighbouring layers by one slot, ``boundary_slot``, which must be empty."""
         assert abs(giver - taker) == 1 and self.quotas[giver] > 1 and self.expert_of[self.boundary_slot(giver, taker)] == -1
+        assert not self.levels, "the cache's cells are in the way"
         quotas = list(self.quotas)
         quotas[giver] -= 1
         quotas[taker] += 1
@@ -113,12 +128,26 @@ class SlotPool:
 
     def divide(self, quotas: Sequence[int]) -> None:
         """Give each layer another number of slots, with the same sum. All slots are empty afterwards."""
-        assert sum(quotas) == self.num_slots
+        assert sum(quotas) == self.starts[-1] and not self.levels
         assert all(1 <= q <= layer.num_experts for q, layer in zip(quotas, self.layers, strict=True))
         self.slot_of[:] = -1
         self.expert_of[:] = -1
         self._lay_out(quotas)
         self._unpublished = [True] * len(self.layers)
+
+    def set_levels(self, levels: int) -> None:
+        """Let all layers cede so many slots, or use them again; those must be empty."""
+        assert 0 <= levels < min(self.rooms), f"{levels} levels of ranges of {self.rooms} slots"
+        now, self.levels = self.levels, levels
+        for level in range(now + 1, levels + 1):
+            assert (self.expert_of[self.level_slots(level)] == -1).all(), "ceded slots are empty"
+        self._lay_out(self.rooms)
+
+    def level_slots(self, level: int) -> IntArray:
+        """The slots of a level, int64 [layers], one of each layer; level 0 is the KV cache's own slots, int64 [own slots]."""
+        if not level:
+            return np.arange(self.starts[-1], self.num_slots)
+        return np.array(self.starts[1:], np.int64) - level
 
     def occupy(self, layer: int, experts: IntArray, slots: IntArray) -> None:
         """Enter experts in empty slots of the layer, int64 [F] both. Their records are there, or in flight.
@@ -164,6 +193,8 @@ class SlotPool:
             assert not len(wrong), f"layer {layer}: slot {row[wrong[:1]]} doesn't hold expert {wrong[:1]}"
             used = int((inside >= 0).sum())
             assert used == len(resident), f"layer {layer}: {used} slots in use for {len(resident)} experts"
+        used, filled = int((self.slot_of >= 0).sum()), int((self.expert_of >= 0).sum())
+        assert used == filled, f"{filled} slots hold experts, and {used} of them are in layers' ranges"
         rows = [layer for layer, unpublished in enumerate(self._unpublished) if not unpublished]
         assert np.array_equal(self.slot_of_device.cpu().numpy()[rows], self.slot_of[rows]), "slot_of differs on the device"
         assert self.memory.nbytes == self.nbytes == math.prod(self.memory.shape)

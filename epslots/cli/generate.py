@@ -31,7 +31,7 @@ from epslots.generation.request_limits import cached_tokens, check_context, toke
 from epslots.generation.settings import GenerationSettings, with_own_settings
 from epslots.json_lines import MOST_LINE_BYTES, decode_text, read_lines
 from epslots.streams import is_terminal, read_input, say
-from epslots.units import format_bytes
+from epslots.units import format_bytes, parse_kv_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,12 +96,11 @@ def generate(
         ),
     ] = False,
     kv_tokens: Annotated[
-        Optional[int],
+        Optional[str],
         typer.Option(
             "--kv-tokens",
-            min=1,
-            help=f"Tokens that each rank's KV cache keeps. Default: enough for all prompts at once, but not over "
-            f"{DEFAULT_KV_TOKENS:,} unless one needs more.",
+            help=f"Tokens that each rank's KV cache keeps; auto: as many as requests need, in slots that experts cede. "
+            f"Default: enough for all prompts at once, but not over {DEFAULT_KV_TOKENS:,} unless one needs more.",
         ),
     ] = None,
 ) -> None:
@@ -117,6 +116,7 @@ def generate(
         epslots generate --json-schema @person.json "Describe a person, as JSON:"
     """
     lines, config, settings = read_prompts(prompts or [], file), load.config(), text.settings()
+    room = None if kv_tokens is None else parse_kv_tokens(kv_tokens)
 
     from epslots.cli.launchers import find_launcher
 
@@ -131,12 +131,12 @@ def generate(
     folder = find_checkpoint(source)
     context = context_of(folder)
     tokenizer = load_tokenizer(folder)
-    most_tokens = tokens_that_fit(context, kv_tokens)
+    most_tokens = tokens_that_fit(context, room if isinstance(room, int) else None)
     encoded = []
     for number, line in enumerate(lines, start=1):
         with _naming(number, len(lines)):
             encoded.append(_EncodedPrompt.of(line, settings, tokenizer, most_tokens))
-    config = msgspec.structs.replace(config, kv_tokens=room_for(encoded, context=context, kv_tokens=kv_tokens))
+    config = msgspec.structs.replace(config, kv_tokens=room_for(encoded, context=context, kv_tokens=room))
     launched: Launched
     if launcher is None:
         launched = OneRank(source, tokenizer, config, where.placement)
@@ -219,8 +219,8 @@ def context_of(folder: Path) -> int | None:
     return getattr(read_language_config(folder).get_text_config(), "max_position_embeddings", None)
 
 
-def room_for(prompts: Sequence[_EncodedPrompt], *, context: int | None, kv_tokens: int | None) -> int:
-    """Tokens of KV cache that these prompts are served with.
+def room_for(prompts: Sequence[_EncodedPrompt], *, context: int | None, kv_tokens: int | str | None) -> int | str:
+    """Tokens of KV cache that these prompts are served with, or "auto".
 
     Args:
         prompts: all that are served.
@@ -228,7 +228,7 @@ def room_for(prompts: Sequence[_EncodedPrompt], *, context: int | None, kv_token
         kv_tokens: the value of --kv-tokens.
 
     Raises:
-        ConfigError: a prompt and its new tokens exceed the model's context, or --kv-tokens.
+        ConfigError: a prompt and its new tokens exceed the model's context, or a number of --kv-tokens.
     """
     longest = max(prompts, key=lambda prompt: len(prompt.tokens) + prompt.settings.max_new_tokens)
     new = longest.settings.max_new_tokens
@@ -238,7 +238,7 @@ def room_for(prompts: Sequence[_EncodedPrompt], *, context: int | None, kv_token
     if kv_tokens is None:
         together = sum((len(prompt.tokens) + prompt.settings.max_new_tokens) * prompt.settings.n for prompt in prompts)
         return max(needed, min(DEFAULT_KV_TOKENS, together))
-    if kv_tokens < needed:
+    if isinstance(kv_tokens, int) and kv_tokens < needed:
         raise ConfigError(f"{size}, which need {needed} tokens of KV cache, but --kv-tokens is {kv_tokens}")
     return kv_tokens
 

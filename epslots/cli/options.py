@@ -13,6 +13,7 @@ import typer
 
 from epslots.config import LoadConfig, load_config
 from epslots.planner.cache_policy import POLICIES
+from epslots.units import parse_kv_tokens
 
 POLICY_HELP = f"Which resident expert is evicted for a missing one: {', '.join(POLICIES)}."
 _DEFAULTS = LoadConfig()
@@ -29,6 +30,14 @@ SlotsOption = Annotated[
         "--slots",
         "-s",
         help='Expert slots: an int (per MoE layer), "25%" (of each layer\'s experts), "12GiB" (the whole pool) or "auto".',
+    ),
+]
+KvTokensOption = Annotated[
+    str,
+    typer.Option(
+        "--kv-tokens",
+        help="Tokens that a rank's KV cache keeps of all requests together, prompts and new text: a number, or auto (as many "
+        "as requests need, in slots that experts cede meanwhile).",
     ),
 ]
 DeviceOption = Annotated[
@@ -214,13 +223,14 @@ class LoadConfigOptions:
         typer.Option("--capture/--no-capture", help="On a GPU, let a rank alone decode by CUDA graphs, where it can."),
     ] = _DEFAULTS.capture
 
-    def config(self, kv_tokens: int = _DEFAULTS.kv_tokens) -> LoadConfig:
-        """The options as the configuration that is handed down.
+    def config(self, kv_tokens: int | str = _DEFAULTS.kv_tokens) -> LoadConfig:
+        """The options as the configuration that is handed down; ``kv_tokens`` may be the text of its option.
 
         Raises:
             ConfigError: an option's value is not one of those allowed.
         """
-        return load_config(**asdict(self), kv_tokens=kv_tokens)
+        parsed = parse_kv_tokens(kv_tokens) if isinstance(kv_tokens, str) else kv_tokens
+        return load_config(**asdict(self), kv_tokens=parsed)
 
 
 def ray_address(given: str | None) -> str | None:

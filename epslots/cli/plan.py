@@ -17,6 +17,7 @@ from epslots.cli.options import (
     DtypeOption,
     ExpertFormatOption,
     HostMemoryOption,
+    KvTokensOption,
     SlotFormatOption,
     SlotsOption,
 )
@@ -39,7 +40,7 @@ from epslots.models.memory_report import advice, alternatives, largest_fit, plan
 from epslots.models.model_shape import ModelShape
 from epslots.models.quotas import describe_quotas
 from epslots.streams import table_console
-from epslots.units import format_bytes, format_count, parse_bytes, parse_slots
+from epslots.units import format_bytes, format_count, parse_bytes, parse_kv_tokens, parse_slots
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,9 +62,7 @@ class WorkOptions:
             min=1, help="Ranks; those of a group share the experts. Default: 1, or as many as --groups and roles need."
         ),
     ] = None
-    kv_tokens: Annotated[int, typer.Option(min=0, help="Tokens that a rank's KV cache keeps, of all requests together.")] = (
-        DEFAULT_KV_TOKENS
-    )
+    kv_tokens: KvTokensOption = str(DEFAULT_KV_TOKENS)
     max_requests: Annotated[int, typer.Option(min=1, help="Requests that a rank runs at a time.")] = DEFAULT_REQUESTS
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one step of a rank.")] = DEFAULT_BATCH_TOKENS
     cache: Annotated[
@@ -77,7 +76,7 @@ class WorkOptions:
     def engine(self) -> EngineConfig:
         """The settings of the rank's engine."""
         return EngineConfig(
-            kv_tokens=self.kv_tokens,
+            kv_tokens=parse_kv_tokens(self.kv_tokens),
             max_requests=self.max_requests,
             max_batch_tokens=self.max_batch_tokens,
             cache=self.cache,
@@ -238,6 +237,7 @@ def _as_json(result: MemoryPlan, found: FoundModel, host: HostMemoryPlan | None)
         "dense_bytes": result.shape.dense_bytes,
         **{name: getattr(result, name) for name in _PLAN_FIELDS},
         **{name: getattr(result.engine, name) for name in _ENGINE_FIELDS},
+        "most_kv_tokens": result.most_kv_tokens,
         "cache": result.shape.cache_kind,
         "token_bytes": result.shape.token_bytes,
         "request_bytes": result.shape.request_bytes,

@@ -56,7 +56,7 @@ class GroupPlanOptions:
         if not self.prefill_ranks:
             return []
         timing = hand_over_of(DEVICES[self.machine or _MACHINES[plan.device]])
-        return plan_hand_overs(plan.shape, plan.engine.kv_tokens, self._tokens(plan.engine.kv_tokens), timing)
+        return plan_hand_overs(plan.shape, plan.most_kv_tokens, self._tokens(plan.most_kv_tokens), timing)
 
     def _tokens(self, kv_tokens: int) -> list[int]:
         if self.hand_over_tokens is None:

@@ -163,7 +163,8 @@ def requests_table(ranks: Sequence[OneRankStats]) -> Table:
             f"{engine.preempted:,}",
             f"{engine.running:,}",
             f"{engine.waiting:,}",
-            f"{engine.kv_usage:.1%} of {engine.kv_tokens:,}",
+            f"{engine.kv_usage:.1%} of {engine.kv_tokens:,}"
+            + (f" (up to {engine.kv_most_tokens:,}; {engine.ceded_slots:,} slots ceded)" if engine.exchanges_memory else ""),
         )
     table.caption = "reused: tokens of prompts that the cache held; preempted: requests that lost their place in it for a time"
     if len(ranks) > 1 and (imbalance := sum_engines([one.engine for one in ranks]).imbalance):

@@ -74,7 +74,7 @@ class LentSlots:
         self._runtime, self._pairs, self._policy = runtime, pairs, policy
         self.taken = False
         self.lock = threading.RLock()
-        self._starts: list[tuple[int, ...]] = []
+        self._ranges: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
         self._slots: list[DeviceSlots | None] = []
         self._experts: list[DeviceExperts] = []
         self._missed_steps: MissedSteps | None = None
@@ -100,10 +100,10 @@ class LentSlots:
         runners, loaders = self._runtime.runners, self._runtime.loaders
         if any(runner.slots_are_lent for runner in runners):
             raise ConfigError("another engine decodes with this model's slots; end its requests before")
-        starts = [loader.pool.starts for loader in loaders]
-        changed = starts != self._starts
+        ranges = [(loader.pool.starts, loader.pool.quotas) for loader in loaders]
+        changed = ranges != self._ranges
         if changed:
-            self._starts = starts
+            self._ranges = ranges
             self._build()
         for slots, loader in zip(self._slots, loaders, strict=True):
             if slots is not None:

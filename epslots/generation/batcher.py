@@ -106,6 +106,11 @@ class Batcher(ABC):
         """
 
     @property
+    def waits_for_room(self) -> bool:
+        """Whether there is nothing to do but for slots that experts cede to the cache in the group's next step."""
+        return False
+
+    @property
     @abstractmethod
     def load(self) -> StepLoad:
         """Tokens of the prepared step, and of prompts that wait for a later one."""

@@ -70,6 +70,8 @@ def choose_cache(model: PreTrainedModel, engine: EngineConfig, kept: Sequence[Ca
         )
     if engine.cache != "auto":
         return engine.cache, "it was asked for"
+    if engine.exchanges_memory:
+        return "rows", "they can exchange memory with experts (kv_tokens='auto')"
     if obstacle is not None:
         return "rows", obstacle
     if is_batch_invariant(model):
@@ -77,7 +79,7 @@ def choose_cache(model: PreTrainedModel, engine: EngineConfig, kept: Sequence[Ca
     if not is_flash_attention_requested(requested_attention_implementation=model.config._attn_implementation):
         return "rows", "without flash attention they are read as fast as pages"
     kept = tensors_of(model) if kept is None else kept
-    pages = page_sizes(model).nbytes(engine.kv_tokens, engine.max_requests, engine.max_batch_tokens)
+    pages = page_sizes(model).nbytes(engine.planned_tokens, engine.max_requests, engine.max_batch_tokens)
     rows = row_bytes(kept, engine, engine.step_tokens(row_support(model).whole_prompts))
     if kept and pages > _MORE_BYTES * rows:
         return "rows", f"they take {format_bytes(rows)}, and pages would take {format_bytes(pages)}"

@@ -115,7 +115,7 @@ class CapturedDecoding(Generic[Step]):
     def __init__(self, model: PreTrainedModel, call: Call, config: EngineConfig, obstacle: str | None) -> None:
         self._model, self._call = model, call
         self._requests = config.max_requests
-        self._sizes = CapturedSizes(config.max_requests, config.kv_tokens)
+        self._sizes = CapturedSizes(config.max_requests, config.planned_tokens)
         self._lent: LentSlots | None = None
         self._graphs: dict[Hashable, _Graph[Step]] = {}
         self._latest: _Graph[Step] | None = None

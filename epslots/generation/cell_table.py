@@ -2,7 +2,7 @@
 
 A *cell* is the room of one token in a pool (``row_cache.py``). Tensors that keep equally many tokens share a table: there is
 one for those that keep every token, and one for each window. Bookkeeping alone; the cells' numbers also stand in a tensor on
-the device, so that a step's indices are made there.
+the device, so that a step's indices are made there. ``free_cells.py`` keeps those that no row holds.
 
 Suffixes: B rows of a step, W its tokens in each row, S positions that a layer reads, R rows of the cache, P positions.
 """
@@ -15,28 +15,31 @@ from numpy.typing import NDArray
 
 from epslots.arrays import IntArray
 from epslots.device_copy import to_device
-
-NO_TOKEN_CELL = 0
-"""Stays zero: it stands for the positions before a row's first token."""
+from epslots.generation.free_cells import CellNumbers, FreeCells
 
 
 class CellTable:
     """The cells of one kind.
 
     Args:
-        cells: tokens that they hold together.
+        numbers: of the cells; or how many there are, which are numbered from 1 then.
         rows: rows of the cache.
         positions: tokens of one row, at most.
         window: positions that a token attends to, itself included; None = all. Cells behind it are freed.
         device: of the pools.
+
+    Attributes:
+        no_token: the cell that stands for positions before a row's first token. It stays zero.
     """
 
-    def __init__(self, cells: int, rows: int, positions: int, window: int | None, device: torch.device) -> None:
-        self.window = window
-        self._free: NDArray[np.int32] = np.arange(cells, 0, -1, dtype=np.int32)
-        """A stack: the first ``free`` entries."""
-        self.free = cells
-        self._uses = np.zeros(cells + 1, np.int32)
+    def __init__(
+        self, numbers: CellNumbers | int, rows: int, positions: int, window: int | None, device: torch.device
+    ) -> None:
+        if isinstance(numbers, int):
+            numbers = CellNumbers.plain(numbers)
+        self.window, self.no_token = window, numbers.no_token
+        self._free = FreeCells(numbers.levels)
+        self._uses = np.zeros(numbers.total, np.int32)
         """Rows that hold each cell."""
         self._held_RP = np.zeros((rows, positions), np.int32)
         self._first_R = np.zeros(rows, np.int64)
@@ -47,6 +50,25 @@ class CellTable:
     def nbytes(self) -> int:
         """Bytes on the device."""
         return self._table_RP.nbytes
+
+    @property
+    def free(self) -> int:
+        """Cells that a row may get."""
+        return self._free.count
+
+    @property
+    def open_levels(self) -> int:
+        """Levels of cells that rows may get, besides the first."""
+        return self._free.open_levels
+
+    @property
+    def held_levels(self) -> int:
+        """The highest level of which a cell is held."""
+        return self._free.held_levels
+
+    def open_to(self, level: int) -> None:
+        """Let rows get cells up to this level alone; none above it may be held."""
+        self._free.open_to(level)
 
     def lay_out(self, row_B: IntArray, width: int) -> torch.Tensor:
         """Put free cells behind each row, int64 [B * W]. They stay free until ``take``: a repeated step may get others."""
@@ -75,17 +97,15 @@ class CellTable:
         span = span if self.window is None else min(span, self.window)
         place_BS = (length_B + 1 - span)[:, None] + torch.arange(span, device=row_B.device)
         cells_BS = self._table_RP[row_B[:, None], place_BS.clamp(min=0)]
-        return cells_BS.masked_fill_(place_BS < 0, NO_TOKEN_CELL).flatten()
+        return cells_BS.masked_fill_(place_BS < 0, self.no_token).flatten()
 
     def _next_cells(self, rows: int, width: int) -> NDArray[np.int32]:
-        count = rows * width
-        assert count <= self.free, "the batcher makes room first"
-        return self._free[self.free - count : self.free].reshape(rows, width)
+        return self._free.next(rows * width).reshape(rows, width)
 
     def read(self, row_B: IntArray, width: int) -> torch.Tensor:
         """Cells of the positions that a step reads, its own included, int32 [B * S].
 
-        Rows are aligned at their last positions; those before a row's first are ``NO_TOKEN_CELL``.
+        Rows are aligned at their last positions; those before a row's first are ``no_token``.
         """
         end_B = self._length_R[row_B] + width
         span = int(end_B.max()) if self.window is None else min(int(end_B.max()), self.window - 1 + width)
@@ -97,13 +117,13 @@ class CellTable:
         place_BS = rows_3B[1][:, None] + torch.arange(span, device=device)
         cells_BS = self._table_RP[rows_3B[0][:, None], place_BS.clamp(min=0)]
         if int(end_B.min()) < span:
-            cells_BS.masked_fill_(place_BS < 0, NO_TOKEN_CELL)
+            cells_BS.masked_fill_(place_BS < 0, self.no_token)
         return cells_BS.flatten()
 
     def take(self, row_B: IntArray, width: int) -> None:
         """The step is made: the cells that ``lay_out`` gave are the rows' own. Cells that left the window are freed."""
         cells_BW = self._next_cells(len(row_B), width)
-        self.free -= cells_BW.size
+        self._free.take(cells_BW.size)
         self._uses[cells_BW] = 1
         self._held_RP[row_B[:, None], self._length_R[row_B][:, None] + np.arange(width)] = cells_BW
         self._length_R[row_B] += width
@@ -128,7 +148,7 @@ class CellTable:
         assert self._length_R[row] == 0
         first = 0 if self.window is None else max(0, length - (self.window - 1))
         cells = self._next_cells(1, length - first)[0]
-        self.free -= len(cells)
+        self._free.take(len(cells))
         self._uses[cells] = 1
         self._held_RP[row, first:length] = cells
         self._table_RP[row, first:length] = to_device(cells, self._table_RP.device)
@@ -162,9 +182,7 @@ class CellTable:
         position = np.arange(total) - np.repeat(before_B - self._first_R[row_B], count_B)
         cells = self._held_RP[np.repeat(row_B, count_B), position]
         np.subtract.at(self._uses, cells, 1)  # rows that share cells may give them back together
-        freed = np.unique(cells[self._uses[cells] == 0])
-        self._free[self.free : self.free + len(freed)] = freed
-        self.free += len(freed)
+        self._free.give(np.unique(cells[self._uses[cells] == 0]))
 
     def check(self) -> None:
         """Assert that every cell is either free, or held as often as is counted."""
@@ -172,6 +190,5 @@ class CellTable:
         for row, (first, length) in enumerate(zip(self._first_R.tolist(), self._length_R.tolist(), strict=True)):
             np.add.at(uses, self._held_RP[row, first:length], 1)
             assert (self._table_RP[row, first:length].cpu().numpy() == self._held_RP[row, first:length]).all()
-        assert (uses == self._uses).all() and uses[NO_TOKEN_CELL] == 0
-        free = np.sort(self._free[: self.free])
-        assert (free == np.flatnonzero(uses[1:] == 0) + 1).all()
+        assert (uses == self._uses).all() and uses[self.no_token] == 0
+        self._free.check(uses)

@@ -87,6 +87,14 @@ class ChunkSize:
         allowed = self._allowed(decoding)
         return allowed if balanced is None or balanced >= allowed else max(balanced, min(allowed, self._least_worth(decoding)))
 
+    @property
+    def fixed_s(self) -> float:
+        """Seconds of a step that don't grow with its tokens and requests; 0 while none was timed."""
+        if not self._prompts and not self._decodes:
+            return 0.0
+        self._costs_3 = self._fit()
+        return float(self._costs_3[0])
+
     def _least_worth(self, decoding: int) -> int:
         """Prompt tokens with which a step computes them at ``LEAST_PACE``; as many as it may while none was timed."""
         if not self._prompts:

@@ -80,7 +80,7 @@ class Engine:
         if not work and len(self.batcher.grammars):
             self.batcher.grammars.wait(_GRAMMAR_WAIT_S)
             work = self.batcher.prepare()
-        unfinished = work or bool(len(self.batcher.grammars))
+        unfinished = work or bool(len(self.batcher.grammars)) or self.batcher.waits_for_room
         if group is None:
             mine = self.batcher.load.tokens
             if work:

@@ -36,6 +36,8 @@ class Usage(NamedTuple):
     running: int
     kv_used: int
     kv_tokens: int
+    kv_most_tokens: int
+    ceded_slots: int = 0
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +61,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
         running: requests with a place in the cache (``num_requests_running``).
         waiting: requests without one (``num_requests_waiting``).
         kv_used: tokens that the cache's memory in use has room for; what finished requests left for others is free.
-        kv_tokens: tokens that all of the cache has room for.
+        kv_tokens: tokens that all of the cache has room for; with ``kv_tokens="auto"``, now.
+        kv_most_tokens: tokens that it can have room for.
+        ceded_slots: slots of all MoE layers that hold a part of it now.
         capture_obstacle: why a rank on a GPU doesn't replay its decoding passes, as a sentence's end; None if it may, and on a
             CPU, which has no graphs. Of several ranks, the first one's.
     """
@@ -77,9 +81,16 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int
     kv_used: int
     kv_tokens: int
+    kv_most_tokens: int = 0
+    ceded_slots: int = 0
     step_tokens: int = 0
     longest_tokens: int = 0
     capture_obstacle: str | None = None
+
+    @property
+    def exchanges_memory(self) -> bool:
+        """Whether the cache exchanges memory with experts: it may grow, or has grown."""
+        return self.ceded_slots > 0 or self.kv_most_tokens > self.kv_tokens
 
     @property
     def imbalance(self) -> float:

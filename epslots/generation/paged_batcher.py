@@ -27,7 +27,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from epslots.arrays import IntArray
 from epslots.config import EngineConfig
-from epslots.errors import StepFailed, UnsupportedModelError
+from epslots.errors import ConfigError, StepFailed, UnsupportedModelError
 from epslots.generation.batcher import Batcher, check_positive, check_servable
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout
@@ -77,7 +77,9 @@ class PagedBatcher(Batcher):
         """
         check_servable(model)
         config = EngineConfig(**settings)
-        check_positive(kv_tokens=config.kv_tokens)
+        if config.exchanges_memory:
+            raise ConfigError("kv_tokens='auto': pages don't exchange memory with experts; allowed: cache='rows', or a number")
+        check_positive(kv_tokens=config.planned_tokens)
         if obstacle := paging_obstacle(model) or invariance_obstacle(model):
             raise UnsupportedModelError(
                 f"{type(model).__name__} can't be served from pages: {obstacle}; allowed: cache='rows' or 'auto'"
@@ -369,7 +371,7 @@ class PagedBatcher(Batcher):
         used_bytes = all_bytes - int(cache.compute_free_capacity(relative=False)) - left_for_others
         kv_tokens = cache.num_blocks * self._processor.cb_config.page_size
         running = sum(number in self._running for number in active)  # else it has just been cancelled
-        return Usage(running, used_bytes * kv_tokens // all_bytes, kv_tokens)
+        return Usage(running, used_bytes * kv_tokens // all_bytes, kv_tokens, kv_tokens)
 
     @property
     def _capture_obstacle(self) -> str | None:

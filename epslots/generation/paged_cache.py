@@ -122,7 +122,7 @@ def open_processor(model: PreTrainedModel, engine: EngineConfig) -> tuple[Any, A
     Raises:
         DoesNotFitError: cache and batches exceed the device's free memory.
     """
-    config, kv_tokens = model.config.get_text_config(), engine.kv_tokens
+    config, kv_tokens = model.config.get_text_config(), engine.planned_tokens
     sizes, flash, width = page_sizes(model), is_flash_attention_requested(config), row_width(model)
     implementation = model.config._attn_implementation
     manager = model.init_continuous_batching(

@@ -3,7 +3,7 @@
 Requests wait, in the order of priority and arrival, while rows or tokens are short. A prompt that begins like another one
 continues from a copy of its row; so rows of finished requests are kept until their room is needed. A row is *held* while its
 cache is handed over to another rank, and *reserved* for a request that comes from one. ``row_plan.py`` decides which of the
-active rows make a batch.
+active rows make a batch. With ``kv_tokens="auto"`` there is room in slots of experts, too (``slot_exchange.py``).
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from epslots.arrays import IntArray
 from epslots.config import EngineConfig
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout, sequence_digest
+from epslots.generation.chunk_size import ChunkSize
 from epslots.generation.engine_stats import EngineCounters
 from epslots.generation.row_cache import Row, RowCache
 from epslots.generation.row_images import growing_image, image_of_row, room_for_row
 from epslots.generation.row_support import RowSupport
+from epslots.generation.slot_exchange import SlotExchange
 from epslots.generation.tracked_request import PromptState, TrackedRequest
 
 LEAST_SHARED_TOKENS = 16
@@ -59,16 +61,26 @@ class RowAdmission:
         cache: the rows, and cells for their tokens.
         support: what the model's layers allow.
         counters: of the batcher.
+        exchange: of memory with the experts; None = the cache's size is fixed.
 
     Attributes:
+        exchange: as given.
         shares_prefixes: whether prompts that begin alike share their rows.
         running: requests with rows, in the order of turns.
         kept: rows of requests that have ended, for prompts that begin alike; the longest unused first.
         reserved: rows, with their images, of requests that are yet to come, by id.
     """
 
-    def __init__(self, cache: RowCache, config: EngineConfig, support: RowSupport, counters: EngineCounters) -> None:
+    def __init__(
+        self,
+        cache: RowCache,
+        config: EngineConfig,
+        support: RowSupport,
+        counters: EngineCounters,
+        exchange: SlotExchange | None = None,
+    ) -> None:
         self._cache, self._config, self._support, self._counters = cache, config, support, counters
+        self.exchange = exchange
         self.shares_prefixes = config.prefix_cache and support.shares_prefixes
         self._waiting: list[TrackedRequest] = []  # in the order of turns
         self.running: list[RunningRow] = []
@@ -115,7 +127,8 @@ class RowAdmission:
     def reserve(self, id: str, layout: CacheLayout) -> CacheImage | None:
         """A row for the tokens of a request that comes from another rank; None if there is no room beside the others."""
         assert id not in self.reserved
-        if not self.make_room(self._uncomputed() + layout.tokens + len(self.running) + len(self.reserved) + 1, rows=1):
+        needed = self._uncomputed() + layout.tokens + len(self.running) + len(self.reserved) + 1
+        if not self.make_room(needed, rows=1, grow=True):
             return None
         row, image = room_for_row(self._cache, layout)
         self.reserved[id] = row, image
@@ -144,11 +157,64 @@ class RowAdmission:
         else:
             self._cache.close(running.row)
 
-    def make_room(self, tokens: int, rows: int) -> bool:
-        """Give up kept rows until so many rows, and cells for so many tokens, are free; whether they are."""
+    def make_room(self, tokens: int, rows: int, *, grow: bool = False) -> bool:
+        """Give up kept rows until so many rows, and cells for so many tokens, are free; whether they are.
+
+        Args:
+            grow: let experts cede slots where that isn't enough. In a group they come later.
+        """
         while self.kept and (self._cache.free_rows < rows or self._cache.free_tokens < tokens):
             self._cache.close(self.kept.popleft().row)
-        return self._cache.free_rows >= rows and self._cache.free_tokens >= tokens
+        if self._cache.free_rows < rows:
+            return False
+        return self._cache.free_tokens >= tokens or (grow and self.exchange is not None and self.exchange.grow(tokens))
+
+    def foresee(self, tokens: int) -> None:
+        """Running requests need cells for so many tokens by the end of the next step."""
+        if self.exchange is not None:
+            self.exchange.grow(tokens)
+
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether slots were asked for that come with the group's next step."""
+        return self.exchange is not None and self.exchange.asked
+
+    def exchange_memory(self, step: ChunkSize, token_s: float) -> None:
+        """Use the cells of slots that were ceded since the last step; at the end of a window, decide about others.
+
+        Args:
+            step: knows the time of a step.
+            token_s: seconds of a prompt's token.
+        """
+        exchange = self.exchange
+        if exchange is None:
+            return
+        exchange.follow()
+        if not self.running:
+            self.count_step(0, 0.0)  # other ranks of the group may have work, and use this one's experts
+        if not exchange.due:
+            return
+        kept = sum(kept.row.length for kept in self.kept)
+        change = exchange.decide(fixed_s=step.fixed_s, kept=kept, reused=self._counters.reused_tokens, token_s=token_s)
+        while change < 0 and self.kept and not exchange.can_change(change):
+            self._cache.close(self.kept.popleft().row)
+        exchange.change(change)
+
+    def count_step(self, rows: int, seconds: float) -> None:
+        """Count a step of so many rows for the exchange."""
+        if self.exchange is not None:
+            # Each running row needs one cell more in its next step.
+            held = sum(running.row.length + 1 for running in self.running)
+            held += sum(row.length for row, _ in self.reserved.values())
+            self.exchange.count(seconds=seconds, running=rows, waiting=len(self._waiting), held=held)
+
+    def close(self) -> None:
+        """Free all rows; slots that hold cells go back to the experts."""
+        rows = [each.row for each in (*self.running, *self.kept)] + [row for row, _ in self.reserved.values()]
+        for row in rows:
+            self._cache.close(row)
+        if self.exchange is not None:
+            self.exchange.close()
 
     def restart_outgrown(self) -> None:
         """Empty the rows of sequences that have to be computed anew, because the angles of their tokens have changed."""
@@ -187,6 +253,7 @@ class RowAdmission:
         others = bool(self.running or self.reserved)
         if source is None or source not in self.kept:
             if not self.make_room(needed, rows=1) and others:
+                self._note_waiting(needed)
                 return None
             return self._cache.open() if source is None else self._cache.copy(source.row, shared)
         self.kept.remove(source)
@@ -198,7 +265,14 @@ class RowAdmission:
             if self._cache.free_tokens >= needed or not others:
                 return source.row
         self.kept.append(source)  # the last to be given up
+        if row is None:
+            self._note_waiting(needed)
         return row
+
+    def _note_waiting(self, tokens: int) -> None:
+        """A request waits for free cells; for a row, too, if none is free."""
+        if self.exchange is not None and self._cache.free_rows:
+            self.exchange.note_waiting(tokens)
 
     def _uncomputed(self) -> int:
         """Tokens of running requests' prompts that have no cell yet."""

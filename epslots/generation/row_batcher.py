@@ -33,6 +33,7 @@ from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout
 from epslots.generation.cache_tensors import tensors_of
 from epslots.generation.captured_decoding import CapturedDecoding, capture_obstacle
+from epslots.generation.cell_memory import CellMemory
 from epslots.generation.chunk_balance import NO_LOAD, StepLoad
 from epslots.generation.chunk_size import ChunkSize
 from epslots.generation.engine_stats import Usage
@@ -45,6 +46,7 @@ from epslots.generation.row_plan import RowBatch, RowState, decodes, following_p
 from epslots.generation.row_support import RowSupport, row_support
 from epslots.generation.row_tracker import RowTracker
 from epslots.generation.single_queries import SingleQueries
+from epslots.generation.slot_exchange import SlotExchange, exchange_sizes, open_cells
 from epslots.generation.static_step import StaticStep
 from epslots.generation.tracked_request import NO_TOKEN, NextToken, PromptState, TrackedRequest
 from epslots.models.captured_sizes import span_of
@@ -74,21 +76,25 @@ class RowBatcher(Batcher):
         """
         check_servable(model)
         config = self._config = EngineConfig(**settings)
-        check_positive(kv_tokens=config.kv_tokens)
-        super().__init__(model, config.kv_tokens, config.max_requests)
+        sizes = exchange_sizes(model) if config.exchanges_memory else None
+        capacity = config.planned_tokens if sizes is None else sizes.most_tokens
+        check_positive(kv_tokens=capacity)
+        super().__init__(model, capacity, config.max_requests)
         self._clock = clock
         self._support: RowSupport = row_support(model)
         self._latents = AbsorbedAttention(model)
         self._single_queries = SingleQueries(model)
         self._by_row = RowByRow(self._support.modules, self._support.rotaries, model.device)
-        self._cache = self._open_cache()
+        memory = None if sizes is None else open_cells(model, sizes)
+        self._cache = self._open_cache(memory)
         target_s = None if config.step_target_ms is None else config.step_target_ms / 1000
         self.chunk_size = ChunkSize(config.max_batch_tokens, target_s)
         self._takes = inspect.signature(model.forward).parameters
         in_rows = self._support.capture_obstacle(tensors_of(model))
         obstacle = capture_obstacle(model, in_rows) if config.capture else "it was asked for"
         self._captured = CapturedDecoding[StaticStep](model, self._call, config, obstacle)
-        self._admission = RowAdmission(self._cache, config, self._support, self._counters)
+        exchange = None if memory is None else SlotExchange(model, memory, self._cache.cells)
+        self._admission = RowAdmission(self._cache, config, self._support, self._counters, exchange)
         self._isolation: Isolation[RunningRow] | None = None
         """Of the batch under way; None between batches."""
         self._batch: RowBatch | None = None
@@ -101,22 +107,23 @@ class RowBatcher(Batcher):
     def shares_prefixes(self) -> bool:
         return self._admission.shares_prefixes
 
-    def _open_cache(self) -> RowCache:
+    def _open_cache(self, memory: CellMemory | None) -> RowCache:
         config, support = self._config, self._support
         try:
             return RowCache(
                 self._model,
                 tensors_of(self._model),
-                kv_tokens=config.kv_tokens,
+                kv_tokens=self.capacity,
                 max_requests=config.max_requests,
                 in_flight=config.step_tokens(support.whole_prompts),
                 by_row=support.by_row,
+                slots=memory,
             )
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError) and "memory" not in str(error):  # torch's on the CPU is a RuntimeError
                 raise
             raise DoesNotFitError(
-                f"a cache of {config.kv_tokens:,} tokens and {config.max_requests} requests doesn't fit on "
+                f"a cache of {self.capacity:,} tokens and {config.max_requests} requests doesn't fit on "
                 f"{self._model.device}: {error}"
             ) from error
 
@@ -131,6 +138,7 @@ class RowBatcher(Batcher):
         self._queue_prepared()
         if self._isolation is None:
             self._admission.restart_outgrown()
+            self._admission.exchange_memory(self.chunk_size, self.prompt_token_s)
             self._admission.admit()
             planned = self._plan()
             if planned is not None:
@@ -141,17 +149,29 @@ class RowBatcher(Batcher):
                 self._captured.give_back()  # the model may be used otherwise now
         return self._isolation is not None
 
+    @property
+    def waits_for_room(self) -> bool:
+        return self._admission.waits_for_room
+
     def _plan(self) -> RowBatch | None:
-        """The next batch, with room for its tokens: where the cache is full, the last rows are given up."""
+        """The next batch, with room for its tokens: where the cache is full, the last rows are given up.
+
+        Before, experts cede slots. In a group these come with the next step: they are asked for a step ahead, and where that
+        wasn't foreseen, the step is made without a batch.
+        """
         while active := self._admission.active:
             states = [self._state(running) for running in active]
             room = self.chunk_size.prompt_tokens(sum(map(decodes, states)), self.balanced)
             planned = next_batch(states, room, prompt_was_last=self._prompt_was_last, together=self._support.together)
             assert planned is not None, "every active row has a token left to compute"
-            if self._admission.make_room(len(planned.rows) * planned.width, rows=0):
+            needed = len(planned.rows) * planned.width
+            if self._admission.make_room(needed, rows=0, grow=True):
                 most, together = self._config.max_batch_tokens, self._support.together
                 self._next_prompt_tokens = following_prompt_tokens(states, planned, most, together=together)
+                self._admission.foresee(needed + max(self._next_prompt_tokens, len(active)))
                 return planned
+            if self._admission.waits_for_room:
+                return None
             self._admission.preempt(self._admission.running[-1])  # the first alone always fits
         return None
 
@@ -226,6 +246,7 @@ class RowBatcher(Batcher):
         self._captured.count_in(self._counters)
         self._counters.prompt_tokens += sum(max(0, min(planned.width, len(r.prompt) - start)) for start, r in starts)
         if seconds is not None:
+            self._admission.count_step(len(part), seconds)
             computed = len(part) * planned.width
             self.chunk_size.observe(*((0, computed) if planned.decodes else (computed, 0)), seconds)
             self._time_prompt(0 if planned.decodes else computed, seconds)
@@ -345,7 +366,9 @@ class RowBatcher(Batcher):
 
     def _usage(self) -> Usage:
         used = sum(running.row.length for running in self._admission.running)  # cells that several share count for each
-        return Usage(len(self._admission.running), min(used, self._config.kv_tokens), self._config.kv_tokens)
+        running, exchange = len(self._admission.running), self._admission.exchange
+        tokens, ceded = (self.capacity, 0) if exchange is None else (exchange.tokens, exchange.ceded_slots)
+        return Usage(running, min(used, tokens), tokens, self.capacity, ceded)
 
     @property
     def _capture_obstacle(self) -> str | None:
@@ -355,4 +378,5 @@ class RowBatcher(Batcher):
         self.grammars.close()
         self._isolation = self._batch = None
         self._captured.close()
+        self._admission.close()
         del self._admission, self._captured, self._cache

@@ -8,9 +8,9 @@
         step.commit()
 
 All memory is allocated at the start, from the memory plan's own records: a pool of cells for each tensor that grows with
-tokens, and of rows for each state. A row is a list of cells (``cell_table.py``). A step's layers (``row_layers.py``) read from
-pools what the model's own layers would keep, and write new tokens into free cells. Nothing is moved when a row comes or goes,
-and rows may share cells.
+tokens, and of rows for each state. With ``kv_tokens="auto"``, cells are in slots of experts (``cell_memory.py``). A row is a
+list of cells (``cell_table.py``). A step's layers (``row_layers.py``) read from pools what the model's own layers would keep,
+and write new tokens into free cells. Nothing is moved when a row comes or goes, and rows may share cells.
 
 Layers of which transformers' class isn't known keep objects of their own for each row (deepseek_v4's compressors); attention
 computes them row by row (``row_attention.py``).
@@ -36,9 +36,11 @@ from epslots.arrays import IntArray
 from epslots.device_copy import to_device
 from epslots.errors import UnsupportedModelError
 from epslots.generation.cache_image import TensorPlace
+from epslots.generation.cell_memory import CellMemory
 from epslots.generation.cell_table import CellTable
 from epslots.generation.row_attention import LayerOfRows
 from epslots.generation.row_layers import Pools, RowStep, States, TokenPool, can_be_pooled, pool_layer
+from epslots.models.cache_slots import in_cells
 from epslots.models.model_shape import OF_THE_CACHE, CacheTensor
 
 
@@ -120,6 +122,7 @@ class RowCache:
         max_requests: rows.
         in_flight: new tokens of one step, at most.
         by_row: layers whose attention is computed row by row, though they are pooled.
+        slots: memory of the cells; None = it is allocated here.
 
     Attributes:
         free_rows: rows that are free.
@@ -134,6 +137,7 @@ class RowCache:
         max_requests: int,
         in_flight: int,
         by_row: frozenset[int] = frozenset(),
+        slots: CellMemory | None = None,
     ) -> None:
         self.device: torch.device = model.device
         self._by_row = by_row
@@ -143,12 +147,19 @@ class RowCache:
         """Free ones, a heap: the lowest is taken first, so that rows are neighbours."""
         self._tables: dict[int | None, CellTable] = {}
         self._states: list[torch.Tensor] = []
+        self._allocated = 0
+        if slots is not None:
+            self._tables[None] = CellTable(slots.numbers, max_requests, kv_tokens, None, self.device)
         pools: dict[int, Pools] = {index: {} for index in (OF_THE_CACHE, *self._pooled)}
         for tensor in tensors:
             if tensor.layer not in pools:
                 continue  # a row's own
             entries = tensor.entries(kv_tokens, max_requests, in_flight)
-            memory = torch.zeros(entries, *tensor.shape, dtype=getattr(torch, tensor.dtype), device=self.device)
+            if slots is not None and in_cells(tensor):
+                memory = slots.view(tensor)
+            else:
+                memory = torch.zeros(entries, *tensor.shape, dtype=getattr(torch, tensor.dtype), device=self.device)
+                self._allocated += memory.nbytes
             if tensor.kind == "row":
                 pools[tensor.layer][tensor.path] = memory
                 self._states.append(memory)
@@ -159,7 +170,8 @@ class RowCache:
             assert sequence is not None
             pools[tensor.layer][tensor.path] = TokenPool(memory, tensor.window, (batch, sequence))
         self._pools = pools
-        self._tables.setdefault(None, CellTable(kv_tokens, max_requests, kv_tokens, None, self.device))
+        if None not in self._tables:
+            self._tables[None] = CellTable(kv_tokens, max_requests, kv_tokens, None, self.device)
         self._templates: list[Any] = list(self._cache.layers)
         self._apart: dict[int, torch.Tensor] = {}
         """By the ``id`` of a pool of states: those that a captured step leaves."""
@@ -173,10 +185,8 @@ class RowCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pools, and of the tables of their cells."""
-        token_pools = (pool for pools in self._pools.values() for pool in pools.values() if isinstance(pool, TokenPool))
-        pools = sum(pool.cells.nbytes for pool in token_pools) + sum(state.nbytes for state in self._states)
-        return pools + sum(table.nbytes for table in self._tables.values())
+        """Bytes of the pools that were allocated here, and of the tables of their cells."""
+        return self._allocated + sum(table.nbytes for table in self._tables.values())
 
     @property
     def keeps_states(self) -> bool:
@@ -196,11 +206,16 @@ class RowCache:
     @property
     def free_tokens(self) -> int:
         """Tokens for which there are free cells."""
-        return self._tables[None].free
+        return self.cells.free
 
     @property
     def free_rows(self) -> int:
         return len(self._numbers)
+
+    @property
+    def cells(self) -> CellTable:
+        """The cells of tensors that keep every token."""
+        return self._tables[None]
 
     def open(self) -> Row:
         """An empty row; there must be a free one."""

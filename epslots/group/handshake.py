@@ -27,7 +27,7 @@ from epslots.transport.transport import Transport
 Message = TypeVar("Message")
 
 # To be raised when ranks of this version can't work with those of the last.
-PROTOCOL = 4
+PROTOCOL = 5
 
 
 class Handshake(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -35,8 +35,9 @@ class Handshake(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         settings: values that must be equal on all ranks, by name.
-        slots: slots of each layer.
+        slots: slots of each layer, those included that it has ceded.
         residents: the experts in them.
+        levels: slots that each layer has ceded to the rank's KV cache; -1 = its cache has a size of its own.
         node: the name of the rank's node.
         steps: steps of all layers that the rank's eviction policy has seen.
         costs: the costs that the rank's last group agreed on, by pool; empty if it had none.
@@ -50,6 +51,7 @@ class Handshake(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     settings: dict[str, str]
     slots: list[int]
     residents: list[list[int]]
+    levels: int = -1
     node: str = ""
     steps: int = 0
     costs: list[Costs] = []

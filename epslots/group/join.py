@@ -28,7 +28,7 @@ from epslots.group.handshake import (
     greet_peers,
     settings_of,
 )
-from epslots.group.rank_group import RankGroup, enter, group_of
+from epslots.group.rank_group import RankGroup, enter, group_of, slot_pools
 from epslots.models.experts import experts_modules
 from epslots.moe.moe_layer import plan_alone
 from epslots.moe.peers import Alone
@@ -82,7 +82,8 @@ def join(
     handshake = Handshake(
         epoch=transport.epoch,
         settings=settings_of(runtime, {**settings, "costs": "measured" if costs is None else str(costs)}),
-        slots=[runner.cache.slots for runner in runtime.runners],
+        slots=[runner.cache.room for runner in runtime.runners],
+        levels=-1 if runtime.plan.cache_slots is None else runtime.ceding_loader.pool.levels,
         residents=[np.flatnonzero(runner.cache.resident_E).tolist() for runner in runtime.runners],
         node=socket.gethostname() if node is None else node,
         steps=sum(runner.steps for runner in runtime.runners),
@@ -96,8 +97,8 @@ def join(
     _share_history(transport, runtime, handshakes)
     if placement is not None:
         slots_LR = np.array([other.slots for other in handshakes]).T
-        pools = [loader.store_layers for loader in runtime.loaders]
-        check_fits(placement, default_placement([layer.num_experts for layer in runtime.layers], slots_LR), pools)
+        there = default_placement([layer.num_experts for layer in runtime.layers], slots_LR)
+        check_fits(placement, there, slot_pools(runtime, handshakes))
     agreed = _agree_on_costs(transport, runtime, handshakes, costs)
     group = RankGroup(runtime, transport, settings, handshakes, agreed, agree_on_placement(transport, handshakes, followed))
     if group_of(model) is None:
@@ -189,7 +190,9 @@ def start_rank(
 
 def _divide(runtime: Runtime, placement: Placement, slots_LR: IntArray, rank: int) -> None:
     there = default_placement([layer.num_experts for layer in runtime.layers], slots_LR)
-    check_fits(placement, there, [loader.store_layers for loader in runtime.loaders])
+    single = [(layer,) for layer in range(len(runtime.layers))]
+    pools = [loader.store_layers for loader in runtime.loaders] if runtime.plan.cache_slots is None else single
+    check_fits(placement, there, pools)
     runtime.divide(placement.quota_LR[:, rank].tolist())
 
 

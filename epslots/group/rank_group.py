@@ -11,10 +11,11 @@ import numpy as np
 import xxhash
 from torch import nn
 
-from epslots.arrays import BoolArray
+from epslots.arrays import BoolArray, IntArray
 from epslots.cache.expert_loader import ExpertLoader
 from epslots.errors import ConfigError, ExchangeError
 from epslots.group.handshake import Handshake, decode, encode
+from epslots.models.cache_slots import largest_pool
 from epslots.placement.model_planner import ModelPlanner, check_fits
 from epslots.placement.placement import Placement, default_placement
 from epslots.planner.cost_model import Costs
@@ -38,6 +39,7 @@ class RankGroup:
         settings: equal on all ranks.
         costs: agreed by all, by pool.
         nodes: the name of each rank's node.
+        pools: the layers between which slots may pass, by pool.
         shared: the planner of the model; the same on all ranks.
         lockstep: keeps this rank in step.
     """
@@ -58,9 +60,10 @@ class RankGroup:
         self._runtime = runtime
         self._offered: dict[int, tuple[Placement, int]] = {}
         self._tables = [(loader, _table(loader, handshakes)) for loader in runtime.loaders]
+        self.pools = slot_pools(runtime, handshakes)
         self.shared = self._planners(handshakes)
         if followed is not None:
-            self.shared.adopt(*followed)
+            self.shared.adopt(*followed, self._scores)
         self._newest = self.shared.placement.version
         self.lockstep = LockStep(
             transport,
@@ -72,6 +75,7 @@ class RankGroup:
             explain_divergence=self._explain_divergence,
             on_header=self._begin_step,
         )
+        self.lockstep.levels = max(0, handshakes[transport.rank].levels)
         for loader in runtime.loaders:
             loader.join(transport)
         for runner, planner in zip(runtime.runners, self.shared.layers, strict=True):
@@ -82,6 +86,8 @@ class RankGroup:
         runtime, size = self._runtime, self.transport.size
         quota_LR = np.array([handshake.slots for handshake in handshakes]).T
         placement = default_placement([layer.num_experts for layer in runtime.layers], quota_LR)
+        levels_R, ceding = np.array([handshake.levels for handshake in handshakes]), largest_pool(runtime.layers)
+        quota_LR[list(ceding)] -= levels_R.clip(min=0)
         _, node_R = np.unique(self.nodes, return_inverse=True)
         bound = runtime.prefetch_config.bytes_per_step
         budgets = FetchBudgets(None if bound is None else PrefetchBudget(size, bound))
@@ -103,8 +109,9 @@ class RankGroup:
                     budgets=budgets,
                     cpu_share=CpuShare(size, experts, costs, concurrent=loader.link.concurrent) if offloads else None,
                 )
-        pools = [loader.store_layers for loader in runtime.loaders]
-        return ModelPlanner([layers[index] for index in range(len(layers))], placement, pools, budgets)
+        in_order = [layers[index] for index in range(len(layers))]
+        ceded_R = levels_R.clip(min=0) if (levels_R >= 0).any() else None
+        return ModelPlanner(in_order, placement, self.pools, budgets, levels_R=ceded_R, ceding=ceding)
 
     @property
     def placement(self) -> Placement:
@@ -131,12 +138,12 @@ class RankGroup:
             most = format_bytes(MOST_STEP_BYTES)
             raise ConfigError(f"bytes_per_step={bytes_per_step!r}: allowed: bytes, more than 0 and less than {most}")
         if placement.version > self._newest:
-            check_fits(placement, self.placement, [loader.store_layers for loader in self._runtime.loaders])
+            check_fits(placement, self.placement, self.pools)
             self._offered[placement.version] = placement, bytes_per_step
             self._newest = placement.version
 
     def _begin_step(self, header: Header) -> None:
-        """Adopt the newest placement that all ranks have, and pass the slots of this step for it."""
+        """Adopt the newest placement that all ranks have, pass the slots of this step for it, and cede others to caches."""
         if header.placement > self.placement.version:
             if header.placement not in self._offered:
                 error = ExchangeError(
@@ -145,12 +152,30 @@ class RankGroup:
                 )
                 self.lockstep.fail(error)  # the others don't know
                 raise error
-            self.shared.adopt(*self._offered[header.placement])
+            self.shared.adopt(*self._offered[header.placement], self._scores)
             self._offered = {g: offer for g, offer in self._offered.items() if g > header.placement}
         runners = self._runtime.runners
-        for shift in self.shared.begin_step(lambda layer: runners[layer].scores()):
+        for shift in self.shared.begin_step(self._scores):
             if shift.rank == self.transport.rank:
                 runners[shift.giver].pass_slot(runners[shift.taker], shift.evicted)
+        if self.shared.levels_R is not None:
+            for rank, levels in enumerate(header.levels_R):
+                self._change_levels(rank, levels - int(self.shared.levels_R[rank]))
+
+    def _scores(self, layer: int) -> IntArray:
+        """The eviction policy's scores of a layer's experts, the same on all ranks."""
+        return self._runtime.runners[layer].scores()
+
+    def _change_levels(self, rank: int, change: int) -> None:
+        """Enter that a rank's layers cede further slots to its KV cache, or use some again; on that rank, let them."""
+        for _ in range(abs(change)):
+            evicted = self.shared.change_level(rank, 1 if change > 0 else -1, self._scores)
+            if rank != self.transport.rank:
+                continue
+            if change > 0:
+                self._runtime.cede_level(evicted)
+            else:
+                self._runtime.take_back_level(complete=False)
 
     def _digest(self) -> int:
         """The digest of this rank's tables, after its own rows were brought up to its slots."""
@@ -188,6 +213,13 @@ class RankGroup:
 
     def _gather(self, value: object) -> list[bytes]:
         return self.transport.gather_bytes(encode(value))
+
+
+def slot_pools(runtime: Runtime, handshakes: Sequence[Handshake]) -> list[tuple[int, ...]]:
+    """The layers between which slots may pass, by pool; none, where layers of some rank cede slots to its KV cache."""
+    if any(handshake.levels >= 0 for handshake in handshakes):
+        return [(layer,) for layer in range(len(runtime.layers))]
+    return [loader.store_layers for loader in runtime.loaders]
 
 
 def _table(loader: ExpertLoader, handshakes: Sequence[Handshake]) -> BoolArray:

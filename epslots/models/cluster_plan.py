@@ -71,7 +71,7 @@ def plan_roles(plan: MemoryPlan, division: RankGroups) -> list[RolePlan]:
                     groups=groups,
                     group_ranks=division.group_size,
                     slots_per_expert=plan.slots_per_expert,
-                    kv_tokens=ranks * plan.engine.kv_tokens,
+                    kv_tokens=ranks * plan.most_kv_tokens,
                     requests=ranks * plan.engine.max_requests,
                     kv_bytes=ranks * plan.kv_bytes,
                 )

@@ -20,8 +20,9 @@ import msgspec
 from epslots.config import EngineConfig
 from epslots.errors import ConfigError
 from epslots.layout import ITEM_BYTES, RecordLayout, unpacking_bytes
+from epslots.models.cache_slots import CacheSlots, exchange_obstacle, in_cells, plan_cache_slots
 from epslots.models.captured_sizes import CapturedSizes
-from epslots.models.model_shape import ModelShape
+from epslots.models.model_shape import ModelShape, row_bytes
 from epslots.models.quotas import pool_bytes, resolve_quotas, served_tokens
 from epslots.units import SlotsSetting
 
@@ -71,8 +72,27 @@ class MemoryPlan(msgspec.Struct, frozen=True):
         return pool_bytes(self.shape.layers, self.quotas)
 
     @property
+    def cache_slots(self) -> CacheSlots | None:
+        """The exchange of slots and cache with ``kv_tokens="auto"``; None with a number."""
+        if not self.engine.exchanges_memory:
+            return None
+        return plan_cache_slots(self.shape, self.quotas, self.shape.step_tokens(self.engine))
+
+    @property
+    def most_kv_tokens(self) -> int:
+        """Tokens that the KV cache holds at most."""
+        sizes = self.cache_slots
+        return self.engine.planned_tokens if sizes is None else sizes.most_tokens
+
+    @property
     def kv_bytes(self) -> int:
-        return self.shape.kv_bytes(self.engine)
+        """Bytes of the KV cache; with ``kv_tokens="auto"`` without the slots that layers may cede, which count as slots."""
+        sizes = self.cache_slots
+        if sizes is None:
+            return self.shape.kv_bytes(self.engine)
+        outside = [tensor for tensor in self.shape.cache if not in_cells(tensor)]
+        step_tokens = self.shape.step_tokens(self.engine)
+        return sizes.own_bytes + row_bytes(outside, self.engine, step_tokens, sizes.most_tokens)
 
     @property
     def workspace_bytes(self) -> int:
@@ -109,7 +129,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
         rows = self.engine.max_requests if captures else 0
         if self.served_tokens is not None:
             rows = min(rows, self.served_tokens) if self.gpu_fetches else 0
-        return CapturedSizes(rows, self.engine.kv_tokens)
+        return CapturedSizes(rows, self.engine.planned_tokens)
 
     @property
     def captured_bytes(self) -> int:
@@ -196,12 +216,16 @@ def plan_memory(
         memory_note: the origin of ``memory_bytes``, for messages.
 
     Raises:
-        ConfigError: a number is out of range, or there are more slots per layer than experts.
+        ConfigError: a number is out of range, there are more slots per layer than experts, or the model's cache and experts
+            can't exchange memory.
         DoesNotFitError: slots were given in bytes that don't hold one slot of every layer.
     """
     _check_at_least(0, memory_bytes=memory_bytes, reserve_bytes=reserve_bytes)
     _check_at_least(1, ranks=ranks)
     assert shape.layers, "a model without experts has no use for slots"
+    engine = EngineConfig() if engine is None else engine
+    if engine.exchanges_memory and (obstacle := exchange_obstacle(shape)) is not None:
+        raise ConfigError(f"kv_tokens='auto': {shape.name} can't exchange memory, because {obstacle}; allowed: a number")
     plan = MemoryPlan(
         shape=shape,
         setting=setting,
@@ -209,7 +233,7 @@ def plan_memory(
         memory_bytes=memory_bytes,
         ranks=ranks,
         device=device,
-        engine=engine or EngineConfig(),
+        engine=engine,
         reserve_bytes=default_reserve(memory_bytes) if reserve_bytes is None else reserve_bytes,
         predictor_bytes=predictor_bytes,
         capturable=capturable,

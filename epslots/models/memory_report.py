@@ -36,9 +36,16 @@ def plan_items(plan: MemoryPlan) -> tuple[tuple[str, int, str], ...]:
 
 def describe_cache(plan: MemoryPlan) -> str:
     """The cache that the engine uses, and the room in it."""
-    engine, shape = plan.engine, plan.shape
+    engine, shape, sizes = plan.engine, plan.shape, plan.cache_slots
     requests = f"{engine.max_requests:,} request{'s' if engine.max_requests > 1 else ''}"
-    text = f"{shape.cache_kind}: {engine.kv_tokens:,} tokens of up to {requests}, {shape.token_bytes:,} bytes a token"
+    if sizes is None:
+        text = f"{shape.cache_kind}: {engine.planned_tokens:,} tokens of up to {requests}, {shape.token_bytes:,} bytes a token"
+    else:
+        left = [quota - sizes.most_levels * (layer in sizes.layers) for layer, quota in enumerate(plan.quotas)]
+        text = (
+            f"rows: from {sizes.least_tokens:,} tokens to {sizes.most_tokens:,} with {describe_quotas(left)} left to experts, "
+            f"of up to {requests}, {sizes.slot_bytes // sizes.cells_per_slot:,} bytes a token"
+        )
     return f"{text}, {shape.request_bytes:,} a request" if shape.request_bytes else text
 
 

@@ -76,17 +76,19 @@ class CacheTensor(msgspec.Struct, frozen=True):
         return self.entries(kv_tokens, max_requests, in_flight) * self.entry_bytes * (1 if self.pooled else 2)
 
 
-def row_bytes(cache: Sequence[CacheTensor], engine: EngineConfig, step_tokens: int) -> int:
+def row_bytes(cache: Sequence[CacheTensor], engine: EngineConfig, step_tokens: int, most_tokens: int | None = None) -> int:
     """Bytes of the rows that an engine allocates.
 
     Args:
         cache: the tensors that the model's own cache keeps of a sequence.
         step_tokens: new tokens of one step, at most.
+        most_tokens: tokens of all sequences together, at most; by default those that the engine plans with.
     """
-    tensors = sum(tensor.nbytes(engine.kv_tokens, engine.max_requests, step_tokens) for tensor in cache)
+    tokens = engine.planned_tokens if most_tokens is None else most_tokens
+    tensors = sum(tensor.nbytes(tokens, engine.max_requests, step_tokens) for tensor in cache)
     # A table for each kind of window, and one for what keeps all tokens.
     tables = len({None, *(tensor.window for tensor in cache if tensor.pooled)})
-    return tensors + tables * engine.max_requests * engine.kv_tokens * _CELL_NUMBER_BYTES
+    return tensors + tables * engine.max_requests * tokens * _CELL_NUMBER_BYTES
 
 
 class ModelShape(msgspec.Struct, frozen=True):
@@ -159,7 +161,7 @@ class ModelShape(msgspec.Struct, frozen=True):
         return engine.step_tokens(self.whole_prompts)
 
     def kv_bytes(self, engine: EngineConfig) -> int:
-        """Bytes of the cache that an engine allocates."""
+        """Bytes of the cache that an engine allocates, with a fixed number of ``kv_tokens``."""
         if self.pages is not None:
-            return self.pages.nbytes(engine.kv_tokens, engine.max_requests, engine.max_batch_tokens)
+            return self.pages.nbytes(engine.planned_tokens, engine.max_requests, engine.max_batch_tokens)
         return row_bytes(self.cache, engine, self.step_tokens(engine))

@@ -35,6 +35,7 @@ class ExpertCache:
     Attributes:
         slot_range: the layer's slots in the pool.
         slots: Q.
+        room: slots of its range, those included that it has ceded to the KV cache.
         slot_of_E: int64, the slot of each expert, or the one that it is on its way to; -1 = absent.
         holds_all: whether the layer has a slot for every expert, so that none is ever missing.
     """
@@ -53,7 +54,7 @@ class ExpertCache:
 
     def _read_slot_range(self) -> None:
         self.slot_range = self.pool.slot_range(self.pool_layer)
-        self.slots = self.slot_range.stop - self.slot_range.start
+        self.slots, self.room = self.slot_range.stop - self.slot_range.start, self.pool.rooms[self.pool_layer]
         self._expert_of_Q = self.pool.expert_of[self.slot_range]
         self._awaited_Q = np.empty(self.slots, np.int64)
         self.holds_all = self.pool.holds_all_of(self.pool_layer)

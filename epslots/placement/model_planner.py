@@ -50,17 +50,30 @@ class ModelPlanner:
         placement: the one that the layers' homes come from.
         pools: the layers of each pool, in the order of their windows.
         budgets: shared with all layers' planners. ``migration`` is set while there is something to migrate.
+        levels_R: slots that each layer of ``ceding`` has ceded to a rank's KV cache; None = no rank's layers cede any. If some
+            do, slots don't pass between layers, and no layer counts as complete.
+        ceding: the layers that cede slots.
 
     Attributes:
+        levels_R: as given, kept up to date by ``change_level``.
         complete: whether every rank holds every expert of every layer, for good: then each computes its own tokens.
         bytes_per_step: of the migration budget.
     """
 
     def __init__(
-        self, layers: Sequence[LayerPlanner], placement: Placement, pools: Sequence[Sequence[int]], budgets: FetchBudgets
+        self,
+        layers: Sequence[LayerPlanner],
+        placement: Placement,
+        pools: Sequence[Sequence[int]],
+        budgets: FetchBudgets,
+        *,
+        levels_R: IntArray | None = None,
+        ceding: Sequence[int] = (),
     ) -> None:
         self.layers = tuple(layers)
-        self.complete = all(layer.state.holds_RE.all() for layer in layers)  # no other placement has as many slots
+        self.levels_R, self._ceding = levels_R, tuple(ceding)
+        # No other placement has as many slots.
+        self.complete = levels_R is None and all(layer.state.holds_RE.all() for layer in layers)
         self.placement = placement
         self.budgets = budgets
         self.bytes_per_step = 0
@@ -86,18 +99,22 @@ class ModelPlanner:
             raise StaleEpoch(f"placement {placement.version} is not newer than {self.placement.version}, which is followed")
         check_fits(placement, self.placement, self._pools)
 
-    def adopt(self, placement: Placement, bytes_per_step: int) -> None:
+    def adopt(self, placement: Placement, bytes_per_step: int, scores: Callable[[int], IntArray] | None = None) -> None:
         """Follow ``placement`` from now on; between steps, on all ranks alike.
 
         Args:
             bytes_per_step: bytes that each rank migrates at most in a step. Less than an expert's size allows a migration
                 every few steps.
+            scores: as for ``begin_step``; needed where slots are ceded, for which copies aren't wanted then.
         """
         self.placement, self.bytes_per_step = placement, bytes_per_step
         for index, layer in enumerate(self.layers):
             experts = int(placement.num_experts_L[index])
             layer.state.adopt(placement.home_LE[index, :experts].copy(), placement.wanted_LRE[index, :, :experts].copy())
-        self._shifting = bool((self._quota_LR() != placement.quota_LR).any())
+            if self.levels_R is not None:
+                assert scores is not None
+                layer.state.drop_wanted(scores(index))
+        self._shifting = self.levels_R is None and bool((self._quota_LR() != placement.quota_LR).any())
         largest = max(layer.expert_bytes for layer in self.layers)
         pending = self.pending_migrations > 0
         self.budgets.migration = MigrationBudget(placement.ranks, bytes_per_step, largest) if pending else None
@@ -136,6 +153,24 @@ class ModelPlanner:
                 self.layers[taker].state.resize(rank, 1, scores(taker))
                 shifts.append(Shift(rank, giver, taker, evicted))
         return shifts
+
+    def change_level(self, rank: int, change: int, scores: Callable[[int], IntArray]) -> list[int]:
+        """Let each layer of a rank cede one more slot to its KV cache, or use one again (``change`` is 1 or -1).
+
+        Called between steps, on all ranks alike.
+
+        Args:
+            scores: as for ``begin_step``.
+
+        Returns:
+            The expert that each ceding layer evicts there, -1 = none.
+        """
+        assert self.levels_R is not None
+        self.levels_R[rank] += change
+        evicted = [self.layers[layer].state.resize(rank, -change, scores(layer)) for layer in self._ceding]
+        for layer in self._ceding:
+            self.layers[layer].state.drop_wanted(scores(layer))
+        return evicted
 
     def _quota_LR(self) -> IntArray:
         return np.stack([layer.state.quota_R for layer in self.layers])

@@ -110,6 +110,15 @@ class LayerState:
         self.add_to_digest(np.array([rank, change, evicted]))
         return evicted
 
+    def drop_wanted(self, score_E: IntArray) -> None:
+        """Drop wanted copies that exceed a rank's slots, the lowest scores first."""
+        order = np.argsort(-score_E, kind="stable")
+        fits_RE = self.wanted_RE[:, order].cumsum(1) <= self.quota_R[:, None]
+        self.wanted_RE = self.wanted_RE & fits_RE[:, np.argsort(order)]
+        self.pending_RE = self.pending_RE & self.wanted_RE
+        self.update_pending()
+        self._spare_RE = self._idle_slots = None
+
     def replace(self, holds_RE: BoolArray) -> None:
         """Enter the residents after a step, bool [R, E]."""
         self.holds_RE[:] = holds_RE

@@ -22,7 +22,7 @@ _WAITING = {
     "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim",
     "unique_consecutive", "bincount", "histc",
 }  # fmt: skip
-_MOST_ROWS = 64  # that a gathering is taken apart into
+_MOST_ROWS = 64  # that a gathering or scattering is taken apart into
 # Operations that read or write some rows of a table, of which they needn't move the others.
 _GATHERS = {"index", "index_select", "embedding", "gather"}
 _SCATTERS = {"index_copy_", "index_put_", "_index_put_impl_", "scatter_"}
@@ -172,6 +172,8 @@ def _on_device(
             reads = _grouped_reads(inner_args, inner)
         elif name in ("index", "index_select") and inner_args[0].dim():
             reads = _rows_read(name, inner_args, reads)
+        elif name == "index_copy_" and inner_args[1] == 0:
+            writes = _rows_of(inner_args[0], inner_args[2]) or writes
         compute = partial(func, *inner_args, **inner)
         flops, moves = _flops(machine, name, inner_args, made), _rows_moved(name, inner_args, made)
         work = kernel_work(machine, name, number, reads, [*made, *writes], flops, moves=moves)
@@ -261,8 +263,14 @@ def _rows_read(name: str, args: tuple[Any, ...], reads: list[torch.Tensor]) -> l
     index = indices[0] if len(indices) == 1 else None
     if index is None or index.dtype == torch.bool:
         return reads
+    rows = _rows_of(args[0], index)
+    return [index, *rows] if rows else reads
+
+
+def _rows_of(table: torch.Tensor, index: torch.Tensor) -> list[torch.Tensor]:
+    """The rows of a table that an index names, where they are few; else none."""
     rows = index.flatten().unique().tolist()
-    return reads if len(rows) > _MOST_ROWS else [index, *(args[0][row] for row in rows)]
+    return [] if len(rows) > _MOST_ROWS else [table[row] for row in rows]
 
 
 def _rows_moved(name: str, args: tuple[Any, ...], made: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:

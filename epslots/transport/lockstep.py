@@ -9,7 +9,7 @@ byte of anything else moves. ``sync_ranks`` and the engine call ``begin`` and ``
               next layer
     guard     a digest of all that the layer's plan depends on besides the counts: ranks that differ would plan differently
     header    epoch, digest of the residency table, has work, wants to stop, newest placement that has arrived, tokens of the
-              step, tokens of prompts in the next one
+              step, tokens of prompts in the next one, slots that each layer cedes to the rank's KV cache
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from epslots.transport.transport import Transport
 
 _HEADER_KIND = -1
 _PREFIX_WORDS = 6
-_HEADER_WORDS = 2 * 7
+_HEADER_WORDS = 2 * 8
 # Rows of all models with up to so many experts have one length: ranks that call different models get an error that says so.
 _USUAL_EXPERTS = 500
 _STEP_LIMIT = 2**31
@@ -49,6 +49,7 @@ class Header:
         placement: the newest version that has arrived at all ranks.
         tokens_R: tokens of the step, by rank.
         waiting_R: tokens of prompts that it could compute in the next one, by rank.
+        levels_R: slots that each layer cedes to the rank's KV cache from this step on, by rank.
     """
 
     work: bool
@@ -56,6 +57,7 @@ class Header:
     placement: int = 0
     tokens_R: tuple[int, ...] = ()
     waiting_R: tuple[int, ...] = ()
+    levels_R: tuple[int, ...] = ()
 
 
 class Gathered(msgspec.Struct, frozen=True):
@@ -83,6 +85,7 @@ class LockStep:
         header: all ranks' headers of the latest step.
         stopping: whether this rank wants to stop; set by the caller, sent with the next step's header.
         load: this rank's tokens of the next step, and its prompts' in the one after it; sent with the header, and zero again.
+        levels: slots that each layer of this rank shall cede to its KV cache; set by the caller, sent with every header.
         steps: steps that this rank has begun.
         exchanging: whether this rank is in the header's exchange, or between a layer's first and last exchange: the others
             wait for it. Stays so after a failure there; ``note`` changes it.
@@ -132,6 +135,7 @@ class LockStep:
         self._layer: int | None = None
         self.stopping = False
         self.load = (0, 0)
+        self.levels = 0
         self.header = Header(work=False, stop=False)
 
     @property
@@ -149,7 +153,7 @@ class LockStep:
         """
         self.steps += 1
         self._layer, self.exchanging, self.computing = 0, True, False
-        words = self.transport.epoch, self._digest(), int(work), int(self.stopping), self._offered(), *self.load
+        words = self.transport.epoch, self._digest(), int(work), int(self.stopping), self._offered(), *self.load, self.levels
         mine, self.load = np.array(words, np.int64), (0, 0)
         self._words_of_head[_PREFIX_WORDS:] = mine.view(np.int32)
         rows = self._gather(_HEADER_KIND, 0, 0, len(self._head))
@@ -166,6 +170,7 @@ class LockStep:
             placement=int(headers[:, 4].min()),
             tokens_R=tuple(headers[:, 5].tolist()),
             waiting_R=tuple(headers[:, 6].tolist()),
+            levels_R=tuple(headers[:, 7].tolist()),
         )
         if self.header.work:
             self._on_header(self.header)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from epslots.bench import batch_arrivals, batch_grammars, batch_latents, batch_speed
+from epslots.bench import batch_arrivals, batch_grammars, batch_latents, batch_memory, batch_speed
 from epslots.bench.batch import PARTS, bench_batch
 from epslots.bench.engines import Decoding, Served
 from epslots.bench.models import random_config
@@ -45,6 +45,19 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_latents, "latent_config", lambda: config)
     monkeypatch.setattr(batch_latents, "CONTEXT", 40)
     monkeypatch.setattr(batch_latents, "LARGE_MODELS", {"small": (config, None)})
+    sizes = {
+        "CONFIG": attention,
+        "MANY": 3,
+        "TOGETHER": 2,
+        "PROMPT": 8,
+        "NEW": 6,
+        "FEW": 1,
+        "LONG": 9,
+        "SLOTS": 6,
+        "LEVELS": 2,
+    }
+    for name, value in (sizes | {"_STEP_TOKENS": 16}).items():
+        monkeypatch.setattr(batch_memory, name, value)
     monkeypatch.setattr(batch_grammars, "train_tokenizer", lambda: load_tokenizer(example_model()))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
@@ -11,46 +9,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from epslots.cache.copy_engine import SynchronousEngine
-from epslots.cache.expert_loader import ExpertLoader
 from epslots.cache.slot_pool import SlotPool
 from epslots.errors import CorruptExpertError
-from epslots.layout import LayerSpec, RecordLayout
 from epslots.planner.cache_policy import POLICIES
 from epslots.planner.evictions import plan_evictions
 from epslots.planner.expert_passes import plan_passes
 from epslots.planner.use_history import UseHistory, record_use
-from epslots.telemetry import Telemetry
-
-LAYOUT = RecordLayout.of([("gate_up_proj", (4, 8), "float32"), ("down_proj", (8, 2), "float32"), ("bias", (3,), "bfloat16")])
-CPU = torch.device("cpu")
-
-
-class FakeStore:
-    """Records whose every byte tells which expert they are; some may be marked corrupt."""
-
-    pinned = False
-
-    def __init__(self) -> None:
-        self.corrupt: set[tuple[int, int]] = set()
-
-    def record(self, layer: int, expert: int) -> torch.Tensor:
-        if (layer, expert) in self.corrupt:
-            raise CorruptExpertError(f"layer {layer}", expert, "a test")
-        canary = torch.tensor([layer, expert, 255 - expert, layer ^ expert], dtype=torch.uint8)
-        return canary.repeat(LAYOUT.nbytes // 4)
-
-    request = record
-
-    def lend(self, layer: int, expert: int) -> contextlib.AbstractContextManager[torch.Tensor]:
-        return contextlib.nullcontext(self.record(layer, expert))
-
-
-def make(quotas: list[int], experts: int) -> tuple[SlotPool, ExpertLoader, FakeStore, Telemetry]:
-    layers = [LayerSpec(f"layer {i}", experts, LAYOUT) for i in range(len(quotas))]
-    pool, store = SlotPool(layers, quotas, CPU), FakeStore()
-    telemetry = Telemetry(layers, quotas, CPU)
-    return pool, ExpertLoader(pool, store, SynchronousEngine(), tuple(range(len(quotas))), telemetry), store, telemetry  # type: ignore[arg-type]
+from tests.support.slot_pools import LAYOUT, make
 
 
 class PoolMachine(RuleBasedStateMachine):

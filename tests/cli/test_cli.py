@@ -263,6 +263,7 @@ def test_the_project_brings_a_launcher():
         (["generate", "--chat", "x"], "this tokenizer has no chat template"),
         (["generate", "--max-new-tokens", "5000", "x"], "the model's context holds 2048"),
         (["generate", "--kv-tokens", "100", "x"], "need 128 tokens of KV cache, but --kv-tokens is 100"),
+        (["generate", "--kv-tokens", "some", "x"], "kv_tokens='some'; allowed: a number of tokens, or 'auto'"),
         (["generate", "--top-p", "0", "x"], "top_p=0.0; allowed: a number over 0"),
         (["generate", "--stop", "", "x"], "stop=('',); allowed: strings of at least one character"),
         (["generate", "--stop", "x" * 1000, "x"], "at least one character each and at most 256"),
@@ -418,6 +419,15 @@ def test_plan_of_the_example(run: Callable[..., Run]):
     plan = json.loads(got.out)
     assert plan["fits"] is True
     assert "8" in str(plan)
+
+
+def test_a_cache_in_slots_is_planned_and_serves(run: Callable[..., Run], cache_dir: Path):
+    plan = json.loads(run("plan", "--slots", "25%", "--kv-tokens", "auto", "--json").out)
+    assert plan["kv_tokens"] == "auto" and plan["fits"] is True
+    arguments = ("generate", "--slots", "25%", "--cache-dir", cache_dir, "--max-new-tokens", 8, "--dtype", "float32", "def f(")
+    usual, exchanged = run(*arguments), run(*arguments, "--kv-tokens", "auto", "--stats")
+    assert exchanged.out == usual.out
+    assert f"(up to {plan['most_kv_tokens']:,}; 0 slots ceded)" in exchanged.err
 
 
 def test_plan_chooses_the_cache_by_the_given_sizes(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch):

@@ -267,6 +267,16 @@ def test_a_full_decode_rank_takes_none(open_cluster: Open, folder: Path):
     check_empty(cluster, backend)
 
 
+def test_ranks_of_each_role_make_room_in_slots(open_cluster: Open, folder: Path):
+    """Prompts and hand-overs alike get cells in slots that experts cede; requests may be as long as all of these."""
+    sizes = {"slots": 8, "kv_tokens": "auto", "max_batch_tokens": 16, "max_requests": 8}
+    cluster, backend = open_cluster(ranks=2, prefill_ranks=1, **sizes)
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=30)) == expected(folder, PROMPTS, 30)
+    engine = cluster.stats().engine
+    assert engine.ceded_slots > 0 and engine.kv_most_tokens > engine.kv_tokens > 2 * 100
+    check_empty(cluster, backend)
+
+
 def test_ranks_of_two_machines_meet_by_gloo(open_cluster: Open, folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cluster.rank.rank_reports, "machine_of_this", lambda: "")
     opened, backend = open_cluster(ranks=2, prefill_ranks=1)

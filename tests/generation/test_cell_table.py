@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epslots.generation.cell_table import NO_TOKEN_CELL, CellTable
+from epslots.generation.cell_table import CellTable
 
 ROWS, POSITIONS, CELLS = 4, 24, 40
 
@@ -79,7 +79,7 @@ def test_every_position_is_found_and_no_cell_is_lost(window: int | None, events:
     for name, *arguments in events:
         getattr(rows, name)(*arguments)
         rows.table.check()
-        assert int(rows.memory[NO_TOKEN_CELL]) == 0
+        assert int(rows.memory[rows.table.no_token]) == 0
     for row in range(ROWS):
         rows.release(row)
     rows.table.check()

@@ -271,3 +271,44 @@ def test_placements_that_do_not_fit_are_refused_by_name():
         model.check(replace(default_placement([4, 4], np.full((2, 3), 2)), version=1))
     with pytest.raises(ConfigError, match="for another model"):
         model.check(replace(default_placement([4, 5], np.full((2, 2), 2)), version=1))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**9))
+def test_a_placement_for_ceded_slots_is_reached_where_it_fits(seed: int):
+    """Ranks cede slots and use them again at any time; all plan alike, and copies without a slot aren't waited for."""
+    world = World.random(seed)
+    layers, ranks = world.models[0].layers, len(world.models[0].layers[0].state.holds_RE)
+    room_LR = np.stack([layer.state.quota_R for layer in layers])
+    for model in world.models:
+        model.levels_R, model._ceding = np.zeros(ranks, np.int64), tuple(range(len(layers)))
+    target = random_placement(world.generator, world.models[0].placement)
+    wanted_LRE = target.wanted_LRE & (target.wanted_LRE.cumsum(2) <= room_LR[:, :, None])
+    for model in world.models:
+        model.adopt(
+            replace(target, wanted_LRE=wanted_LRE, quota_LR=room_LR),
+            5 * BYTES,
+            lambda layer: np.arange(layers[layer].state.holds_RE.shape[1]),
+        )
+    for step in range(60):
+        rank = int(world.generator.integers(ranks))
+        change = int(world.generator.choice((-1, 1)))
+        levels = int(world.models[0].levels_R[rank]) + change  # type: ignore[index]
+        if step < 20 and 0 <= levels < room_LR[:, rank].min():
+            score = {i: world.generator.permutation(layer.state.holds_RE.shape[1]) for i, layer in enumerate(layers)}
+            evicted = [model.change_level(rank, change, lambda layer, score=score: score[layer]) for model in world.models]
+            assert all(each == evicted[0] for each in evicted)
+        world.step(4)
+        now_LR = np.stack([layer.state.quota_R for layer in layers])
+        assert (now_LR == room_LR - world.models[0].levels_R).all()
+        assert all((layer.state.wanted_RE.sum(1) <= layer.state.quota_R).all() for layer in layers)
+    assert {model.pending_migrations for model in world.models} == {0}
+
+
+def test_the_dearest_copies_stay_wanted():
+    """Of those that no longer fit; the others are the cache's to keep or not."""
+    state = LayerState(np.zeros((2, 5), bool), np.array([2, 3]), np.zeros(5, np.int64))
+    state.adopt(np.zeros(5, np.int64), np.array([[1, 1, 0, 1, 1], [1, 1, 1, 0, 0]], bool))
+    state.drop_wanted(np.array([5, 9, 7, 8, 5]))
+    assert state.wanted_RE.tolist() == [[False, True, False, True, False], [True, True, True, False, False]]
+    assert state.pending_migrations == 5

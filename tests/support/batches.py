@@ -121,7 +121,7 @@ def is_empty(batcher: Batcher) -> bool:
     assert isinstance(batcher, RowBatcher)
     batcher._admission.make_room(batcher.capacity, batcher.max_requests)  # rows are kept for prompts that begin alike
     batcher._cache.check()
-    return batcher._cache.free_rows == batcher.max_requests and batcher._cache.free_tokens == batcher.capacity
+    return batcher._cache.free_rows == batcher.max_requests and batcher._cache.free_tokens == batcher.stats().kv_tokens
 
 
 class ModelFree:
