@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from epslots.generation.attention_switch import AttentionSwitch
+from epslots.generation.attention_switch import AttentionSwitch, depends_on_name
 from epslots.generation.paged_cache import paging_obstacle, row_width
 from epslots.moe import query_attention
 
@@ -37,7 +37,7 @@ class SingleQueries:
         if plain:
             modules = [module for module in model.get_decoder().modules() if hasattr(module, "num_key_value_groups")]
             switch = AttentionSwitch(model, modules)
-            if switch.implementations == {"sdpa"}:
+            if switch.implementations == {"sdpa"} and depends_on_name(model.get_decoder()) is None:
                 self._switch = switch
 
     def active(self) -> AbstractContextManager[None]:

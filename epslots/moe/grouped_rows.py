@@ -133,6 +133,7 @@ def _unpack(job: int, slot: int, column: int, width: int, scratch: int) -> None:
     kind, form, columns, block = read(job, KIND), read(job, FORM), read(job, COLUMNS), read(job, WIDTH)
     zeros, rows, stride = 4 * read(job, BLOCKS), read(job, BLOCK_ROWS), read(job, CODES_STRIDE)
     unpacked, scales = scratch + SCRATCH_BYTES, scratch + read(job, THREAD_BYTES) - 4 * zeros
+    held = read(job, INNER)
     codes = read(job, WEIGHTS) + slot * read(job, SLOT_STRIDE)
     for number in range(width):
         for half in range(2):
@@ -142,9 +143,9 @@ def _unpack(job: int, slot: int, column: int, width: int, scratch: int) -> None:
             stored = codes + row * stride + half * read(job, CODES_FAR)
             out = unpacked + number * read(job, WEIGHT_STRIDE) + half * read(job, FAR)
             if read(job, HALVED):
-                unpack_row(1, kind, form, stored, stride, at, zeros, block, columns, out)
+                unpack_row(1, kind, form, stored, stride, at, zeros, block, columns, held, out)
             else:
-                unpack_row(0, kind, form, stored, stride, at, zeros, block, columns, out)
+                unpack_row(0, kind, form, stored, stride, at, zeros, block, columns, held, out)
 
 
 @compiled("void(int64, int64, int64, int64, int64)")

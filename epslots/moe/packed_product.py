@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from epslots.cache.unpacking import PackedWeight, Parts
-from epslots.layout import ITEM_BYTES, NIBBLES, PACKED_ITEM_BYTES, PackedForm
+from epslots.layout import ITEM_BYTES, PACKED_ITEM_BYTES, PackedForm, align
 from epslots.moe import code_kinds as kinds
 from epslots.moe.code_kinds import KINDS, RUN
 from epslots.moe.packed_tiles import tiled_rows
@@ -49,23 +49,20 @@ def suits(forms: Sequence[PackedForm], dtype: torch.dtype) -> bool:
 
 def _suits(form: PackedForm) -> bool:
     width, blocks = _blocks(form)
-    stored = _stored_columns(form)
-    whole = form.rows % 2 == 0 and form.rows >= 2 * LANES and stored % RUN == 0 and (width % RUN == 0 or width == LANES)
+    whole = form.rows % 2 == 0 and form.rows >= 2 * LANES and (width % RUN == 0 or width == LANES)
     known = form.kind in _KINDS and form.group in _SCALES
-    return known and whole and blocks * width >= stored  # the padding, too, belongs to a block
+    return known and whole and blocks * width >= _padded_columns(form)  # the padding, too, belongs to a block
 
 
-def _stored_columns(form: PackedForm) -> int:
-    """Columns of the codes with their padding."""
-    codes, _ = form.tensors["codes"]
-    return codes[1] * (2 if form.kind in NIBBLES else 1)
+def _padded_columns(form: PackedForm) -> int:
+    """Columns of unpacked rows: whole runs. Codes of 4 bits are stored so, too."""
+    return align(form.columns, RUN)
 
 
 def _blocks(form: PackedForm) -> tuple[int, int]:
     """Columns of a block, and how many blocks a row has."""
-    stored = _stored_columns(form)
     if (form.group is None and not form.zero) or form.block[1] >= form.columns:
-        return stored, 1
+        return _padded_columns(form), 1
     return form.block[1], -(-form.columns // form.block[1])
 
 
@@ -141,17 +138,17 @@ def _piece(form: PackedForm, parts: Sequence[Parts], dtype: torch.dtype, *, exac
     codes, kind, joined = first["codes"], _KINDS[form.kind], len(parts) == 2
     assert all(part[0].is_contiguous() for own in parts for part in own.values()), "tensors of a record"
     pairs = form.rows if joined else form.rows // 2
-    (width, blocks), stored = _blocks(form), _stored_columns(form)
+    (width, blocks), padded = _blocks(form), _padded_columns(form)
     row_bytes = codes.shape[2]
     far = last["codes"].data_ptr() - codes.data_ptr() if joined else pairs * row_bytes
-    tiles = dtype is torch.bfloat16 and stored == form.columns and not exact
+    tiles = dtype is torch.bfloat16 and padded == form.columns and not exact
     fields = (
         *(
             kind,
             tiled_rows(kind) if tiles else 0,
             row_bytes,
             far,
-            stored,
+            padded,
             blocks,
             max(RUN, width),
             int(width == LANES),
@@ -164,7 +161,7 @@ def _piece(form: PackedForm, parts: Sequence[Parts], dtype: torch.dtype, *, exac
         *(0, 0 if joined else pairs),
         *(_slot_bytes(first.get(name)) for name in ("group", "zero", "row")),
     )
-    unpacked = stored * dtype.itemsize
+    unpacked = padded * dtype.itemsize
     return _Piece(
         SlotMatrices(len(codes), 2 * pairs, form.columns, codes.data_ptr(), codes.stride(0), fields, 4 * 4 * blocks),
         RowBytes(2 * unpacked, unpacked, 2 * unpacked),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
@@ -85,6 +86,24 @@ def test_what_does_not_suit_is_torchs(products: list[int]):
         read_in_place(narrow, batch_invariant=False)
         assert narrow(torch.randn(2, 48)).shape == (2, 3)
     assert products == []
+
+
+class _Scores(nn.Module):
+    """One number a row: its weight is no matrix, though ``F.linear`` takes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(48))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return F.linear(inputs, self.weight)
+
+
+@torch.no_grad()
+def test_weights_that_are_no_matrices_are_torchs(products: list[int]):
+    scores, inputs = _Scores(), torch.randn(3, 48)
+    read_in_place(scores, batch_invariant=False)
+    assert torch.equal(scores(inputs), inputs @ scores.weight) and products == []
 
 
 @torch.no_grad()
