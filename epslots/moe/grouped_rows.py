@@ -239,3 +239,25 @@ def launch(job: int) -> None:
         write(job, NEXT_TASK, 0)
         write(job, NEXT_THREAD, 0)
         run_threads(read(job, FORK_JOIN), read(job, WORK), job, min(threads, found * chunks))
+
+
+@compiled("void(int64, int64, int64, int64, int64, int64, int64, int64, int64)")
+def start(job: int, given: int, rows: int, inputs: int, out: int, ends: int, threads: int, spans: int, scratch: int) -> None:
+    """Compute a job whose other fields are those of another one, ``given``.
+
+    Args:
+        rows, inputs, out: number and address of inputs, address of outputs.
+        ends: 0 = all rows are the first slot's.
+        threads, spans, scratch: the fields of these names.
+    """
+    for field in range(WORK, JOB_FIELDS):
+        write(job, field, read(given, field))
+    write(job, THREADS, threads)
+    write(job, NUM_ROWS, rows)
+    write(job, ROWS, inputs)
+    write(job, OUT, out)
+    # Of 32 bits: the lower half comes first on every processor that torch has wheels for.
+    write(job, ENDS, ends if ends else job + 8 * NUM_ROWS)
+    write(job, SPANS, spans)
+    write(job, SCRATCH, scratch)
+    launch(job)

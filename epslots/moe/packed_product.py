@@ -21,7 +21,7 @@ from epslots.moe import code_kinds as kinds
 from epslots.moe.code_kinds import KINDS, RUN
 from epslots.moe.packed_tiles import tiled_rows
 from epslots.moe.vector_code import LANES
-from epslots.moe.vector_gemm import RowBytes, SlotMatrices, compute, least_columns
+from epslots.moe.vector_gemm import ReadyProduct, RowBytes, SlotMatrices, least_columns
 
 _KINDS = {"e4m3": kinds.E4M3, "int8": kinds.INT8, "int4": kinds.INT4, "e2m1": kinds.E2M1}
 _SCALES = {
@@ -73,47 +73,57 @@ class _Piece(NamedTuple):
     weights: RowBytes
     perm: torch.Tensor | None
 
+    def ready(self, dtype: torch.dtype, bias: torch.Tensor | None, activation: str | None) -> _ReadyPiece:
+        return _ReadyPiece(ReadyProduct(dtype, self.matrices, self.weights, bias, activation), self.perm, self.matrices.slots)
+
+
+class _ReadyPiece(NamedTuple):
+    product: ReadyProduct
+    perm: torch.Tensor | None
+    slots: int
+
+    def __call__(self, rows_NK: torch.Tensor, ends_Q: torch.Tensor | None) -> torch.Tensor:
+        if self.perm is not None:
+            rows_NK = rows_NK.gather(1, self.perm[_slots(ends_Q, len(rows_NK), self.slots)].long())
+        return self.product(rows_NK, ends_Q)
+
 
 class PackedProduct:
     """``vector_gemm.product`` with one packed matrix of several slots.
 
     Args:
         weight: on the CPU, or without memory; its forms ``suits`` its dtype.
+        bias, activation: as of ``vector_gemm.ready_product``.
         exact: whether a slot's few rows, too, are multiplied with rounded weights, as many are.
     """
 
-    def __init__(self, weight: PackedWeight, *, exact: bool = False) -> None:
-        self._weight = weight
-        self._pieces = list(_pieces(weight, exact=exact))
-
-    def __call__(
+    def __init__(
         self,
-        rows_NK: torch.Tensor,
-        ends_Q: torch.Tensor | None,
+        weight: PackedWeight,
         bias: torch.Tensor | None = None,
         activation: str | None = None,
-    ) -> torch.Tensor:
+        *,
+        exact: bool = False,
+    ) -> None:
+        self._held = weight, bias
+        pieces = list(_pieces(weight, exact=exact))
+        self._activation = activation if len(pieces) > 1 else None
+        self._pieces, first = [], 0
+        for piece in pieces:
+            end = first + piece.matrices.outer
+            own = None if bias is None else bias[:, first:end]
+            self._pieces.append(piece.ready(weight.dtype, own, activation if len(pieces) == 1 else None))
+            first = end
+
+    def __call__(self, rows_NK: torch.Tensor, ends_Q: torch.Tensor | None = None) -> torch.Tensor:
         """As of ``vector_gemm.product``; the rows are of the weight's dtype."""
         if len(self._pieces) == 1:
-            return _multiply(self._pieces[0], rows_NK, ends_Q, bias, activation)
-        results, first = [], 0
-        for piece in self._pieces:
-            end = first + piece.matrices.outer
-            results.append(_multiply(piece, rows_NK, ends_Q, None if bias is None else bias[:, first:end], None))
-            first = end
-        result = torch.cat(results, 1)
-        if activation is None:
+            return self._pieces[0](rows_NK, ends_Q)
+        result = torch.cat([piece(rows_NK, ends_Q) for piece in self._pieces], 1)
+        if self._activation is None:
             return result
         gate, up = result.chunk(2, 1)
-        return _ACTIVATED[activation](gate) * up
-
-
-def _multiply(
-    piece: _Piece, rows_NK: torch.Tensor, ends_Q: torch.Tensor | None, bias: torch.Tensor | None, activation: str | None
-) -> torch.Tensor:
-    if piece.perm is not None:
-        rows_NK = rows_NK.gather(1, piece.perm[_slots(ends_Q, len(rows_NK), piece.matrices.slots)].long())
-    return compute(rows_NK, piece.matrices, piece.weights, ends_Q, bias, activation)
+        return _ACTIVATED[self._activation](gate) * up
 
 
 def _slots(ends_Q: torch.Tensor | None, rows: int, slots: int) -> torch.Tensor:

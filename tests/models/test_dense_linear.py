@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -19,13 +20,13 @@ from epslots.moe import vector_gemm
 def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of each product that was computed in place."""
     rows: list[int] = []
-    original = vector_gemm.product
+    original = vector_gemm.ReadyProduct.__call__
 
-    def count(inputs: torch.Tensor, *args: Any) -> torch.Tensor:
-        rows.append(len(inputs))
-        return original(inputs, *args)
+    def count(product: vector_gemm.ReadyProduct, inputs: torch.Tensor, *args: Any) -> torch.Tensor:
+        rows.append(inputs.numel() // inputs.shape[-1])
+        return original(product, inputs, *args)
 
-    monkeypatch.setattr(vector_gemm, "product", count)
+    monkeypatch.setattr(vector_gemm.ReadyProduct, "__call__", count)
     return rows
 
 
@@ -122,6 +123,26 @@ def test_what_loops_can_not_read_is_torchs(products: list[int]):
     with torch.autocast("cpu"):
         assert layer(inputs).dtype is torch.bfloat16
     assert products == []
+
+
+@torch.no_grad()
+def test_moved_and_changed_weights_are_read(products: list[int]):
+    """In the same layer: other values in place, another matrix, another dtype, and a copy of the layer."""
+    layer, inputs = nn.Linear(48, 64), torch.randn(3, 48)
+    read_in_place(layer, batch_invariant=False)
+    for number in range(5):
+        if number == 1:
+            layer.weight.mul_(2)
+        elif number == 2:
+            layer.weight, layer.bias = nn.Parameter(torch.randn(64, 48)), nn.Parameter(torch.randn(64))
+        elif number == 3:
+            layer, inputs = layer.bfloat16(), inputs.bfloat16()
+        elif number == 4:
+            layer = copy.deepcopy(layer)
+            layer.weight.mul_(2)
+        wanted = F.linear(inputs, layer.weight, layer.bias)
+        torch.testing.assert_close(layer(inputs), wanted, rtol=2**-7 if number > 2 else 1e-5, atol=1e-2)
+    assert products == [3] * 5
 
 
 @torch.no_grad()

@@ -36,11 +36,11 @@ def assert_equal_products(*forms: PackedForm, dtype: torch.dtype = torch.float32
     assert suits(forms, dtype)
     dense, rows = unpacked(weight), torch.randn(sum(COUNTS), forms[0].columns).to(dtype) / 50
     bias = torch.randn(SLOTS, dense.shape[1]).to(dtype)
-    result = PackedProduct(weight, exact=True)(rows, ENDS, bias, activation)
+    result = PackedProduct(weight, bias, activation, exact=True)(rows, ENDS)
     assert result.dtype is dtype and torch.isfinite(result).all() and result.any()
     wanted = product(rows, dense, ENDS, bias, activation)
     if activation is None and dtype is torch.bfloat16 and forms[0].columns % 32 == 0:
-        few, exact = PackedProduct(weight)(rows, ENDS, bias), unpacked(replace(weight, dtype=torch.float32)).double()
+        few, exact = PackedProduct(weight, bias)(rows, ENDS), unpacked(replace(weight, dtype=torch.float32)).double()
         assert torch.equal(few[-9:], result[-9:]), "many rows have the bits of unpacked slots"
         sums = torch.einsum("nk,mk->nm", rows[:2].double(), exact[0]) + bias[0]
         assert (few[:2] - sums).abs().max() <= 2**-8 * sums.abs().max()

@@ -186,8 +186,8 @@ def test_experts_are_torchs_twin(kernel: type[GroupedGemm], dtype: torch.dtype, 
     module, weights = experts(**layout, dtype=dtype)
     counts = [3, 0, 1, 6]
     rows, key = numbers(10, 48, dtype=dtype), torch.arange(4).repeat_interleave(torch.tensor(counts))
-    called = []
-    monkeypatch.setattr(vector_gemm, "product", lambda *args: called.append(1) or product(*args))
+    called, compute = [], vector_gemm.ReadyProduct.__call__
+    monkeypatch.setattr(vector_gemm.ReadyProduct, "__call__", lambda *args: called.append(1) or compute(*args))
     result = kernel(module, weights)(rows, ends_of(counts), key)
     assert len(called) == (0 if layout.get("transposed") else 2)
     monkeypatch.setattr(vector_gemm, "fits", lambda weight: False)
