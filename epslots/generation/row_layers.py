@@ -28,6 +28,8 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from epslots.moe import cell_loops
+
 Pools = dict[tuple[str | int, ...], Any]
 """A ``TokenPool``, or a tensor of states, by its path in a layer."""
 States = dict[int, torch.Tensor]
@@ -111,6 +113,17 @@ class RowStep:
         self.write(pool, new)
         return pool.read(self._read_cells(pool.window), len(self.row_B))
 
+    def append_both(
+        self, pools: tuple[TokenPool, TokenPool], new: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``append`` of keys and values, which keep equally many tokens."""
+        keys, values = pools
+        if keys.dimensions == values.dimensions == (0, 2):
+            cells_BS = self._read_cells(keys.window)
+            if cell_loops.fits(keys.cells, new[0], cells_BS) and cell_loops.fits(values.cells, new[1], cells_BS):
+                return cell_loops.append((keys.cells, values.cells), new, self._new_cells[keys.window], cells_BS)
+        return self.append(keys, new[0]), self.append(values, new[1])
+
     def write(self, pool: TokenPool, new: torch.Tensor) -> None:
         """Put new tokens into their cells."""
         pool.write(self._new_cells[pool.window], new)
@@ -189,8 +202,7 @@ class _PooledTokens(PooledLayer):
         self.is_initialized = step.past > 0
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        keys = self.step.append(self.pools["keys",], key_states)
-        values = self.step.append(self.pools["values",], value_states)
+        keys, values = self.step.append_both((self.pools["keys",], self.pools["values",]), (key_states, value_states))
         self._length = self.step.past + self.step.width
         self.is_initialized = True
         return keys, values

@@ -75,6 +75,8 @@ class GroupedGemm:
         exact = self.batch_invariant
         self._first_product = _vector_product(self._first, self._first_bias, self._fused, exact=exact)
         self._down_product = _vector_product(self._down, self._down_bias, None, exact=exact)
+        first, down = _whole(self._first_product), _whole(self._down_product)
+        self._whole = None if first is None or down is None else (first, down)
 
     def __call__(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor, key_N: torch.Tensor, first_key: int = 0) -> torch.Tensor:
         """Apply each row's expert to it.
@@ -102,6 +104,12 @@ class GroupedGemm:
             result += self._down_bias[key_N - first_key]
         return result if self._post_norm is None else self._post_norm(result)
 
+    def ready_products(self, pairs: int) -> tuple[vector_gemm.ReadyProduct, vector_gemm.ReadyProduct] | None:
+        """The two products that a call for so many rows consists of, on a CPU; None if it does something else, or more."""
+        if self._whole is None or self._fused is None or self._post_norm is not None or not self._takes_vectors(pairs):
+            return None
+        return self._whole
+
     @property
     def matrices(self) -> tuple[Weight, Weight]:
         """The weights of both products, [Q, in, out]."""
@@ -112,7 +120,10 @@ class GroupedGemm:
 
     def _prefers_vectors(self, rows_NH: torch.Tensor) -> bool:
         wants_gradient = rows_NH.requires_grad and torch.is_grad_enabled()
-        return not wants_gradient and vector_gemm.is_faster(rows_NH, self._first.shape[0])
+        return not wants_gradient and rows_NH.is_cpu and self._takes_vectors(rows_NH.shape[0])
+
+    def _takes_vectors(self, rows: int) -> bool:
+        return vector_gemm.is_faster(rows, self._first.shape[0])
 
 
 class BatchInvariantGemm(GroupedGemm):
@@ -127,8 +138,8 @@ class BatchInvariantGemm(GroupedGemm):
         with batch_invariant_functions():
             return super().__call__(rows_NH, ends_Q, key_N, first_key)
 
-    def _prefers_vectors(self, rows_NH: torch.Tensor) -> bool:
-        return rows_NH.device.type == "cpu"  # for any number of rows: a batch must not choose
+    def _takes_vectors(self, rows: int) -> bool:
+        return True  # any number of rows: a batch must not choose
 
     def _choose_matmul(self, weight: Weight) -> Matmul:
         return partial(packed_matmul, multiply=product) if isinstance(weight, PackedWeight) else _matmul_by_row
@@ -173,6 +184,12 @@ def _vector_product(weight: Weight, bias: torch.Tensor | None, activation: str |
         return PackedProduct(weight, bias, activation, exact=exact) if suited else None
     turned = weight.transpose(-2, -1)  # where the checkpoint has [in, out], its rows aren't contiguous, and don't fit
     return vector_gemm.ready_product(turned, bias, activation) if vector_gemm.fits(turned) else None
+
+
+def _whole(product: VectorProduct | None) -> vector_gemm.ReadyProduct | None:
+    """A product that is one of ``vector_gemm``'s, and no more."""
+    found = product.whole if isinstance(product, PackedProduct) else product
+    return found if isinstance(found, vector_gemm.ReadyProduct) else None
 
 
 def _fused_activation(module: Any) -> str | None:

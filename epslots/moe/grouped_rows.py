@@ -241,14 +241,14 @@ def launch(job: int) -> None:
         run_threads(read(job, FORK_JOIN), read(job, WORK), job, min(threads, found * chunks))
 
 
-@compiled("void(int64, int64, int64, int64, int64, int64, int64, int64, int64)")
-def start(job: int, given: int, rows: int, inputs: int, out: int, ends: int, threads: int, spans: int, scratch: int) -> None:
+@compiled("void(int64, int64, int64, int64, int64, int64, int64, int64)")
+def start(job: int, given: int, rows: int, inputs: int, out: int, ends: int, threads: int, scratch: int) -> None:
     """Compute a job whose other fields are those of another one, ``given``.
 
     Args:
         rows, inputs, out: number and address of inputs, address of outputs.
         ends: 0 = all rows are the first slot's.
-        threads, spans, scratch: the fields of these names.
+        scratch: memory for each thread, and behind it the spans.
     """
     for field in range(WORK, JOB_FIELDS):
         write(job, field, read(given, field))
@@ -258,6 +258,6 @@ def start(job: int, given: int, rows: int, inputs: int, out: int, ends: int, thr
     write(job, OUT, out)
     # Of 32 bits: the lower half comes first on every processor that torch has wheels for.
     write(job, ENDS, ends if ends else job + 8 * NUM_ROWS)
-    write(job, SPANS, spans)
     write(job, SCRATCH, scratch)
+    write(job, SPANS, scratch + threads * read(given, THREAD_BYTES))
     launch(job)

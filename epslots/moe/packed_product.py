@@ -115,6 +115,12 @@ class PackedProduct:
             self._pieces.append(piece.ready(weight.dtype, own, activation if len(pieces) == 1 else None))
             first = end
 
+    @property
+    def whole(self) -> ReadyProduct | None:
+        """The product, if it is one."""
+        piece = self._pieces[0]
+        return piece.product if len(self._pieces) == 1 and piece.perm is None else None
+
     def __call__(self, rows_NK: torch.Tensor, ends_Q: torch.Tensor | None = None) -> torch.Tensor:
         """As of ``vector_gemm.product``; the rows are of the weight's dtype."""
         if len(self._pieces) == 1:

@@ -20,8 +20,8 @@ from numba.extending import intrinsic
 from epslots.compiled import callback, compiled, prepare
 from epslots.moe import vector_code as code
 from epslots.moe.product_tiles import emits, for_each, looped, read, run_threads, take_next, write
+from epslots.moe.thread_memory import fork_join, thread_memory
 from epslots.moe.vector_code import F32, I8, I64, LANES, Value
-from epslots.moe.vector_gemm import fork_join
 from epslots.moe.weight_forms import BFLOAT16, FLOAT32, FORMS, WeightForm
 
 _FORMS = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}
@@ -227,18 +227,17 @@ def attend(
     alone = tasks * span * (size + value.shape[3]) * item <= _ALONE_BYTES or not fork_join()
     threads = 1 if alone else min(tasks, torch.get_num_threads())
     scratch_bytes = 4 * (span + LANES) * shared
-    scratch = torch.empty(threads * scratch_bytes, dtype=torch.uint8, device="cpu")
-    job = np.zeros(JOB_FIELDS, np.int64)
-    job[TASKS:] = (
-        *(tasks, _FORMS[query.dtype], shared, groups, span, size),
-        *(query.data_ptr(), query.stride(0) * item, query.stride(1) * item),
-        *(key.data_ptr(), key.stride(0) * item, key.stride(1) * item, key.stride(2) * item),
-        *(value.data_ptr(), value.stride(0) * item, value.stride(1) * item, value.stride(2) * item, value.shape[3]),
+    here = thread_memory()
+    strides = [item * stride for each in (query, key, value) for stride in each.stride()]
+    here.enter(
+        TASKS,
+        *(tasks, _FORMS[query.dtype], shared, groups, span, size, query.data_ptr(), *strides[:2]),
+        *(key.data_ptr(), *strides[4:7], value.data_ptr(), *strides[8:11], value.shape[3]),
         *((0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))),
         *(out.data_ptr(), heads * value.shape[3] * item, value.shape[3] * item),
-        *(_float_bits(float(scale)), scratch.data_ptr(), scratch_bytes),
+        *(_float_bits(float(scale)), here.reserve(threads * scratch_bytes), scratch_bytes),
     )
-    _launch(job.ctypes.data, work.address, fork_join(), threads)
+    _launch(here.job, work.address, fork_join(), threads)
     return out
 
 

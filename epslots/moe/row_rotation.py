@@ -7,8 +7,6 @@ A *job* is an array of integers, whose fields are named below. Addresses, and st
 
 from __future__ import annotations
 
-import ctypes
-import struct
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from numba.extending import intrinsic
 from epslots.compiled import compiled
 from epslots.moe import vector_code as code
 from epslots.moe.product_tiles import emits, for_each, looped, read
+from epslots.moe.thread_memory import thread_memory
 from epslots.moe.vector_code import I64, LANES, Value
 from epslots.moe.weight_forms import BFLOAT16, FLOAT32, FORMS, WeightForm
 
@@ -26,7 +25,6 @@ _FORMS = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}
 FORM, ROWS, TOKENS, SIZE, TURNED, COS, SIN, ANGLE_ROW, ANGLE_TOKEN = range(9)
 OF_QUERIES, OF_KEYS = 9, 15
 IN, IN_ROW, IN_TOKEN, IN_HEAD, OUT, HEADS = range(6)
-_JOB = struct.Struct("21q")
 
 
 @for_each(FORMS)
@@ -126,16 +124,15 @@ def rotated(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torc
     groups, item = key.shape[1], query.element_size()
     outs = [torch.empty(rows, tokens, count, size, dtype=query.dtype, device="cpu") for count in (heads, groups)]
     angle_row, angle_token, _ = cos.stride()
-    job = bytearray(_JOB.size)
-    _JOB.pack_into(
-        job,
+    here = thread_memory()
+    here.enter(
         0,
         *(_FORMS[query.dtype], rows, tokens, size, cos.shape[2], cos.data_ptr(), sin.data_ptr()),
         *(angle_row * item if cos.shape[0] > 1 else 0, angle_token * item),
         *_side(query, item, outs[0]),
         *_side(key, item, outs[1]),
     )
-    _launch(ctypes.addressof(ctypes.c_char.from_buffer(job)))
+    _launch(here.job)
     return outs[0].transpose(1, 2), outs[1].transpose(1, 2)
 
 

@@ -7,10 +7,6 @@ longer than the product. Here a matrix is read once, where it lies. ``fits`` say
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import threading
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +15,7 @@ from numba.core import config
 
 from epslots.compiled import prepare
 from epslots.moe import grouped_rows as loops
+from epslots.moe.thread_memory import fork_join, thread_memory
 from epslots.moe.vector_code import LANES, host_has
 from epslots.moe.weight_forms import BFLOAT16, FLOAT32, FORMS
 
@@ -47,10 +44,9 @@ def least_columns(dtype: torch.dtype) -> int | None:
     return None if dtype not in _FORMS or config.DISABLE_JIT else FORMS[_FORMS[dtype]].run
 
 
-def is_faster(rows_NK: torch.Tensor, slots: int) -> bool:
-    """Whether these rows of so many slots are multiplied here sooner than by torch."""
-    few = rows_NK.shape[0] <= _MATRIX_UNIT_ROWS * slots or not host_has("amx-bf16")
-    return rows_NK.is_cpu and few and _has_threads()
+def is_faster(rows: int, slots: int) -> bool:
+    """Whether so many rows of so many slots are multiplied here sooner than by torch."""
+    return (rows <= _MATRIX_UNIT_ROWS * slots or not host_has("amx-bf16")) and _has_threads()
 
 
 def is_faster_alone(rows: int) -> bool:
@@ -104,6 +100,10 @@ class ReadyProduct:
         dtype: of rows and results.
         matrices, weights: where they lie. Who has the product sees to it that they do when it is called.
         bias, activation: as of ``ready_product``.
+
+    Attributes:
+        width: M, or M / 2 after an activation.
+        job: address of the job's fields, for ``grouped_rows.start``.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class ReadyProduct:
         if loops.work.address is None:
             prepare()
         size, outer = dtype.itemsize, matrices.outer
-        self._slots, self._inner, self._width = matrices.slots, matrices.inner, outer if activation is None else outer // 2
+        self._slots, self.width = matrices.slots, outer if activation is None else outer // 2
         most = max(loops.SMALLEST_CHUNK, min(loops.CHUNK, loops.CHUNK_BYTES // weights.pair))
         self._thread_bytes = loops.SCRATCH_BYTES
         if matrices.scale_bytes:
@@ -125,15 +125,19 @@ class ReadyProduct:
             self._thread_bytes += -(-unpacked // _ALIGNMENT) * _ALIGNMENT
         fields = (
             *(loops.work.address, fork_join(), 0),
-            *(0, 0, matrices.inner * size, 0, self._width * size),
+            *(0, 0, matrices.inner * size, 0, self.width * size),
             *(matrices.slots, 0, matrices.address, matrices.slot_bytes, weights.stride),
             *((0, 0) if bias is None else (bias.data_ptr(), bias.stride(0) * size)),
             *(outer // 2, matrices.inner, _ACTIVATIONS[activation], _FORMS[dtype], size, 0, 0, self._thread_bytes),
             *(weights.far, most, *matrices.codes),
         )
-        self._job = np.zeros(loops.JOB_FIELDS, np.int64)
-        self._job[loops.WORK : loops.WORK + len(fields)] = fields
-        self._address = self._job.ctypes.data
+        self._fields = np.zeros(loops.JOB_FIELDS, np.int64)
+        self._fields[loops.WORK : loops.WORK + len(fields)] = fields
+        self.job = self._fields.ctypes.data
+
+    def scratch_bytes(self, threads: int) -> int:
+        """Bytes that a call by so many threads uses."""
+        return threads * self._thread_bytes + self._slots * 8 * loops.SPAN
 
     def __deepcopy__(self, memo: dict[int, object]) -> ReadyProduct:
         return self  # it never changes, and has its own address
@@ -142,38 +146,15 @@ class ReadyProduct:
         """[*, M] for rows [*, K] of its dtype, on the CPU; ``ends_Q`` as ``product`` has it."""
         rows = rows.contiguous()
         *shape, inner = rows.shape
-        out = rows.new_empty(*shape, self._width)
+        out = rows.new_empty(*shape, self.width)
         threads = torch.get_num_threads() if fork_join() else 1
-        here: _Workspace = getattr(_THREAD, "workspace", None) or _workspace()
-        spans, scratch = here.reserve(self._slots, threads * self._thread_bytes)
+        here = thread_memory()
+        scratch = here.reserve(self.scratch_bytes(threads))
         loops.start(
-            *(here.job_address, self._address, rows.numel() // inner, rows.data_ptr(), out.data_ptr()),
-            *(0 if ends_Q is None else ends_Q.data_ptr(), threads, spans, scratch),
+            *(here.job, self.job, rows.numel() // inner, rows.data_ptr(), out.data_ptr()),
+            *(0 if ends_Q is None else ends_Q.data_ptr(), threads, scratch),
         )
         return out
-
-
-class _Workspace:
-    """One thread's memory for a job: its fields, spans, and each worker's scratch."""
-
-    def __init__(self) -> None:
-        memory = np.zeros(loops.JOB_FIELDS + _ALIGNMENT, np.int64)
-        skipped = -memory.ctypes.data % _ALIGNMENT // memory.itemsize
-        self._job = memory[skipped : skipped + loops.JOB_FIELDS]
-        self.job_address = self._job.ctypes.data
-        self._spans = self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
-        self._span_bytes = self._scratch_bytes = -1
-        self._addresses = 0, 0
-
-    def reserve(self, slots: int, scratch: int) -> tuple[int, int]:
-        """Addresses of memory for so many slots' spans, and of so many bytes."""
-        spans = slots * 8 * loops.SPAN
-        if self._span_bytes < spans or self._scratch_bytes < scratch:
-            self._span_bytes, self._scratch_bytes = max(spans, self._span_bytes), max(scratch, self._scratch_bytes)
-            self._spans = torch.empty(self._span_bytes, dtype=torch.uint8, device="cpu")
-            self._scratch = torch.empty(self._scratch_bytes, dtype=torch.uint8, device="cpu")
-            self._addresses = self._spans.data_ptr(), self._scratch.data_ptr()
-        return self._addresses
 
 
 def product(
@@ -210,23 +191,3 @@ def ready_product(weight: torch.Tensor, bias: torch.Tensor | None = None, activa
     row = inner * weight.element_size()
     lies = SlotMatrices(slots, outer, inner, weight.data_ptr(), weight.stride(0) * weight.element_size())
     return ReadyProduct(weight.dtype, lies, RowBytes(row, outer // 2 * row, 2 * row), bias, activation)
-
-
-_THREAD = threading.local()
-
-
-def _workspace() -> _Workspace:
-    here: _Workspace | None = getattr(_THREAD, "workspace", None)
-    if here is None:
-        here = _THREAD.workspace = _Workspace()
-    return here
-
-
-@functools.cache
-def fork_join() -> int:
-    """The address of ``GOMP_parallel`` in torch's own OpenMP, whose threads are awake between torch's operations; 0 = none."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:
-        return ctypes.cast(ctypes.CDLL(str(library)).GOMP_parallel, ctypes.c_void_p).value or 0
-    except (OSError, AttributeError):  # another system, or a torch without OpenMP: one thread
-        return 0

@@ -17,6 +17,7 @@ from transformers.integrations.moe import _default_apply_gate
 
 from epslots.moe import vector_gemm
 from epslots.moe.grouped_gemm import BatchInvariantGemm, GroupedGemm
+from epslots.moe.thread_memory import ThreadMemory
 from epslots.moe.vector_gemm import fits, product
 
 # Rows of each slot: none, and whole and broken blocks.
@@ -115,11 +116,12 @@ def test_slots_are_read_where_they_lie():
     assert differs(product(apart, weight, ends_of([2, 0, 3])), exact(apart, weight, [2, 0, 3], None)) <= 2**-8
 
 
-def test_memory_grows_with_slots_and_rows():
-    here = vector_gemm._Workspace()
-    for slots, scratch in ((1, 64), (50, 64), (50, 999)):
-        here.reserve(slots, scratch)
-        assert len(here._spans) >= 8 * vector_gemm.loops.SPAN * slots and len(here._scratch) >= scratch
+def test_a_threads_memory_grows():
+    here = ThreadMemory()
+    assert here.job % 64 == 0
+    for nbytes in (64, 999, 100):
+        address, memory = here.reserve(nbytes), here._scratch
+        assert address % 64 == 0 and memory.data_ptr() <= address and address + nbytes <= memory.data_ptr() + len(memory)
 
 
 def test_threads_that_share_slots_have_jobs_of_their_own():
