@@ -27,7 +27,7 @@ def read_in_place(model: nn.Module, *, batch_invariant: bool) -> None:
     chosen = _always if batch_invariant else vector_gemm.is_faster_alone
     for module in model.modules():
         if type(module) is nn.Linear:
-            setattr(module, "forward", _InPlace(module, chosen))  # noqa: B010 - a method to mypy
+            setattr(module, "forward", InPlaceLinear(module, chosen))  # noqa: B010 - a method to mypy
         elif _calls_linear(module):
             function: Any = type(module).forward
             own = FunctionType(function.__code__, {**function.__globals__, "F": _Functional(chosen)}, function.__name__)
@@ -67,14 +67,14 @@ def is_plain_linear(module: object) -> TypeGuard[nn.Linear]:
     if type(module) is not nn.Linear or module._forward_pre_hooks or module._forward_hooks:
         return False
     forward = vars(module).get("forward")
-    return forward is None or isinstance(forward, _InPlace)
+    return forward is None or isinstance(forward, InPlaceLinear)
 
 
 def _always(rows: int) -> bool:
     return True
 
 
-class _InPlace:
+class InPlaceLinear:
     """The ``forward`` of a linear layer that reads in place."""
 
     def __init__(self, module: nn.Linear, chosen: Callable[[int], bool]) -> None:
@@ -83,6 +83,10 @@ class _InPlace:
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """[*, out] for inputs [*, in]."""
         return self._product(inputs, self._module.weight, self._module.bias)
+
+    def ready_for(self, rows: int) -> vector_gemm.ReadyProduct | None:
+        """The product that multiplies so many rows, on the CPU and without gradients; None if it is torch's."""
+        return self._product.ready(self._module.weight, self._module.bias) if self._product.chosen(rows) else None
 
 
 class _LatestProduct:
@@ -93,20 +97,25 @@ class _LatestProduct:
     """
 
     def __init__(self, chosen: Callable[[int], bool]) -> None:
-        self._chosen = chosen
+        self.chosen = chosen
         self._about: tuple[Any, ...] = ()
         self._ready: vector_gemm.ReadyProduct | None = None
 
-    def __call__(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def ready(self, weight: torch.Tensor, bias: torch.Tensor | None) -> vector_gemm.ReadyProduct | None:
+        """The product with a weight; None if loops don't take it."""
         about = weight.data_ptr(), weight.dtype, weight.shape, None if bias is None else (bias.data_ptr(), bias.shape)
         if about != self._about:
             self._about, self._ready = about, _ready_product(weight, bias)
-        if self._ready is None or inputs.dtype is not weight.dtype or not inputs.is_cpu or _trains(inputs, weight, bias):
+        return self._ready
+
+    def __call__(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ready = self.ready(weight, bias)
+        if ready is None or inputs.dtype is not weight.dtype or not inputs.is_cpu or _trains(inputs, weight, bias):
             return F.linear(inputs, weight, bias)
         rows = inputs.numel() // weight.shape[1]
-        if not rows or not self._chosen(rows) or torch.is_autocast_enabled("cpu"):
+        if not rows or not self.chosen(rows) or torch.is_autocast_enabled("cpu"):
             return F.linear(inputs, weight, bias)
-        return self._ready(inputs)
+        return ready(inputs)
 
 
 def _ready_product(weight: torch.Tensor, bias: torch.Tensor | None) -> vector_gemm.ReadyProduct | None:

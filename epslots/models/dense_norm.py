@@ -29,6 +29,15 @@ def _is_llamas(kind: type[nn.Module]) -> bool:
     return code_of(kind.forward) == code_of(LlamaRMSNorm.forward)
 
 
+def norm_of(module: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The weight [H] and epsilon [1] of a norm that makes one pass over rows of ``dtype``; None if it does something else."""
+    forward, weight = vars(module).get("forward"), module._parameters.get("weight")
+    if getattr(forward, "__func__", None) is not _in_place or module._forward_pre_hooks or module._forward_hooks:
+        return None
+    plain = weight is not None and weight.dtype is dtype and weight.is_cpu and weight.is_contiguous()
+    return (weight, _epsilon(module.variance_epsilon)) if plain else None  # type: ignore[return-value, arg-type]
+
+
 def _in_place(module: Any, rows: torch.Tensor) -> torch.Tensor:
     wants_gradient = torch.is_grad_enabled() and (rows.requires_grad or module.weight.requires_grad)
     if wants_gradient or not row_norm.fits(rows, module.weight):

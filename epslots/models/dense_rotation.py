@@ -46,8 +46,16 @@ def _rotating(forward: FunctionType) -> FunctionType | None:
 
 
 def _is_known(names: dict[str, Any]) -> bool:
-    found = {name: code_of(names.get(name)) for name in (_NAME, _HALF)}
-    return any(found == known and found[_NAME] is not None for known in _KNOWN)
+    return any(_has(names, known) for known in _KNOWN)
+
+
+def turns_whole_heads(forward: FunctionType) -> bool:
+    """Whether the module of a function has Llama's rotation."""
+    return _has(forward.__globals__, _KNOWN[0])
+
+
+def _has(names: dict[str, Any], known: dict[str, Any]) -> bool:
+    return known == {name: code_of(names.get(name)) for name in (_NAME, _HALF)}
 
 
 def _rotation(theirs: Rotate) -> Rotate:

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-# Fields of the longest job.
-FIELDS = 96
+# Fields of the longest job, with those of the jobs within.
+FIELDS = 192
 _LINE = 64
 
 

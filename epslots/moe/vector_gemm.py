@@ -19,7 +19,7 @@ from epslots.moe.thread_memory import fork_join, thread_memory
 from epslots.moe.vector_code import LANES, host_has
 from epslots.moe.weight_forms import BFLOAT16, FLOAT32, FORMS
 
-_FORMS = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}
+FORMS_OF = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}
 _ACTIVATIONS = {None: loops.NO_ACTIVATION, "silu": loops.SILU, "gelu_tanh": loops.GELU_TANH}
 _ALIGNMENT = 64
 # Rows of a slot from which a processor with a matrix unit (AMX), which oneDNN uses, is expected to win by its arithmetic: a
@@ -41,7 +41,7 @@ def fits(weight: torch.Tensor) -> bool:
 
 def least_columns(dtype: torch.dtype) -> int | None:
     """Columns of a matrix at least that is multiplied here in a dtype; None: no matrix is."""
-    return None if dtype not in _FORMS or config.DISABLE_JIT else FORMS[_FORMS[dtype]].run
+    return None if dtype not in FORMS_OF or config.DISABLE_JIT else FORMS[FORMS_OF[dtype]].run
 
 
 def is_faster(rows: int, slots: int) -> bool:
@@ -128,7 +128,7 @@ class ReadyProduct:
             *(0, 0, matrices.inner * size, 0, self.width * size),
             *(matrices.slots, 0, matrices.address, matrices.slot_bytes, weights.stride),
             *((0, 0) if bias is None else (bias.data_ptr(), bias.stride(0) * size)),
-            *(outer // 2, matrices.inner, _ACTIVATIONS[activation], _FORMS[dtype], size, 0, 0, self._thread_bytes),
+            *(outer // 2, matrices.inner, _ACTIVATIONS[activation], FORMS_OF[dtype], size, 0, 0, self._thread_bytes),
             *(weights.far, most, *matrices.codes),
         )
         self._fields = np.zeros(loops.JOB_FIELDS, np.int64)
