@@ -15,8 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
-from epslots.generation.row_layers import PooledTokens
-from epslots.models.dense_linear import InPlaceLinear, is_plain_linear
+from epslots.generation.row_layers import PooledTokens, TokenPool
+from epslots.models.dense_linear import InPlaceLinear
 from epslots.models.dense_norm import norm_of
 from epslots.models.dense_rotation import turns_whole_heads
 from epslots.models.same_code import code_of
@@ -24,7 +24,7 @@ from epslots.moe.attention_step import AttentionShape, AttentionWeights, Cells, 
 
 _PLAIN = {code_of(LlamaAttention.forward)}
 _NORMED = {code_of(kind.forward) for kind in (Qwen3Attention, Qwen3MoeAttention)}
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_PROJECTIONS, _NORMS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_norm", "k_norm")
 
 
 def attention_step_of(module: nn.Module) -> AttentionStep | None:
@@ -33,8 +33,8 @@ def attention_step_of(module: nn.Module) -> AttentionStep | None:
     code = code_of(forward)
     if code not in _PLAIN | _NORMED or not isinstance(forward, FunctionType) or not turns_whole_heads(forward):
         return None
-    projections = [getattr(module, name, None) for name in _PROJECTIONS]
-    if not all(isinstance(vars(one).get("forward"), InPlaceLinear) for one in projections if isinstance(one, nn.Module)):
+    projections = [module._modules.get(name) for name in _PROJECTIONS]
+    if not all(one is not None and isinstance(vars(one).get("forward"), InPlaceLinear) for one in projections):
         return None
     return AttentionStep(module, normed=code in _NORMED)
 
@@ -47,7 +47,12 @@ class AttentionStep:
     """
 
     def __init__(self, module: Any, *, normed: bool) -> None:
-        self._module, self._normed, self._forward = module, normed, module.forward
+        self._module, self._forward = module, module.forward
+        self._norms = _NORMS if normed else ()
+        parts = ((name, module._modules[name]) for name in (*_PROJECTIONS, *self._norms))
+        self._parts = [(name, part, vars(part).get("forward")) for name, part in parts]
+        self._about: list[Any] = []
+        self._found: AttentionWeights | None = None
         size = int(module.head_dim)
         groups = module.k_proj.out_features // size
         self._shape = AttentionShape(module.q_proj.out_features // size, groups, size, float(module.scaling))
@@ -74,11 +79,9 @@ class AttentionStep:
         if weights is None or not _takes_angles(angles, hidden_B1H, self._shape.size):
             return None
         keys, values, new_B, read_BS = layer.cells()
-        rows, heads = hidden_B1H.shape[0], (self._shape.groups, self._shape.size)
-        for pool in (keys, values):
-            plain = pool.cells.shape[1:] == heads and pool.cells.dtype is hidden_B1H.dtype and pool.dimensions == (0, 2)
-            if not plain or not pool.cells.is_contiguous():
-                return None
+        rows = hidden_B1H.shape[0]
+        if not (self._takes_pool(keys, hidden_B1H.dtype) and self._takes_pool(values, hidden_B1H.dtype)):
+            return None
         if not read_BS.is_contiguous() or read_BS.dtype is not torch.int32:
             return None
         if mask is not None:
@@ -90,23 +93,35 @@ class AttentionStep:
         layer.count_new()
         return found_BH[:, None]
 
+    def _takes_pool(self, pool: TokenPool, dtype: torch.dtype) -> bool:
+        cells, shape = pool.cells, self._shape
+        plain = cells.dtype is dtype and pool.dimensions == (0, 2) and cells.is_contiguous()
+        return plain and cells.shape[1:] == (shape.groups, shape.size)
+
     def _weights(self, hidden_B1H: torch.Tensor) -> AttentionWeights | None:
-        module, dtype = self._module, hidden_B1H.dtype
-        if torch.is_grad_enabled() or not hidden_B1H.is_cpu or not self._shape.fits(dtype) or torch.is_autocast_enabled("cpu"):
+        dtype = hidden_B1H.dtype
+        if torch.is_grad_enabled() or not hidden_B1H.is_cpu or torch.is_autocast_enabled("cpu"):
             return None
-        rows, _, hidden = hidden_B1H.shape
-        products = []
-        for projection in (module.q_proj, module.k_proj, module.v_proj, module.o_proj):
-            if not is_plain_linear(projection) or projection.weight.dtype is not dtype:
+        modules, about = self._module._modules, [hidden_B1H.shape, dtype]
+        for name, module, forward in self._parts:
+            if modules[name] is not module or vars(module).get("forward") is not forward:
                 return None
-            products.append(vars(projection)["forward"].ready_for(rows))
-        q, k, v, o = products
-        if q is None or k is None or v is None or o is None or o.width != hidden or not hidden_B1H.is_contiguous():
+            if module._forward_hooks or module._forward_pre_hooks:
+                return None
+            about += [None if each is None else each.data_ptr() for each in module._parameters.values()]
+        if about != self._about:
+            self._about, self._found = about, self._find_weights(*hidden_B1H.shape, dtype)
+        return self._found if hidden_B1H.is_contiguous() else None
+
+    def _find_weights(self, rows: int, _: int, hidden: int, dtype: torch.dtype) -> AttentionWeights | None:
+        if not self._shape.fits(dtype):
             return None
-        if not self._normed:
-            return AttentionWeights(q, k, v, o, None, None)
-        norms = norm_of(module.q_norm, dtype), norm_of(module.k_norm, dtype)
-        return None if norms[0] is None or norms[1] is None else AttentionWeights(q, k, v, o, *norms)
+        projections = [getattr(self._module, name) for name in _PROJECTIONS]
+        products = [vars(one)["forward"].ready_for(rows) for one in projections if one.weight.dtype is dtype]
+        if len(products) < len(projections) or None in products or products[-1].width != hidden:
+            return None
+        norms = [norm_of(getattr(self._module, name), dtype) for name in self._norms]
+        return None if self._norms and None in norms else AttentionWeights(*products, *(norms or (None, None)))
 
 
 def _takes_angles(angles: Any, hidden_B1H: torch.Tensor, size: int) -> bool:
