@@ -1,7 +1,7 @@
 """Steps of one token a row, in which transformers' attention modules are one compiled call (``moe/attention_step.py``).
 
-Of modules whose code is Llama's, or Qwen3's, which norms each head's queries and keys first: most architectures have a copy of
-one of both. What a module's step needs is looked at in every call; otherwise its own forward pass is taken.
+Of modules whose code is Llama's or Mixtral's, or Qwen3's, which norms each head's queries and keys first: many architectures
+have a copy of one of these. What a module's step needs is looked at in every call; otherwise its own forward pass is taken.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
@@ -22,7 +23,7 @@ from epslots.models.dense_rotation import turns_whole_heads
 from epslots.models.same_code import code_of
 from epslots.moe.attention_step import AttentionShape, AttentionWeights, Cells, attend
 
-_PLAIN = {code_of(LlamaAttention.forward)}
+_PLAIN = {code_of(kind.forward) for kind in (LlamaAttention, MixtralAttention)}
 _NORMED = {code_of(kind.forward) for kind in (Qwen3Attention, Qwen3MoeAttention)}
 _PROJECTIONS, _NORMS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_norm", "k_norm")
 

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.moe import _default_apply_gate
 
-from epslots.moe import vector_gemm
+from epslots.moe import resident_loops, vector_gemm
 from epslots.moe.grouped_gemm import BatchInvariantGemm, GroupedGemm
+from epslots.moe.pair_kernels import Keys
+from epslots.moe.pair_loops import CompiledPairKernels, scatter_rows
 from epslots.moe.thread_memory import ThreadMemory
 from epslots.moe.vector_gemm import fits, product
 
@@ -196,6 +198,39 @@ def test_experts_are_torchs_twin(kernel: type[GroupedGemm], dtype: torch.dtype, 
     twin = kernel(module, weights)(rows, ends_of(counts), key)
     assert len(called) == (0 if layout.get("transposed") else 2)
     assert differs(result, twin.double()) <= 3 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_few_pairs_are_one_call(dtype: torch.dtype, biased: bool):
+    """Sorted, multiplied and put back in order: the bits of the same loops one by one."""
+    module, weights = experts(dtype=dtype, biased=biased)
+    gemm, pairs, hidden = GroupedGemm(module, weights), CompiledPairKernels(5), numbers(3, 48, dtype=dtype, seed=4)
+    keys, key_E = Keys.between(7, 11, torch.device("cpu")), torch.tensor([9, 7, -1, 10, 8])
+    ids = torch.tensor([3, 0, 4, 3, 1, 0])
+    found = pairs.sort(ids, key_E, keys, 2, absent=False)
+    wanted = scatter_rows(gemm(hidden.index_select(0, found.token_N), found.ends_Q, found.key_N, 7), found.pair_N)
+    products = gemm.ready_products(6)
+    assert products is not None and resident_loops.fits(hidden, ids, key_E, dtype)
+    assert torch.equal(resident_loops.execute(hidden, ids, key_E, keys, *products), wanted)
+    for strange in (2, 5, -1):
+        with pytest.raises(IndexError, match="no slot holds"):
+            resident_loops.execute(hidden, torch.tensor([3, 0, strange, 3, 1, 0]), key_E, keys, *products)
+
+
+def test_what_one_call_does_not_take():
+    hidden, ids, keys = numbers(2, 48), torch.tensor([0, 1]), torch.tensor([0, 1])
+    assert resident_loops.fits(hidden, ids, keys, torch.float32)
+    many = torch.zeros(resident_loops.MOST_PAIRS + 1, dtype=torch.int64)
+    for given in (
+        (hidden, ids, keys, torch.bfloat16),
+        (hidden, many, keys, torch.float32),
+        (hidden, ids.int(), keys, torch.float32),
+    ):
+        assert not resident_loops.fits(*given)
+    assert not resident_loops.fits(hidden.requires_grad_(), ids, keys, torch.float32)
+    for layout in ({"gate": "interleaved"}, {"gate": "none"}, {"transposed": True}):
+        assert GroupedGemm(*experts(**layout)).ready_products(6) is None
 
 
 def test_gradients_are_torchs():
