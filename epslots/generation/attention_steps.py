@@ -111,10 +111,11 @@ class AttentionStep:
                 return None
             about += [None if each is None else each.data_ptr() for each in module._parameters.values()]
         if about != self._about:
-            self._about, self._found = about, self._find_weights(*hidden_B1H.shape, dtype)
+            self._about, self._found = about, self._find_weights(hidden_B1H)
         return self._found if hidden_B1H.is_contiguous() else None
 
-    def _find_weights(self, rows: int, _: int, hidden: int, dtype: torch.dtype) -> AttentionWeights | None:
+    def _find_weights(self, hidden_B1H: torch.Tensor) -> AttentionWeights | None:
+        (rows, _, hidden), dtype = hidden_B1H.shape, hidden_B1H.dtype
         if not self._shape.fits(dtype):
             return None
         projections = [getattr(self._module, name) for name in _PROJECTIONS]

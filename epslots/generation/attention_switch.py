@@ -54,12 +54,12 @@ def depends_on_name(model: nn.Module) -> str | None:
 
     With another name, such a module would do something else than with its own.
     """
-    kinds = {type(module) for module in model.modules()}
+    kinds: set[type] = {type(module) for module in model.modules()}
     return next((kind.__name__ for kind in sorted(kinds, key=lambda kind: kind.__name__) if _compares_name(kind)), None)
 
 
 @functools.cache
-def _compares_name(kind: type[nn.Module]) -> bool:
+def _compares_name(kind: type) -> bool:
     methods = (
         inspect.unwrap(method).__code__
         for name, method in inspect.getmembers(kind, inspect.isfunction)

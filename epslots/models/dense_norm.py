@@ -35,7 +35,7 @@ def norm_of(module: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, torch.
     if getattr(forward, "__func__", None) is not _in_place or module._forward_pre_hooks or module._forward_hooks:
         return None
     plain = weight is not None and weight.dtype is dtype and weight.is_cpu and weight.is_contiguous()
-    return (weight, _epsilon(module.variance_epsilon)) if plain else None  # type: ignore[return-value, arg-type]
+    return (weight, _epsilon(module.variance_epsilon)) if plain else None  # type: ignore[return-value]
 
 
 def _in_place(module: Any, rows: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,6 @@ QUERY, KEY, VALUE, FOUND, SCRATCH, THREADS, ATTENTION_THREADS, WORK, FORK_JOIN =
 # The jobs of the products and of the attention, in other cache lines.
 _PRODUCT, _ATTENTION = 32, 104
 assert _PRODUCT + grouped_rows.JOB_FIELDS <= _ATTENTION and _ATTENTION + query_attention.JOB_FIELDS <= FIELDS
-_LINE = 64
 
 
 @compiled("void(int64, int64, int64, int64, int64)")
@@ -158,11 +157,7 @@ def attend(
     here = thread_memory()
     products = max(one.scratch_bytes(threads) for one in weights[:4])
     sizes = rows * query_bytes, rows * key_bytes, rows * key_bytes, rows * query_bytes, products, attending * thread_bytes
-    sizes_ = [-(-each // _LINE) * _LINE for each in sizes]
-    places, address = [], here.reserve(sum(sizes_))
-    for each in sizes_:
-        places.append(address)
-        address += each
+    places = here.places(*sizes)
     cos, sin = angles
     here.enter(
         ROWS,

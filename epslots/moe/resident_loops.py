@@ -27,7 +27,6 @@ ENDS, STARTS, SORTED, ROWS, MIDDLE, RESULTS, SCRATCH = range(13, 20)
 # The products' own job, in another cache line.
 _PRODUCT = 24
 assert _PRODUCT + JOB_FIELDS <= FIELDS
-_LINE = 64
 
 
 @compiled("int64(int64)")
@@ -86,12 +85,9 @@ def execute(
     threads = torch.get_num_threads() if fork_join() else 1
     here = thread_memory()
     row_bytes, middle_bytes = hidden * item, first.width * item
-    sizes = (4 * slots, 8 * slots + 8, 24 * pairs, pairs * row_bytes, pairs * middle_bytes, pairs * row_bytes)
-    sizes = (*(-(-size // _LINE) * _LINE for size in sizes), max(one.scratch_bytes(threads) for one in (first, down)))
-    places, address = [], here.reserve(sum(sizes))
-    for size in sizes:
-        places.append(address)
-        address += size
+    products = max(one.scratch_bytes(threads) for one in (first, down))
+    sizes = 4 * slots, 8 * slots + 8, 24 * pairs, pairs * row_bytes, pairs * middle_bytes, pairs * row_bytes, products
+    places = here.places(*sizes)
     here.enter(
         IDS,
         *(ids_N.data_ptr(), pairs, key_E.data_ptr(), key_E.shape[0], keys.first, slots, pairs // tokens),
