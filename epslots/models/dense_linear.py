@@ -39,7 +39,7 @@ def _calls_linear(module: nn.Module) -> bool:
     """Whether a module's class calls ``F.linear`` with a matrix of its own, as transformers' routers do."""
     function, weight = type(module).forward, module._parameters.get("weight")
     plain = isinstance(function, FunctionType) and function.__closure__ is None and function.__defaults__ is None
-    if not plain or weight is None or weight.dim() != 2 or "forward" in vars(module):
+    if not plain or weight is None or "forward" in vars(module):
         return False
     return function.__globals__.get("F") is F and {"F", "linear"} <= set(function.__code__.co_names)
 

@@ -96,20 +96,37 @@ def test_steps_have_the_bits_of_forward_passes(name: str, dtype: torch.dtype, mo
         assert torch.isfinite(ours).all() and torch.equal(ours, theirs)
 
 
-def test_a_step_looks_at_its_modules(monkeypatch: pytest.MonkeyPatch):
-    """Hooks are called, and what was changed since is used: a weight, a layer, or a layer's forward pass."""
+@torch.no_grad()
+def test_a_step_looks_at_its_modules():
+    """Hooks are called, and what was changed since is used: a weight, a module, or a module's forward pass."""
+    attention, hidden = build("normed").model.layers[0].self_attn, torch.zeros(3, 1, 64)
+    step = attention_step_of(attention)
+    first = step._weights(hidden)
+    assert first is not None and step._weights(hidden) is first
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
+        module = getattr(attention, name)
+        for register in (module.register_forward_hook, module.register_forward_pre_hook):
+            hook = register(lambda *_: None)
+            assert step._weights(hidden) is None
+            hook.remove()
+        module.forward, forward = (lambda rows: rows), module.forward
+        assert step._weights(hidden) is None
+        module.forward = forward
+        found = step._weights(hidden)
+        module.weight = torch.nn.Parameter(module.weight.clone())
+        again = step._weights(hidden)
+        assert again is not None and again is not found
+    attention.q_proj = torch.nn.Linear(64, 128, bias=False)
+    assert step._weights(hidden) is None
+
+
+def test_changed_weights_are_computed_with(monkeypatch: pytest.MonkeyPatch):
     model, steps = build("normed"), Steps(monkeypatch)
+    before, whole = logits_of(model), steps.made
     attention = model.model.layers[0].self_attn
-    before, called = logits_of(model), []
-    whole, steps.made = steps.made, 0
-    hook = attention.k_norm.register_forward_hook(lambda *_: called.append(1))
-    assert all(map(torch.equal, logits_of(model), before))
-    assert called and steps.made == whole // 2
-    hook.remove()
-    steps.made = 0
     attention.v_proj.weight = torch.nn.Parameter(2 * attention.v_proj.weight)
     changed = logits_of(model)
-    assert steps.made == whole and not torch.equal(changed[-1], before[-1])
+    assert steps.made == 2 * whole and not torch.equal(changed[-1], before[-1])
     monkeypatch.setattr(AttentionStep, "_attend", lambda *_: None)
     assert all(map(torch.equal, logits_of(model), changed))
 

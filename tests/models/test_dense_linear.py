@@ -128,21 +128,23 @@ def test_what_loops_can_not_read_is_torchs(products: list[int]):
 @torch.no_grad()
 def test_moved_and_changed_weights_are_read(products: list[int]):
     """In the same layer: other values in place, another matrix, another dtype, and a copy of the layer."""
-    layer, inputs = nn.Linear(48, 64), torch.randn(3, 48)
+    layer, inputs = nn.Linear(48, 64, bias=False), torch.randn(3, 48)
     read_in_place(layer, batch_invariant=False)
-    for number in range(5):
+    for number in range(6):
         if number == 1:
             layer.weight.mul_(2)
         elif number == 2:
-            layer.weight, layer.bias = nn.Parameter(torch.randn(64, 48)), nn.Parameter(torch.randn(64))
+            layer.weight = nn.Parameter(torch.randn(64, 48))
         elif number == 3:
             layer, inputs = layer.bfloat16(), inputs.bfloat16()
         elif number == 4:
             layer = copy.deepcopy(layer)
             layer.weight.mul_(2)
+        elif number == 5:
+            layer.bias = nn.Parameter(torch.randn(64).bfloat16())
         wanted = F.linear(inputs, layer.weight, layer.bias)
         torch.testing.assert_close(layer(inputs), wanted, rtol=2**-7 if number > 2 else 1e-5, atol=1e-2)
-    assert products == [3] * 5
+    assert products == [3] * 6
 
 
 @torch.no_grad()
