@@ -152,15 +152,16 @@ class CapturedDecoding(Generic[Step]):
     def _open(self) -> None:
         """Look at the layers' slots as they are now: layers may have passed some, and a group may have formed."""
         runtime = runtime_of(self._model)
-        limit = most_rows(runtime)
-        most = self._requests if limit is None else min(self._requests, limit)
+        # Slots that have moved may serve more rows than planned: the memory plan counted the graphs of those.
+        limits = (most_rows(runtime), runtime.plan.served_tokens)
+        most = min([self._requests, *(limit for limit in limits if limit is not None)])
         pairs = max(most, 1) * runtime.plan.shape.top_k
         self._note(device_obstacle(runtime, pairs))
         if self.present_obstacle is not None:
             self._lent = None
         elif self._lent is None or most != self._sizes.rows:
             self._lent, self._sizes = LentSlots(runtime, pairs), replace(self._sizes, rows=most)
-            self._graphs.clear()
+            self._free_graphs()
 
     def _note(self, obstacle: str | None) -> None:
         if obstacle is not None and obstacle != self.present_obstacle:
@@ -186,7 +187,7 @@ class CapturedDecoding(Generic[Step]):
         assert self._lent is not None, "takes() comes first"
         with self._lent.lock:
             if self._lent.take():
-                self._graphs.clear()
+                self._free_graphs()
             try:
                 graph = self._latest = self._graph(size, make)
                 begin(graph.step)
@@ -216,8 +217,13 @@ class CapturedDecoding(Generic[Step]):
     def close(self) -> None:
         """Free the graphs, and give the slots back."""
         self.give_back()
+        self._free_graphs()
+
+    def _free_graphs(self) -> None:
+        """The next ones share other memory: torch ends a pool with its last graph."""
         self._graphs.clear()
-        self._latest = None
+        self._latest = self._pool = None
+        self._graph_bytes = 0
 
 
 class _CaptureError(Exception):

@@ -97,14 +97,18 @@ class MemoryPlan(msgspec.Struct, frozen=True):
         return max(map(unpacking_bytes, self.shape.layers), default=0)
 
     @property
+    def served_tokens(self) -> int | None:
+        """Tokens of a step that can't need more experts than any layer has slots; None = any number."""
+        return served_tokens(self.shape.layers, self.quotas, self.shape.top_k)
+
+    @property
     def captured_sizes(self) -> CapturedSizes:
         """The decoding steps that the engine captures."""
         on_one_gpu = self.device == "cuda" and self.ranks == 1
         captures = on_one_gpu and self.capturable and self.engine.capture and self.shape.capture_obstacle is None
         rows = self.engine.max_requests if captures else 0
-        served = served_tokens(self.shape.layers, self.quotas, self.shape.top_k)
-        if served is not None:
-            rows = min(rows, served) if self.gpu_fetches else 0
+        if self.served_tokens is not None:
+            rows = min(rows, self.served_tokens) if self.gpu_fetches else 0
         return CapturedSizes(rows, self.engine.kv_tokens)
 
     @property

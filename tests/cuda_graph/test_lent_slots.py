@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 import epslots
 from epslots.cuda_graph.lent_slots import LentSlots, device_obstacle, most_rows
 from epslots.errors import ConfigError, CorruptExpertError
+from epslots.generation.captured_decoding import CapturedDecoding
 from epslots.runtime import runtime_of
 from tests.support import zoo
 from tests.support.remembered import Reference
@@ -110,6 +112,18 @@ def test_slots_bound_the_rows_of_a_step(checkpoint: Callable[[str], Path], cache
     assert found is not None and f"{2 * top_k - 1} slots, and a step may need {2 * top_k}" in found
     resident = runtime_of(load(checkpoint("qwen3_moe"), cache_dir, slots="100%"))
     assert most_rows(resident) is None and device_obstacle(resident, 10**6) is None
+
+
+def test_captured_rows_never_exceed_the_planned_ones(checkpoint: Callable[[str], Path], cache_dir: Path):
+    """Slots that have moved to another layer make room for more: the memory plan has counted the graphs of fewer."""
+    top_k = zoo.ZOO["qwen3_moe"].top_k
+    model = load(checkpoint("qwen3_moe"), cache_dir, slots=3 * top_k, kv_tokens=64, max_requests=4)
+    runtime = runtime_of(model)
+    decoding: CapturedDecoding[Any] = CapturedDecoding(model, model, runtime.plan.engine, obstacle=None)
+    assert decoding.takes(3, 9) and not decoding.takes(4, 9)
+    planned = msgspec.structs.replace(runtime.plan, quotas=(2 * top_k, *runtime.plan.quotas[1:]))
+    object.__setattr__(runtime, "plan", planned)
+    assert decoding.takes(2, 9) and not decoding.takes(3, 9)
 
 
 @pytest.mark.parametrize(

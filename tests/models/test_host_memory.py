@@ -13,40 +13,45 @@ from epslots.cli.plan import plan as plan_command
 from epslots.errors import ConfigError
 from epslots.models.host_memory import plan_host_memory
 from epslots.models.known_shapes import known_shape
-from epslots.models.memory_plan import plan_memory
+from epslots.models.memory_plan import MemoryPlan, plan_memory
 from epslots.units import SlotsSetting
 
 GIB = 1 << 30
-QUARTER = plan_memory(known_shape("grok-1"), SlotsSetting(share=0.25), memory_bytes=None)
 RECORD = 3 * 6144 * 32768 * 2
 USED = 64 * 2 * RECORD
 """Bytes of the experts of a token."""
 
 
-def test_all_experts_are_in_ram_or_on_disk():
+@pytest.fixture(scope="module")
+def quarter() -> MemoryPlan:
+    """Grok-1 with a quarter of its slots."""
+    return plan_memory(known_shape("grok-1"), SlotsSetting(share=0.25), memory_bytes=None)
+
+
+def test_all_experts_are_in_ram_or_on_disk(quarter: MemoryPlan):
     for ram in (10, 100, 570, 600):
-        host = plan_host_memory(QUARTER, ram * GIB, 2)
-        assert host.ram_bytes + host.disk_bytes == QUARTER.shape.expert_bytes == 512 * RECORD == 576 * GIB
+        host = plan_host_memory(quarter, ram * GIB, 2)
+        assert host.ram_bytes + host.disk_bytes == quarter.shape.expert_bytes == 512 * RECORD == 576 * GIB
         assert 2 * host.cell_bytes <= ram * GIB
         assert host.ram_bytes >= min(576, ram) * GIB - 4 * RECORD
 
 
-def test_reads_follow_what_neither_slots_nor_ram_hold():
+def test_reads_follow_what_neither_slots_nor_ram_hold(quarter: MemoryPlan):
     """A quarter of the experts has slots; half of the others' fetches find RAM."""
-    assert plan_host_memory(QUARTER, 288 * GIB, 1).read_bytes_per_token == USED * 0.75 * 0.5
-    assert plan_host_memory(QUARTER, 576 * GIB, 1).read_bytes_per_token == 0
-    two = plan_memory(QUARTER.shape, SlotsSetting(share=0.5), memory_bytes=None, ranks=2)
+    assert plan_host_memory(quarter, 288 * GIB, 1).read_bytes_per_token == USED * 0.75 * 0.5
+    assert plan_host_memory(quarter, 576 * GIB, 1).read_bytes_per_token == 0
+    two = plan_memory(quarter.shape, SlotsSetting(share=0.5), memory_bytes=None, ranks=2)
     assert plan_host_memory(two, 27 * GIB, 2).read_bytes_per_token == 0, "every expert has a slot somewhere"
 
 
-def test_a_share_holds_the_experts_of_a_token():
-    least = least_ram(QUARTER.shape.layers, 2)
+def test_a_share_holds_the_experts_of_a_token(quarter: MemoryPlan):
+    least = least_ram(quarter.shape.layers, 2)
     assert least == 2 * RECORD
-    plan_host_memory(QUARTER, 3 * least, 3)
+    plan_host_memory(quarter, 3 * least, 3)
     with pytest.raises(
         ConfigError, match=f"allowed are {3 * least:,} bytes .* 3 ranks of a node read the 2 experts of a token"
     ):
-        plan_host_memory(QUARTER, 3 * least - 1, 3)
+        plan_host_memory(quarter, 3 * least - 1, 3)
 
 
 app = typer.Typer()
@@ -59,11 +64,11 @@ def run(*arguments: str) -> str:
     return result.stdout
 
 
-def test_the_command_says_what_the_disk_costs():
+def test_the_command_says_what_the_disk_costs(quarter: MemoryPlan):
     text = " ".join(run("--host-memory", "288GiB").split())
     assert "in RAM │ 288 GiB" in text and "on disk │ 288 GiB" in text and "54 GiB read for a token" in text
     given = json.loads(run("--host-memory", "288GiB", "--json"))
     assert given["ram_bytes"] + given["disk_bytes"] == given["host_store_bytes"]
-    assert given["read_bytes_per_token"] == plan_host_memory(QUARTER, 288 * GIB, 1).read_bytes_per_token
+    assert given["read_bytes_per_token"] == plan_host_memory(quarter, 288 * GIB, 1).read_bytes_per_token
     assert given["read_bytes_per_s"] is None, "no store, no disk that was measured"
     assert json.loads(run("--json"))["host_memory_bytes"] is None
