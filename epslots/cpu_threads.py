@@ -11,15 +11,19 @@ So two rules:
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 # Turns of the waiting loop, some microseconds: between operations of a step the threads stay awake on a quiet machine.
 SPIN_COUNT = "1000"
-# Seconds over which the load of other processes is averaged.
-WINDOW_S = 0.5
+# Seconds over which the load of other processes is averaged, in pieces of at least so many: systems count in hundredths.
+WINDOW_S, PIECE_S = 0.5, 0.1
+# A longer pause between steps ends a piece, which doesn't count.
+PAUSE_S = 0.01
 # A core that other processes use less than this share of the time takes a thread.
 _FREE_CORE_LOAD = 0.15
 
@@ -74,7 +78,10 @@ def threads_for(cores: int, others: float, most: int) -> int:
 
 
 class ThreadGovernor:
-    """Sets torch's number of threads by the cores that other processes leave free. Called by the thread that makes steps.
+    """Sets torch's number of threads by the cores that other processes leave free. Used by the thread that makes steps.
+
+    The load is measured while steps follow one another. Between requests it tells nothing of the next step: a process that
+    waits for this one's answer, as a client or the other side of a comparison does, works just then.
 
     The number of threads that torch has at the start is never exceeded. A number that other code sets later stays.
 
@@ -99,24 +106,43 @@ class ThreadGovernor:
         if self._current < given:
             set_threads(self._current)
         self._cores = len(allowed_cores())
-        self._since_s = clock()
-        self._before = read() if self._most > 1 else None
+        self._measures = self._most > 1
+        self._ended_s = -math.inf
+        self._since_s = 0.0
+        self._before: CpuTimes | None = None
+        """When the piece that is being measured began; None: none is."""
+        self._measured_s = self._others_s = 0.0
 
-    def adjust(self) -> None:
-        """Measure the load once a window, and set the number of threads by it."""
-        if self._before is None:
-            return
-        now = self._clock()
-        seconds = now - self._since_s
-        if seconds < WINDOW_S:
-            return
-        times = self._read()
-        if times is None or self._get() != self._current:
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Within the context, a step is made. Before it, the threads are set, if enough has been measured."""
+        if self._measures:
+            self._adjust(self._clock())
+        try:
+            yield
+        finally:
+            if self._measures:
+                self._ended_s = self._clock()
+
+    def _adjust(self, now: float) -> None:
+        if now - self._ended_s > PAUSE_S:
             self._before = None
             return
-        others = max(0.0, (times.all - self._before.all) - (times.own - self._before.own)) / seconds
-        self._since_s, self._before = now, times
-        threads = threads_for(self._cores, others, self._most)
+        if self._before is not None and now - self._since_s < PIECE_S:
+            return
+        times, before = self._read(), self._before
+        if times is None or self._get() != self._current:
+            self._measures = False
+            return
+        self._before = times
+        if before is not None:
+            self._others_s += max(0.0, (times.all - before.all) - (times.own - before.own))
+            self._measured_s += now - self._since_s
+        self._since_s = now
+        if self._measured_s < WINDOW_S:
+            return
+        threads = threads_for(self._cores, self._others_s / self._measured_s, self._most)
+        self._measured_s = self._others_s = 0.0
         if threads != self._current:
             self._set(threads)
             self._current = threads

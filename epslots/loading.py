@@ -43,6 +43,7 @@ from epslots.models.batch_invariance import is_batch_invariant, make_batch_invar
 from epslots.models.checkpoint import CheckpointSource
 from epslots.models.dense_linear import read_in_place
 from epslots.models.dense_norm import norm_in_place
+from epslots.models.dense_rotation import rotate_in_place
 from epslots.models.expert_reader import ExpertReader
 from epslots.models.experts import experts_modules
 from epslots.models.host_memory import HostMemoryPlan
@@ -227,6 +228,7 @@ def load_alone(
     if device.type == "cpu":
         read_in_place(model, batch_invariant=config.batch_invariant)
         norm_in_place(model)
+        rotate_in_place(model)
     policy = resolve_policy(config.policy)
     runtime = _build_runtime(model, checkpoint.content, opened.layers, plan.memory, store, policy, device, config.link)
     runtime = _apply_config(model, runtime, config, checkpoint.folder)

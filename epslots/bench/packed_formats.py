@@ -12,7 +12,7 @@ from epslots.bench.report import US, Tables, compare
 from epslots.cache.unpacking import PackedWeight
 from epslots.layout import PackedForm, PackedMatrix
 from epslots.moe.packed_product import PackedProduct
-from epslots.moe.vector_gemm import product
+from epslots.moe.vector_gemm import ready_product
 from epslots.progress import Advance
 
 # An expert of Qwen3-30B-A3B.
@@ -65,17 +65,19 @@ def measure_formats(rounds: int, advance: Advance) -> Tables:
         (torch.randn(SLOTS, 2 * WIDTH, HIDDEN) * 0.02).bfloat16(),
         (torch.randn(SLOTS, HIDDEN, WIDTH) * 0.02).bfloat16(),
     )
+    unpacked = ready_product(dense[0], None, "silu"), ready_product(dense[1])
     ends = [(torch.arange(SLOTS) >= slot).int() for slot in range(SLOTS)]  # where a single row is in each slot
     table = []
     for name, fields in FORMATS.items():
-        first = PackedProduct(random_packed([PackedForm(rows=WIDTH, columns=HIDDEN, **fields)] * 2, SLOTS, torch.bfloat16))
-        down = PackedProduct(random_packed([PackedForm(rows=HIDDEN, columns=WIDTH, **fields)], SLOTS, torch.bfloat16))
+        halves, own = PackedForm(rows=WIDTH, columns=HIDDEN, **fields), PackedForm(rows=HIDDEN, columns=WIDTH, **fields)
+        first = PackedProduct(random_packed([halves] * 2, SLOTS, torch.bfloat16), None, "silu")
+        down = PackedProduct(random_packed([own], SLOTS, torch.bfloat16))
         for count in ROWS:
             rows, turns = torch.randn(count, HIDDEN).bfloat16() / 100, {side: itertools.cycle(ends) for side in SIDES}
 
             def by_dense(rows: torch.Tensor = rows, turn: Iterator[torch.Tensor] = turns["bf16"], count: int = count) -> None:
                 at = next(turn) * count
-                product(product(rows, dense[0], at, None, "silu"), dense[1], at)
+                unpacked[1](unpacked[0](rows, at), at)
 
             def by_codes(
                 rows: torch.Tensor = rows,
@@ -84,7 +86,7 @@ def measure_formats(rounds: int, advance: Advance) -> Tables:
                 both: tuple[PackedProduct, PackedProduct] = (first, down),
             ) -> None:
                 at = next(turn) * count
-                both[1](both[0](rows, at, None, "silu"), at)
+                both[1](both[0](rows, at), at)
 
             candidates = {"bf16": by_dense, "packed": by_codes}
             table.append({"slots": name, "rows": count} | compare(candidates, "packed", "bf16", 4 * rounds, US))

@@ -1,13 +1,22 @@
-"""``AttentionSwitch``: another of transformers' attention functions for the length of a forward pass."""
+"""``AttentionSwitch``: another of transformers' attention functions for the length of a forward pass.
+
+A module chooses its function by a name in its configuration, which is another meanwhile. Some classes do more by that name:
+they make masks of another kind, or select keys, for "sdpa" alone. ``depends_on_name`` finds these.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+
+# Names that transformers' classes compare the implementation's with.
+_COMPARED = frozenset({"eager", "sdpa", "flash_attention_2", "flex_attention"})
 
 
 class AttentionSwitch:
@@ -38,3 +47,33 @@ class AttentionSwitch:
         finally:
             for config, name in zip(self._configs, before, strict=True):
                 config._attn_implementation = name
+
+
+def depends_on_name(model: nn.Module) -> str | None:
+    """The class of a module that compares its attention function's name with others; None if there is none.
+
+    With another name, such a module would do something else than with its own.
+    """
+    kinds: set[type] = {type(module) for module in model.modules()}
+    return next((kind.__name__ for kind in sorted(kinds, key=lambda kind: kind.__name__) if _compares_name(kind)), None)
+
+
+@functools.cache
+def _compares_name(kind: type) -> bool:
+    methods = (
+        inspect.unwrap(method).__code__
+        for name, method in inspect.getmembers(kind, inspect.isfunction)
+        if method is not getattr(PreTrainedModel, name, None)  # which looks at names while a model is made
+    )
+    return any("_attn_implementation" in code.co_names and _COMPARED & _texts(code.co_consts) for code in methods)
+
+
+def _texts(constants: Iterable[Any]) -> set[str]:
+    """Strings among constants, and in tuples and sets of these."""
+    found: set[str] = set()
+    for constant in constants:
+        if isinstance(constant, str):
+            found.add(constant)
+        elif isinstance(constant, tuple | frozenset):
+            found |= _texts(constant)
+    return found

@@ -73,7 +73,10 @@ class Engine:
             StepFailed: the model failed where other ranks wait for its result. Nothing of the step counts.
             GroupError: ranks don't match, or are out of step.
         """
-        self._threads.adjust()
+        with self._threads.step():
+            return self._step()
+
+    def _step(self) -> Header:
         group = group_of(self.model)
         self.batcher.balanced = None if group is None else balanced_chunk(group.lockstep.header.waiting_R)
         work = self.batcher.prepare()

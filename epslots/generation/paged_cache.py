@@ -12,6 +12,7 @@ of any requests into one batch ("continuous batching"). Two of its assumptions d
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from epslots.config import EngineConfig
 from epslots.errors import DoesNotFitError
+from epslots.generation.attention_switch import AttentionSwitch
 from epslots.generation.page_scheduler import SCHEDULER
 from epslots.generation.paged_invariance import IMPLEMENTATION
 from epslots.generation.positions import depends_on_length
@@ -37,6 +39,8 @@ from epslots.models.page_sizes import PageSizes, cache_blocks
 # Tokens of one page. A request holds whole pages, so small ones waste little; flash attention's kernel needs 256.
 PAGE_TOKENS = 16
 FLASH_PAGE_TOKENS = 256
+# Queries of a prompt that attend at a time where requests are read one by one (``paged_prompts.py``): with a mask in memory.
+MASK_ROWS = 256
 # Pages of a request that flash attention's kernel reads in place, at most: transformers' default.
 FLASH_REQUEST_PAGES = 32
 
@@ -92,6 +96,16 @@ def _attentions(model: PreTrainedModel) -> list[torch.nn.Module]:
     return [module for module in model.get_decoder().modules() if hasattr(module, "layer_idx")]
 
 
+def attention_of_pages(model: PreTrainedModel) -> AttentionSwitch:
+    """The attention of the modules that fill a cache."""
+    return AttentionSwitch(model, _attentions(model))
+
+
+def reads_by_request(model: PreTrainedModel) -> bool:
+    """Whether a request's queries meet its own keys alone (``paged_decoding.py``), without transformers' masks."""
+    return attention_of_pages(model).implementations == {"sdpa"}
+
+
 def page_sizes(model: PreTrainedModel) -> PageSizes:
     """The sizes of the paged cache that ``open_processor`` opens for a model, which may be on the meta device."""
     config, width = model.config.get_text_config(), row_width(model)
@@ -103,6 +117,7 @@ def page_sizes(model: PreTrainedModel) -> PageSizes:
         layer_bytes=2 * numbers * item,
         page_tokens=FLASH_PAGE_TOKENS if flash else PAGE_TOKENS,
         mask_bytes=0 if flash or is_batch_invariant(model) else item,
+        mask_rows=MASK_ROWS if reads_by_request(model) else None,
         request_pages=FLASH_REQUEST_PAGES if flash and width is None and groups.keys() == {FULL_ATTENTION} else 0,
     )
 
@@ -148,9 +163,11 @@ def open_processor(model: PreTrainedModel, engine: EngineConfig) -> tuple[Any, A
     )
     try:
         cuda = [model.device] if model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
+        with torch.random.fork_rng(devices=cuda), contextlib.ExitStack() as meanwhile:
             if is_batch_invariant(model):
                 model.set_attn_implementation(IMPLEMENTATION)
+            elif reads_by_request(model):  # transformers would allocate masks
+                meanwhile.enter_context(attention_of_pages(model).to(IMPLEMENTATION))
             processor = _processor(manager, None if width is None else rows_config(config, width))
     except MemoryError as error:
         model.set_attn_implementation(implementation)

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from epslots.arrays import IntArray
 from epslots.device_copy import to_device
-from epslots.generation.attention_switch import AttentionSwitch
+from epslots.generation.paged_cache import MASK_ROWS, attention_of_pages, reads_by_request
 from epslots.generation.paged_prompts import PromptReads
 from epslots.generation.single_queries import attend
 
@@ -66,16 +66,19 @@ class PagedDecoding:
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
         self._batch, self._cache = processor.inputs_and_outputs, processor.cache
-        self._switch = _switch_of(model)
+        self._switch = attention_of_pages(model)
         self.obstacle = pages_obstacle(model)
         self.lengths: list[IntArray] = []
         self._with_prompts: list[PromptReads] = []
+        tokens, reads = self._batch.write_index_storage.shape[1], self._room
+        rows = 0 if self.obstacle is not None else min(MASK_ROWS, tokens)
+        self._mask = torch.empty(rows, reads, dtype=model.dtype, device=self._batch.device)
         self._prepare_packed = self._batch.prepare_batch_tensors
         self._batch.prepare_batch_tensors = self._prepare
 
     def _prepare(self, requests_in_batch: Sequence[FutureRequestState], **sizes: Any) -> None:
-        """Prepare a batch as transformers does; without masks, which take about as long to make as the attention."""
-        masks, self.lengths, self._with_prompts = self._batch.attention_mask, [], []
+        """Prepare a batch as transformers does."""
+        self.lengths, self._with_prompts = [], []
         if self.obstacle is not None:
             self._prepare_packed(requests_in_batch=requests_in_batch, **sizes)
             return
@@ -84,15 +87,11 @@ class PagedDecoding:
         if max(queries) > 1 or not sizes["max_kv_read"] or len(queries) * max(map(max, self.lengths)) > self._room:
             kinds = zip(self._cache.cache_allocators.values(), self.lengths, strict=True)
             self._with_prompts = [
-                PromptReads(queries, keys.tolist(), getattr(kind, "sliding_window", None), self._room, self._batch.device)
+                PromptReads(queries, keys.tolist(), getattr(kind, "sliding_window", None), self._room, self._mask)
                 for kind, keys in kinds
             ]
             self.lengths = []
-        try:
-            self._batch.attention_mask = None
-            self._prepare_packed(requests_in_batch=requests_in_batch, **sizes)
-        finally:
-            self._batch.attention_mask = masks
+        self._prepare_packed(requests_in_batch=requests_in_batch, **sizes)
 
     @property
     def _room(self) -> int:
@@ -144,12 +143,7 @@ def pages_obstacle(model: PreTrainedModel) -> str | None:
     Args:
         model: may be on the meta device.
     """
-    known = _switch_of(model).implementations == {"sdpa"}
-    return None if known else "its pages are read by another attention than torch's"
-
-
-def _switch_of(model: PreTrainedModel) -> AttentionSwitch:
-    return AttentionSwitch(model, (module for module in model.get_decoder().modules() if hasattr(module, "layer_idx")))
+    return None if reads_by_request(model) else "its pages are read by another attention than torch's"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ the longest of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,15 +19,15 @@ from epslots.generation.single_queries import attend
 
 
 class _Chunk(NamedTuple):
-    """A request's queries and keys in the packed step.
+    """A request's queries and keys in the packed step, or a part of these.
 
     Attributes:
-        mask: bool [1, 1, queries, keys], False where a query doesn't see a key; None: a query sees all keys up to its own.
+        past: keys before the first query's own. None: there are none, each query sees all up to its own, and needs no mask.
     """
 
     queries: slice
     keys: slice
-    mask: torch.Tensor | None
+    past: int | None
 
 
 class _DecodingRows(NamedTuple):
@@ -51,11 +51,11 @@ class PromptReads:
         queries, keys: of each request, in the order of the step; keys end with the queries' own.
         window: keys that a query sees, its own included; None = all before it.
         room: keys that may be gathered for the requests that decode; more are read request by request.
+        mask: memory for masks: of so many queries as attend at a time, and all keys of a request.
     """
 
-    def __init__(
-        self, queries: Sequence[int], keys: Sequence[int], window: int | None, room: int, device: torch.device
-    ) -> None:
+    def __init__(self, queries: Sequence[int], keys: Sequence[int], window: int | None, room: int, mask: torch.Tensor) -> None:
+        self._window, self._mask, most = window, mask.view(-1), len(mask)
         decoding = [number for number, count in enumerate(queries) if count == 1]
         if len(decoding) * max((keys[number] for number in decoding), default=0) > room:
             decoding = []
@@ -67,10 +67,19 @@ class PromptReads:
             if number in decoding:
                 places.append((first_query, first_key, end_key))
             else:
-                mask = _mask(query_count, key_count, window, device)
-                self._chunks.append(_Chunk(slice(first_query, end_query), slice(first_key, end_key), mask))
+                self._chunks += _parts(slice(first_query, end_query), slice(first_key, end_key), window, most)
             first_query, first_key = end_query, end_key
-        self._decoding = _rows_of(places, device) if places else None
+        self._decoding = _rows_of(places, mask.device) if places else None
+
+    def _mask_of(self, queries: int, past: int) -> torch.Tensor:
+        """What is added to scores, [1, 1, queries, past + queries]: minus infinity where a query doesn't see a key."""
+        keys = past + queries
+        mask_QK = self._mask[: queries * keys].view(queries, keys)
+        mask_QK.fill_(-torch.inf).triu_(past + 1)
+        if self._window is not None:
+            last_Q1 = torch.arange(past, keys, device=mask_QK.device)[:, None]
+            mask_QK.masked_fill_(torch.arange(keys, device=mask_QK.device) <= last_Q1 - self._window, -torch.inf)
+        return mask_QK[None, None]
 
     def attend(
         self, module: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, **kwargs: Any
@@ -78,8 +87,9 @@ class PromptReads:
         """[1, T, H, D] for queries [1, H, T, D], and keys and values [1, G, S, D]."""
         kwargs.pop("is_causal", None)
         found = query.new_empty(1, query.shape[2], query.shape[1], values.shape[3])
-        for queries, own, mask in self._chunks:
+        for queries, own, past in self._chunks:
             given = query[:, :, queries], keys[:, :, own], values[:, :, own]
+            mask = None if past is None else self._mask_of(queries.stop - queries.start, past).to(query.dtype)
             found[:, queries], _ = attend(module, *given, mask, is_causal=mask is None, **kwargs)
         if self._decoding is not None:
             query_R, key_RL, mask_R11L = self._decoding
@@ -90,14 +100,15 @@ class PromptReads:
         return found
 
 
-def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    if queries == keys and (window is None or keys <= window):
-        return None
-    last_Q1, key_K = torch.arange(keys - queries, keys, device=device)[:, None], torch.arange(keys, device=device)
-    seen_QK = key_K <= last_Q1
-    if window is not None:
-        seen_QK &= key_K > last_Q1 - window
-    return seen_QK[None, None]
+def _parts(queries: slice, keys: slice, window: int | None, most: int) -> Iterator[_Chunk]:
+    """A whole prompt that needs no mask, at once; otherwise ``most`` queries at a time, with keys up to the last one's own."""
+    count, behind = queries.stop - queries.start, keys.stop - queries.stop
+    if keys.stop - keys.start == count and (window is None or count <= window):
+        yield _Chunk(queries, keys, None)
+        return
+    for first in range(queries.start, queries.stop, most):
+        end = min(first + most, queries.stop)
+        yield _Chunk(slice(first, end), slice(keys.start, end + behind), first + behind - keys.start)
 
 
 def _rows_of(places: Sequence[tuple[int, int, int]], device: torch.device) -> _DecodingRows:

@@ -28,6 +28,8 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from epslots.moe import cell_loops
+
 Pools = dict[tuple[str | int, ...], Any]
 """A ``TokenPool``, or a tensor of states, by its path in a layer."""
 States = dict[int, torch.Tensor]
@@ -111,6 +113,17 @@ class RowStep:
         self.write(pool, new)
         return pool.read(self._read_cells(pool.window), len(self.row_B))
 
+    def append_both(
+        self, pools: tuple[TokenPool, TokenPool], new: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``append`` of keys and values, which keep equally many tokens."""
+        keys, values = pools
+        if keys.dimensions == values.dimensions == (0, 2):
+            cells_BS = self._read_cells(keys.window)
+            if cell_loops.fits(keys.cells, new[0], cells_BS) and cell_loops.fits(values.cells, new[1], cells_BS):
+                return cell_loops.append((keys.cells, values.cells), new, self._new_cells[keys.window], cells_BS)
+        return self.append(keys, new[0]), self.append(values, new[1])
+
     def write(self, pool: TokenPool, new: torch.Tensor) -> None:
         """Put new tokens into their cells."""
         pool.write(self._new_cells[pool.window], new)
@@ -119,6 +132,10 @@ class RowStep:
         """The layer's entries from before this step."""
         cells_BS = self._read_cells(pool.window).view(len(self.row_B), -1)[:, : -self.width]
         return pool.read(cells_BS.flatten(), len(self.row_B))
+
+    def cells(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cells of new tokens, int64 [B * W], and of those that a layer reads, int32 [B * S]."""
+        return self._new_cells[window], self._read_cells(window)
 
     def _read_cells(self, window: int | None) -> torch.Tensor:
         if window not in self._cells:
@@ -180,8 +197,14 @@ class PooledLayer:
         self.rows = ()
 
 
-class _PooledTokens(PooledLayer):
-    """Keys and values of all tokens."""
+class PooledTokens(PooledLayer):
+    """Keys and values of all tokens.
+
+    Attributes:
+        appends_both: whether ``update`` appends keys and values, and does nothing else but ``count_new``.
+    """
+
+    appends_both = True
 
     def begin(self, step: RowStep) -> None:
         super().begin(step)
@@ -189,30 +212,40 @@ class _PooledTokens(PooledLayer):
         self.is_initialized = step.past > 0
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        keys = self.step.append(self.pools["keys",], key_states)
-        values = self.step.append(self.pools["values",], value_states)
+        keys, values = self.step.append_both((self.pools["keys",], self.pools["values",]), (key_states, value_states))
+        self.count_new()
+        return keys, values
+
+    def count_new(self) -> None:
+        """Count the step's tokens as the layer's own."""
         self._length = self.step.past + self.step.width
         self.is_initialized = True
-        return keys, values
+
+    def cells(self) -> tuple[TokenPool, TokenPool, torch.Tensor, torch.Tensor]:
+        """Pools of keys and values; the cells of new tokens, int64 [B * W], and of those that are read, int32 [B * S]."""
+        keys, values = self.pools["keys",], self.pools["values",]
+        return keys, values, *self.step.cells(keys.window)
 
     def get_seq_length(self) -> int:
         return self._length
 
 
-class _PooledWindow(_PooledTokens):
+class _PooledWindow(PooledTokens):
     """Keys and values of a sliding window."""
 
     def begin(self, step: RowStep) -> None:
         super().begin(step)
         self.cumulative_length = step.past
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def count_new(self) -> None:
+        super().count_new()
         self.cumulative_length += self.step.width
-        return super().update(key_states, value_states)
 
 
-class _PooledIndexer(_PooledTokens):
+class _PooledIndexer(PooledTokens):
     """Keys and values of all tokens, and the keys of an indexer that chooses among them (DeepSeek's sparse attention)."""
+
+    appends_both = False
 
     def begin(self, step: RowStep) -> None:
         super().begin(step)
@@ -243,7 +276,7 @@ class _PooledIndexer(_PooledTokens):
         self.step.write(self.pools["indexer_position_ids",], positions[..., -self.step.width :])
 
 
-class _PooledIndexKeys(_PooledTokens):
+class _PooledIndexKeys(PooledTokens):
     """Keys and values of all tokens, and the keys of minimax_m3's indexer."""
 
     def update_index(self, idx_k: torch.Tensor) -> torch.Tensor:
@@ -288,11 +321,11 @@ class _PooledStates(PooledLayer):
 _STATES = ("conv_states", "recurrent_states")
 
 _PARTS: Mapping[type, tuple[type, ...]] = {
-    DynamicLayer: (_PooledTokens,),
+    DynamicLayer: (PooledTokens,),
     DynamicSlidingWindowLayer: (_PooledWindow,),
     DynamicIndexedLayer: (_PooledIndexer,),
     LinearAttentionLayer: (_PooledStates,),
-    LinearAttentionAndFullAttentionLayer: (_PooledStates, _PooledTokens),
+    LinearAttentionAndFullAttentionLayer: (_PooledStates, PooledTokens),
     LinearAttentionAndSlidingWindowAttentionLayer: (_PooledStates, _PooledWindow),
     DummyLayer: (PooledLayer,),
 }

@@ -7,16 +7,19 @@ CPUs reads them again for each head; with one, it makes these heads the queries 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from epslots.generation.attention_switch import AttentionSwitch
+from epslots.generation.attention_steps import AttentionStep, attention_step_of
+from epslots.generation.attention_switch import AttentionSwitch, depends_on_name
 from epslots.generation.paged_cache import paging_obstacle, row_width
 from epslots.moe import query_attention
 
@@ -33,16 +36,31 @@ class SingleQueries:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._switch: AttentionSwitch | None = None
+        self._steps: list[tuple[nn.Module, AttentionStep]] = []
         plain = model.device.type == "cpu" and paging_obstacle(model) is None and row_width(model) is None
         if plain:
             modules = [module for module in model.get_decoder().modules() if hasattr(module, "num_key_value_groups")]
             switch = AttentionSwitch(model, modules)
-            if switch.implementations == {"sdpa"}:
+            if switch.implementations == {"sdpa"} and depends_on_name(model.get_decoder()) is None:
                 self._switch = switch
+                steps = ((module, attention_step_of(module)) for module in modules)
+                self._steps = [(module, step) for module, step in steps if step is not None]
 
-    def active(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def active(self) -> Iterator[None]:
         """Within the context, the model attends so. Not for several threads at once."""
-        return nullcontext() if self._switch is None else self._switch.to(IMPLEMENTATION)
+        if self._switch is None:
+            yield
+            return
+        before = [vars(module)["forward"] for module, _ in self._steps]
+        try:
+            for module, step in self._steps:
+                vars(module)["forward"] = step
+            with self._switch.to(IMPLEMENTATION):
+                yield
+        finally:
+            for (module, _), forward in zip(self._steps, before, strict=True):
+                vars(module)["forward"] = forward
 
 
 def attend(

@@ -24,14 +24,13 @@ def read_in_place(model: nn.Module, *, batch_invariant: bool) -> None:
     Args:
         batch_invariant: whether all numbers of rows are computed so, since a batch must not choose.
     """
-    forward = _in_place if batch_invariant else _in_place_if_faster
-    functional = _Functional(_always if batch_invariant else vector_gemm.is_faster_alone)
+    chosen = _always if batch_invariant else vector_gemm.is_faster_alone
     for module in model.modules():
         if type(module) is nn.Linear:
-            setattr(module, "forward", MethodType(forward, module))  # noqa: B010 - a method to mypy
+            setattr(module, "forward", InPlaceLinear(module, chosen))  # noqa: B010 - a method to mypy
         elif _calls_linear(module):
             function: Any = type(module).forward
-            own = FunctionType(function.__code__, {**function.__globals__, "F": functional}, function.__name__)
+            own = FunctionType(function.__code__, {**function.__globals__, "F": _Functional(chosen)}, function.__name__)
             own.__kwdefaults__ = function.__kwdefaults__
             setattr(module, "forward", MethodType(own, module))  # noqa: B010
 
@@ -40,27 +39,27 @@ def _calls_linear(module: nn.Module) -> bool:
     """Whether a module's class calls ``F.linear`` with a matrix of its own, as transformers' routers do."""
     function, weight = type(module).forward, module._parameters.get("weight")
     plain = isinstance(function, FunctionType) and function.__closure__ is None and function.__defaults__ is None
-    if not plain or weight is None or weight.dim() != 2 or "forward" in vars(module):
+    if not plain or weight is None or "forward" in vars(module):
         return False
     return function.__globals__.get("F") is F and {"F", "linear"} <= set(function.__code__.co_names)
 
 
 class _Functional:
-    """``torch.nn.functional``, whose ``linear`` reads in place.
+    """``torch.nn.functional`` for one module, whose ``linear`` reads in place.
 
     Args:
         chosen: whether to multiply so many rows in place.
     """
 
     def __init__(self, chosen: Callable[[int], bool]) -> None:
-        self._chosen = chosen
+        self._product = _LatestProduct(chosen)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(F, name)
 
     def linear(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``F.linear``."""
-        return _multiply(inputs, weight, bias, self._chosen)
+        return self._product(inputs, weight, bias)
 
 
 def is_plain_linear(module: object) -> TypeGuard[nn.Linear]:
@@ -68,40 +67,66 @@ def is_plain_linear(module: object) -> TypeGuard[nn.Linear]:
     if type(module) is not nn.Linear or module._forward_pre_hooks or module._forward_hooks:
         return False
     forward = vars(module).get("forward")
-    return forward is None or getattr(forward, "__func__", None) in (_in_place, _in_place_if_faster)
+    return forward is None or isinstance(forward, InPlaceLinear)
 
 
 def _always(rows: int) -> bool:
     return True
 
 
-def _in_place(module: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
-    return _multiply(inputs, module.weight, module.bias, _always)
+class InPlaceLinear:
+    """The ``forward`` of a linear layer that reads in place."""
+
+    def __init__(self, module: nn.Linear, chosen: Callable[[int], bool]) -> None:
+        self._module, self._product = module, _LatestProduct(chosen)
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[*, out] for inputs [*, in]."""
+        return self._product(inputs, self._module.weight, self._module.bias)
+
+    def ready_for(self, rows: int) -> vector_gemm.ReadyProduct | None:
+        """The product that multiplies so many rows, on the CPU and without gradients; None if it is torch's."""
+        return self._product.ready(self._module.weight, self._module.bias) if self._product.chosen(rows) else None
 
 
-def _in_place_if_faster(module: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
-    return _multiply(inputs, module.weight, module.bias, vector_gemm.is_faster_alone)
+class _LatestProduct:
+    """``F.linear``; with a product that is ready, as long as it is called with the same weights and they stay where they are.
+
+    Args:
+        chosen: whether to multiply so many rows in place.
+    """
+
+    def __init__(self, chosen: Callable[[int], bool]) -> None:
+        self.chosen = chosen
+        self._about: tuple[Any, ...] = ()
+        self._ready: vector_gemm.ReadyProduct | None = None
+
+    def ready(self, weight: torch.Tensor, bias: torch.Tensor | None) -> vector_gemm.ReadyProduct | None:
+        """The product with a weight; None if loops don't take it."""
+        about = weight.data_ptr(), weight.dtype, weight.shape, None if bias is None else (bias.data_ptr(), bias.shape)
+        if about != self._about:
+            self._about, self._ready = about, _ready_product(weight, bias)
+        return self._ready
+
+    def __call__(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ready = self.ready(weight, bias)
+        if ready is None or inputs.dtype is not weight.dtype or not inputs.is_cpu or _trains(inputs, weight, bias):
+            return F.linear(inputs, weight, bias)
+        rows = inputs.numel() // weight.shape[1]
+        if not rows or not self.chosen(rows) or torch.is_autocast_enabled("cpu"):
+            return F.linear(inputs, weight, bias)
+        return ready(inputs)
 
 
-def _multiply(
-    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, chosen: Callable[[int], bool]
-) -> torch.Tensor:
-    rows = inputs.numel() // max(1, weight.shape[1])
-    if not _takes(inputs, weight, bias) or not chosen(rows):
-        return F.linear(inputs, weight, bias)
-    biases = None if bias is None else bias[None]
-    results = vector_gemm.product(inputs.reshape(rows, weight.shape[1]), weight[None], None, biases)
-    return results.view(*inputs.shape[:-1], weight.shape[0])
+def _ready_product(weight: torch.Tensor, bias: torch.Tensor | None) -> vector_gemm.ReadyProduct | None:
+    """The product with a weight [out, in]; None if loops, which read all by its address, don't take it."""
+    if weight.dim() != 2 or not weight.is_cpu or not vector_gemm.fits(weight):
+        return None
+    if bias is None:
+        return vector_gemm.ready_product(weight[None])
+    plain = bias.shape == weight.shape[:1] and bias.dtype is weight.dtype and bias.is_cpu and bias.is_contiguous()
+    return vector_gemm.ready_product(weight[None], bias[None]) if plain else None
 
 
-def _takes(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether inputs can be multiplied in place by a weight [out, in] without its gradient. Loops read all by its address."""
-    suits = weight.dtype is inputs.dtype and inputs.is_cpu and weight.is_cpu and inputs.numel() > 0
-    if not suits or torch.is_autocast_enabled("cpu"):
-        return False
-    trained = inputs.requires_grad or weight.requires_grad
-    if bias is not None:
-        trained |= bias.requires_grad
-        if bias.shape != weight.shape[:1] or bias.dtype is not weight.dtype or not (bias.is_cpu and bias.is_contiguous()):
-            return False
-    return not (trained and torch.is_grad_enabled()) and vector_gemm.fits(weight)
+def _trains(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -7,13 +7,14 @@ Only instances of a loaded model change.
 from __future__ import annotations
 
 import functools
-from types import FunctionType, MethodType
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from epslots.models.same_code import code_of
 from epslots.moe import row_norm
 
 
@@ -25,13 +26,16 @@ def norm_in_place(model: nn.Module) -> None:
 
 
 def _is_llamas(kind: type[nn.Module]) -> bool:
-    ours, llamas = (getattr(each, "forward", None) for each in (kind, LlamaRMSNorm))
-    return isinstance(ours, FunctionType) and _code(ours) == _code(llamas)
+    return code_of(kind.forward) == code_of(LlamaRMSNorm.forward)
 
 
-def _code(function: Any) -> tuple[object, ...]:
-    code = function.__code__
-    return code.co_code, code.co_consts, code.co_names
+def norm_of(module: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The weight [H] and epsilon [1] of a norm that makes one pass over rows of ``dtype``; None if it does something else."""
+    forward, weight = vars(module).get("forward"), module._parameters.get("weight")
+    if getattr(forward, "__func__", None) is not _in_place or module._forward_pre_hooks or module._forward_hooks:
+        return None
+    plain = weight is not None and weight.dtype is dtype and weight.is_cpu and weight.is_contiguous()
+    return (weight, _epsilon(module.variance_epsilon)) if plain else None  # type: ignore[return-value]
 
 
 def _in_place(module: Any, rows: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,7 @@ class PageSizes(msgspec.Struct, frozen=True):
         layer_bytes: of one token's keys and values in one layer.
         page_tokens: tokens of a page.
         mask_bytes: of a number in attention masks; 0 = attention needs none.
+        mask_rows: queries whose mask is in memory at a time; None = those of a whole step, for each kind of attention.
         request_pages: pages of a request that attention reads in place, at most; 0 = none.
     """
 
@@ -51,6 +52,7 @@ class PageSizes(msgspec.Struct, frozen=True):
     layer_bytes: int
     page_tokens: int
     mask_bytes: int
+    mask_rows: int | None = None
     request_pages: int = 0
 
     @property
@@ -60,6 +62,7 @@ class PageSizes(msgspec.Struct, frozen=True):
 
     def nbytes(self, kv_tokens: int, max_requests: int, max_batch_tokens: int) -> int:
         """Bytes that opening the cache allocates: its pages, and a step's inputs, indices and masks."""
+        kinds = len(self.layers)
         page_bytes = self.page_tokens * self.layer_bytes
         sector_bytes = math.lcm(*(count * page_bytes for count in self.layers), _SECTOR_ALIGNMENT)
         blocks = cache_blocks(kv_tokens, self.page_tokens, self.layers)
@@ -68,5 +71,7 @@ class PageSizes(msgspec.Struct, frozen=True):
         reads = sectors * sector_bytes // (min(self.layers) * self.layer_bytes) + max_batch_tokens
         inputs = _INT32 * (_SMALL_INPUTS * align(max_batch_tokens + 1, _INPUT_ALIGNMENT) + max_batch_tokens + 1)
         tables = _INT32 * min(max_requests, max_batch_tokens) * self.request_pages
-        indices, masks = _INT64 * (max_batch_tokens + reads), self.mask_bytes * max_batch_tokens * reads
-        return (sectors + _SPARE_SECTORS) * sector_bytes + inputs + len(self.layers) * (tables + indices + masks)
+        indices = _INT64 * (max_batch_tokens + reads)
+        rows = kinds * max_batch_tokens if self.mask_rows is None else min(self.mask_rows, max_batch_tokens)
+        masks = self.mask_bytes * rows * reads
+        return (sectors + _SPARE_SECTORS) * sector_bytes + inputs + kinds * (tables + indices) + masks

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from epslots.device_copy import to_device
+from epslots.moe import resident_loops
 from epslots.moe.cpu_experts import CpuExperts, CpuRows
 from epslots.moe.expert_cache import ExpertCache
 from epslots.moe.grouped_gemm import GroupedGemm
@@ -123,6 +124,9 @@ class ExpertCompute:
             return torch.zeros(0, self.kernel.hidden_size, dtype=self.dtype, device=ids_N.device)
         self.cache.pool.publish(self.cache.pool_layer)
         absent = self.identity or in_slots is not None
+        products = None if absent else self.kernel.ready_products(ids_N.shape[0])
+        if products is not None and resident_loops.fits(hidden_TH, ids_N, self._slot_of_device_E, self.dtype):
+            return resident_loops.execute(hidden_TH, ids_N, self._slot_of_device_E, self._keys, *products)
         found, rows_NH = self._sort(hidden_TH, ids_N, self._slot_of_device_E, self._keys, absent=absent)
         if in_slots is not None:
             result_NH = torch.empty(len(ids_N), self.kernel.hidden_size, dtype=self.dtype, device=ids_N.device)

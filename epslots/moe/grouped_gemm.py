@@ -32,8 +32,8 @@ _FUSED = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh"}
 Matmul = Callable[[torch.Tensor, Any, torch.Tensor], torch.Tensor]
 """(rows [N, in], weight [Q, in, out], ends int32 [Q]) to [N, out]: where the rows of each slot end."""
 
-VectorProduct = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, str | None], torch.Tensor]
-"""(rows, ends, biases, activation) as of ``vector_gemm.product``, to its result, with a weight of its own."""
+VectorProduct = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(rows, ends) as of ``vector_gemm.product``, to its result, with weights, biases and an activation of its own."""
 
 
 class GroupedGemm:
@@ -58,11 +58,11 @@ class GroupedGemm:
 
     def __init__(self, module: Any, weights: Mapping[str, Weight]) -> None:
         self._module = module
+        self._fused = _fused_activation(module)
         self.use(weights)
         self._activate: Callable[[torch.Tensor], torch.Tensor] = module._apply_gate if module.has_gate else module.act_fn
         self._post_norm = module.post_expert_norm if module.has_post_expert_norm else None
         self._first_matmul, self._down_matmul = self._choose_matmul(self._first), self._choose_matmul(self._down)
-        self._fused = _fused_activation(module)
         self.dtype = self._first.dtype
         self.hidden_size = self._down.shape[-1]
 
@@ -72,7 +72,11 @@ class GroupedGemm:
         names = (f"{_first_name(self._module)}_bias", "down_proj_bias")
         biases: tuple[Any, ...] = tuple(weights[name] if self._module.has_bias else None for name in names)
         self._first_bias, self._down_bias = biases
-        self._first_product, self._down_product = (_vector_product(one, self.batch_invariant) for one in self.matrices)
+        exact = self.batch_invariant
+        self._first_product = _vector_product(self._first, self._first_bias, self._fused, exact=exact)
+        self._down_product = _vector_product(self._down, self._down_bias, None, exact=exact)
+        first, down = _whole(self._first_product), _whole(self._down_product)
+        self._whole = None if first is None or down is None else (first, down)
 
     def __call__(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor, key_N: torch.Tensor, first_key: int = 0) -> torch.Tensor:
         """Apply each row's expert to it.
@@ -87,10 +91,10 @@ class GroupedGemm:
         """
         rows_NH = rows_NH.to(self.dtype)
         if self._first_product and self._down_product and self._prefers_vectors(rows_NH):
-            result = self._first_product(rows_NH, ends_Q, self._first_bias, self._fused)
+            result = self._first_product(rows_NH, ends_Q)
             if self._fused is None:
                 result = self._activate(result)
-            result = self._down_product(result, ends_Q, self._down_bias, None)
+            result = self._down_product(result, ends_Q)
             return result if self._post_norm is None else self._post_norm(result)
         result = self._first_matmul(rows_NH, self._first, ends_Q)
         if self._first_bias is not None:
@@ -99,6 +103,12 @@ class GroupedGemm:
         if self._down_bias is not None:
             result += self._down_bias[key_N - first_key]
         return result if self._post_norm is None else self._post_norm(result)
+
+    def ready_products(self, pairs: int) -> tuple[vector_gemm.ReadyProduct, vector_gemm.ReadyProduct] | None:
+        """The two products that a call for so many rows consists of, on a CPU; None if it does something else, or more."""
+        if self._whole is None or self._fused is None or self._post_norm is not None or not self._takes_vectors(pairs):
+            return None
+        return self._whole
 
     @property
     def matrices(self) -> tuple[Weight, Weight]:
@@ -110,7 +120,10 @@ class GroupedGemm:
 
     def _prefers_vectors(self, rows_NH: torch.Tensor) -> bool:
         wants_gradient = rows_NH.requires_grad and torch.is_grad_enabled()
-        return not wants_gradient and vector_gemm.is_faster(rows_NH, self._first.shape[0])
+        return not wants_gradient and rows_NH.is_cpu and self._takes_vectors(rows_NH.shape[0])
+
+    def _takes_vectors(self, rows: int) -> bool:
+        return vector_gemm.is_faster(rows, self._first.shape[0])
 
 
 class BatchInvariantGemm(GroupedGemm):
@@ -125,8 +138,8 @@ class BatchInvariantGemm(GroupedGemm):
         with batch_invariant_functions():
             return super().__call__(rows_NH, ends_Q, key_N, first_key)
 
-    def _prefers_vectors(self, rows_NH: torch.Tensor) -> bool:
-        return rows_NH.device.type == "cpu"  # for any number of rows: a batch must not choose
+    def _takes_vectors(self, rows: int) -> bool:
+        return True  # any number of rows: a batch must not choose
 
     def _choose_matmul(self, weight: Weight) -> Matmul:
         return partial(packed_matmul, multiply=product) if isinstance(weight, PackedWeight) else _matmul_by_row
@@ -162,16 +175,21 @@ def torch_matmul(weight: Weight) -> Matmul:
     return lambda rows, weight, ends: torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)
 
 
-def _vector_product(weight: Weight, batch_invariant: bool) -> VectorProduct | None:
+def _vector_product(weight: Weight, bias: torch.Tensor | None, activation: str | None, *, exact: bool) -> VectorProduct | None:
     """The product with a weight by compiled loops; None if they don't take it."""
-    if isinstance(weight, PackedWeight):
-        on_host = weight.device.type in ("cpu", "meta")
-        suited = on_host and suits(weight.matrix.forms, weight.dtype)
-        return PackedProduct(weight, exact=batch_invariant) if suited else None
-    turned = weight.transpose(-2, -1)  # where the checkpoint has [in, out], its rows aren't contiguous, and don't fit
-    if not vector_gemm.fits(turned):
+    if weight.device.type not in ("cpu", "meta"):
         return None
-    return lambda rows, ends, bias, activation: vector_gemm.product(rows, turned, ends, bias, activation)
+    if isinstance(weight, PackedWeight):
+        suited = suits(weight.matrix.forms, weight.dtype)
+        return PackedProduct(weight, bias, activation, exact=exact) if suited else None
+    turned = weight.transpose(-2, -1)  # where the checkpoint has [in, out], its rows aren't contiguous, and don't fit
+    return vector_gemm.ready_product(turned, bias, activation) if vector_gemm.fits(turned) else None
+
+
+def _whole(product: VectorProduct | None) -> vector_gemm.ReadyProduct | None:
+    """A product that is one of ``vector_gemm``'s, and no more."""
+    found = product.whole if isinstance(product, PackedProduct) else product
+    return found if isinstance(found, vector_gemm.ReadyProduct) else None
 
 
 def _fused_activation(module: Any) -> str | None:

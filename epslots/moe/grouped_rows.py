@@ -133,6 +133,7 @@ def _unpack(job: int, slot: int, column: int, width: int, scratch: int) -> None:
     kind, form, columns, block = read(job, KIND), read(job, FORM), read(job, COLUMNS), read(job, WIDTH)
     zeros, rows, stride = 4 * read(job, BLOCKS), read(job, BLOCK_ROWS), read(job, CODES_STRIDE)
     unpacked, scales = scratch + SCRATCH_BYTES, scratch + read(job, THREAD_BYTES) - 4 * zeros
+    held = read(job, INNER)
     codes = read(job, WEIGHTS) + slot * read(job, SLOT_STRIDE)
     for number in range(width):
         for half in range(2):
@@ -142,9 +143,9 @@ def _unpack(job: int, slot: int, column: int, width: int, scratch: int) -> None:
             stored = codes + row * stride + half * read(job, CODES_FAR)
             out = unpacked + number * read(job, WEIGHT_STRIDE) + half * read(job, FAR)
             if read(job, HALVED):
-                unpack_row(1, kind, form, stored, stride, at, zeros, block, columns, out)
+                unpack_row(1, kind, form, stored, stride, at, zeros, block, columns, held, out)
             else:
-                unpack_row(0, kind, form, stored, stride, at, zeros, block, columns, out)
+                unpack_row(0, kind, form, stored, stride, at, zeros, block, columns, held, out)
 
 
 @compiled("void(int64, int64, int64, int64, int64)")
@@ -238,3 +239,25 @@ def launch(job: int) -> None:
         write(job, NEXT_TASK, 0)
         write(job, NEXT_THREAD, 0)
         run_threads(read(job, FORK_JOIN), read(job, WORK), job, min(threads, found * chunks))
+
+
+@compiled("void(int64, int64, int64, int64, int64, int64, int64, int64)")
+def start(job: int, given: int, rows: int, inputs: int, out: int, ends: int, threads: int, scratch: int) -> None:
+    """Compute a job whose other fields are those of another one, ``given``.
+
+    Args:
+        rows, inputs, out: number and address of inputs, address of outputs.
+        ends: 0 = all rows are the first slot's.
+        scratch: memory for each thread, and behind it the spans.
+    """
+    for field in range(WORK, JOB_FIELDS):
+        write(job, field, read(given, field))
+    write(job, THREADS, threads)
+    write(job, NUM_ROWS, rows)
+    write(job, ROWS, inputs)
+    write(job, OUT, out)
+    # Of 32 bits: the lower half comes first on every processor that torch has wheels for.
+    write(job, ENDS, ends if ends else job + 8 * NUM_ROWS)
+    write(job, SCRATCH, scratch)
+    write(job, SPANS, scratch + threads * read(given, THREAD_BYTES))
+    launch(job)

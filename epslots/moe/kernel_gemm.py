@@ -162,6 +162,9 @@ class KernelGemm(GroupedGemm):
         super().__init__(module, weights)
         self._products, self._gate = products, known_gate(module)
 
+    def ready_products(self, pairs: int) -> None:
+        return None
+
     def __call__(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor, key_N: torch.Tensor, first_key: int = 0) -> torch.Tensor:
         multiply, tiles = self._products.multiply, self._products.list_tiles(ends_Q, rows_NH.shape[0])
         inner_NI = multiply(rows_NH.to(self.dtype).contiguous(), self._first, self._first_bias, tiles, self._gate)

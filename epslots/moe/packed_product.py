@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from epslots.cache.unpacking import PackedWeight, Parts
-from epslots.layout import ITEM_BYTES, NIBBLES, PACKED_ITEM_BYTES, PackedForm
+from epslots.layout import ITEM_BYTES, PACKED_ITEM_BYTES, PackedForm, align
 from epslots.moe import code_kinds as kinds
 from epslots.moe.code_kinds import KINDS, RUN
 from epslots.moe.packed_tiles import tiled_rows
 from epslots.moe.vector_code import LANES
-from epslots.moe.vector_gemm import RowBytes, SlotMatrices, compute, least_columns
+from epslots.moe.vector_gemm import ReadyProduct, RowBytes, SlotMatrices, least_columns
 
 _KINDS = {"e4m3": kinds.E4M3, "int8": kinds.INT8, "int4": kinds.INT4, "e2m1": kinds.E2M1}
 _SCALES = {
@@ -49,23 +49,20 @@ def suits(forms: Sequence[PackedForm], dtype: torch.dtype) -> bool:
 
 def _suits(form: PackedForm) -> bool:
     width, blocks = _blocks(form)
-    stored = _stored_columns(form)
-    whole = form.rows % 2 == 0 and form.rows >= 2 * LANES and stored % RUN == 0 and (width % RUN == 0 or width == LANES)
+    whole = form.rows % 2 == 0 and form.rows >= 2 * LANES and (width % RUN == 0 or width == LANES)
     known = form.kind in _KINDS and form.group in _SCALES
-    return known and whole and blocks * width >= stored  # the padding, too, belongs to a block
+    return known and whole and blocks * width >= _padded_columns(form)  # the padding, too, belongs to a block
 
 
-def _stored_columns(form: PackedForm) -> int:
-    """Columns of the codes with their padding."""
-    codes, _ = form.tensors["codes"]
-    return codes[1] * (2 if form.kind in NIBBLES else 1)
+def _padded_columns(form: PackedForm) -> int:
+    """Columns of unpacked rows: whole runs. Codes of 4 bits are stored so, too."""
+    return align(form.columns, RUN)
 
 
 def _blocks(form: PackedForm) -> tuple[int, int]:
     """Columns of a block, and how many blocks a row has."""
-    stored = _stored_columns(form)
     if (form.group is None and not form.zero) or form.block[1] >= form.columns:
-        return stored, 1
+        return _padded_columns(form), 1
     return form.block[1], -(-form.columns // form.block[1])
 
 
@@ -76,47 +73,63 @@ class _Piece(NamedTuple):
     weights: RowBytes
     perm: torch.Tensor | None
 
+    def ready(self, dtype: torch.dtype, bias: torch.Tensor | None, activation: str | None) -> _ReadyPiece:
+        return _ReadyPiece(ReadyProduct(dtype, self.matrices, self.weights, bias, activation), self.perm, self.matrices.slots)
+
+
+class _ReadyPiece(NamedTuple):
+    product: ReadyProduct
+    perm: torch.Tensor | None
+    slots: int
+
+    def __call__(self, rows_NK: torch.Tensor, ends_Q: torch.Tensor | None) -> torch.Tensor:
+        if self.perm is not None:
+            rows_NK = rows_NK.gather(1, self.perm[_slots(ends_Q, len(rows_NK), self.slots)].long())
+        return self.product(rows_NK, ends_Q)
+
 
 class PackedProduct:
     """``vector_gemm.product`` with one packed matrix of several slots.
 
     Args:
         weight: on the CPU, or without memory; its forms ``suits`` its dtype.
+        bias, activation: as of ``vector_gemm.ready_product``.
         exact: whether a slot's few rows, too, are multiplied with rounded weights, as many are.
     """
 
-    def __init__(self, weight: PackedWeight, *, exact: bool = False) -> None:
-        self._weight = weight
-        self._pieces = list(_pieces(weight, exact=exact))
-
-    def __call__(
+    def __init__(
         self,
-        rows_NK: torch.Tensor,
-        ends_Q: torch.Tensor | None,
+        weight: PackedWeight,
         bias: torch.Tensor | None = None,
         activation: str | None = None,
-    ) -> torch.Tensor:
+        *,
+        exact: bool = False,
+    ) -> None:
+        self._held = weight, bias
+        pieces = list(_pieces(weight, exact=exact))
+        self._activation = activation if len(pieces) > 1 else None
+        self._pieces, first = [], 0
+        for piece in pieces:
+            end = first + piece.matrices.outer
+            own = None if bias is None else bias[:, first:end]
+            self._pieces.append(piece.ready(weight.dtype, own, activation if len(pieces) == 1 else None))
+            first = end
+
+    @property
+    def whole(self) -> ReadyProduct | None:
+        """The product, if it is one."""
+        piece = self._pieces[0]
+        return piece.product if len(self._pieces) == 1 and piece.perm is None else None
+
+    def __call__(self, rows_NK: torch.Tensor, ends_Q: torch.Tensor | None = None) -> torch.Tensor:
         """As of ``vector_gemm.product``; the rows are of the weight's dtype."""
         if len(self._pieces) == 1:
-            return _multiply(self._pieces[0], rows_NK, ends_Q, bias, activation)
-        results, first = [], 0
-        for piece in self._pieces:
-            end = first + piece.matrices.outer
-            results.append(_multiply(piece, rows_NK, ends_Q, None if bias is None else bias[:, first:end], None))
-            first = end
-        result = torch.cat(results, 1)
-        if activation is None:
+            return self._pieces[0](rows_NK, ends_Q)
+        result = torch.cat([piece(rows_NK, ends_Q) for piece in self._pieces], 1)
+        if self._activation is None:
             return result
         gate, up = result.chunk(2, 1)
-        return _ACTIVATED[activation](gate) * up
-
-
-def _multiply(
-    piece: _Piece, rows_NK: torch.Tensor, ends_Q: torch.Tensor | None, bias: torch.Tensor | None, activation: str | None
-) -> torch.Tensor:
-    if piece.perm is not None:
-        rows_NK = rows_NK.gather(1, piece.perm[_slots(ends_Q, len(rows_NK), piece.matrices.slots)].long())
-    return compute(rows_NK, piece.matrices, piece.weights, ends_Q, bias, activation)
+        return _ACTIVATED[self._activation](gate) * up
 
 
 def _slots(ends_Q: torch.Tensor | None, rows: int, slots: int) -> torch.Tensor:
@@ -141,17 +154,17 @@ def _piece(form: PackedForm, parts: Sequence[Parts], dtype: torch.dtype, *, exac
     codes, kind, joined = first["codes"], _KINDS[form.kind], len(parts) == 2
     assert all(part[0].is_contiguous() for own in parts for part in own.values()), "tensors of a record"
     pairs = form.rows if joined else form.rows // 2
-    (width, blocks), stored = _blocks(form), _stored_columns(form)
+    (width, blocks), padded = _blocks(form), _padded_columns(form)
     row_bytes = codes.shape[2]
     far = last["codes"].data_ptr() - codes.data_ptr() if joined else pairs * row_bytes
-    tiles = dtype is torch.bfloat16 and stored == form.columns and not exact
+    tiles = dtype is torch.bfloat16 and padded == form.columns and not exact
     fields = (
         *(
             kind,
             tiled_rows(kind) if tiles else 0,
             row_bytes,
             far,
-            stored,
+            padded,
             blocks,
             max(RUN, width),
             int(width == LANES),
@@ -164,7 +177,7 @@ def _piece(form: PackedForm, parts: Sequence[Parts], dtype: torch.dtype, *, exac
         *(0, 0 if joined else pairs),
         *(_slot_bytes(first.get(name)) for name in ("group", "zero", "row")),
     )
-    unpacked = stored * dtype.itemsize
+    unpacked = padded * dtype.itemsize
     return _Piece(
         SlotMatrices(len(codes), 2 * pairs, form.columns, codes.data_ptr(), codes.stride(0), fields, 4 * 4 * blocks),
         RowBytes(2 * unpacked, unpacked, 2 * unpacked),

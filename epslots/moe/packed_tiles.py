@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from epslots.moe import vector_code as code
@@ -50,7 +51,8 @@ def write_scales(context, lanes, zeroed, kind, scales, zeros, row_scale, constan
 @for_each(KINDS)
 @for_each(FORMS)
 def _unpack_row(b: Any, halved: int, kind: CodeKind, form: WeightForm, *args: Value) -> None:
-    codes, ahead, scales, zeros, width, columns, out = args
+    codes, ahead, scales, zeros, width, columns, held, out = args
+    rest = None if kind.nibbles else _rest_of(b, codes, held)
 
     def block(position: Value, scale: Value) -> list[Value]:
         places = [b.add(scale, I64(4 * half * halved)) for half in range(2)]
@@ -63,6 +65,8 @@ def _unpack_row(b: Any, halved: int, kind: CodeKind, form: WeightForm, *args: Va
         def run(column: Value) -> list[Value]:
             stored = b.add(codes, b.lshr(column, I64(1)) if kind.nibbles else column)
             code.prefetch(b, b.add(stored, ahead))
+            if rest is not None:
+                stored = b.select(b.icmp_unsigned(">", b.add(column, I64(RUN)), held), rest, stored)
             if table is not None:
                 form.store_looked_up(b, table, stored, code.offset(b, out, column, form.weight_bytes))
                 return []
@@ -78,8 +82,20 @@ def _unpack_row(b: Any, halved: int, kind: CodeKind, form: WeightForm, *args: Va
     looped(b, I64(0), width, columns, [scales], block, whole=False)
 
 
+def _rest_of(b: Any, codes: Value, held: Value) -> Value:
+    """The address of a run with the codes behind a row's last whole run, and zeros behind these."""
+    kind = code.vector(I8, RUN)
+    run = cgutils.alloca_once(b, kind)
+    count = b.and_(held, I64(RUN - 1))
+    with b.if_then(b.icmp_unsigned("!=", count, I64(0)), likely=False):
+        lanes = ir.Constant(code.vector(I8, RUN), list(range(RUN)))
+        present = b.icmp_unsigned("<", lanes, code.splat(b, b.trunc(count, I8), RUN))
+        b.store(code.load_some(b, b.add(codes, b.sub(held, count)), kind, present), run, align=1)
+    return b.ptrtoint(run, I64)
+
+
 @intrinsic(prefer_literal=True)
-def unpack_row(context, halved, kind, form, codes, ahead, scales, zeros, width, columns, out):  # type: ignore[no-untyped-def]
+def unpack_row(context, halved, kind, form, codes, ahead, scales, zeros, width, columns, held, out):  # type: ignore[no-untyped-def]
     """Write the weights of a row of codes, while the codes ``ahead`` bytes further on come from memory.
 
     Args:
@@ -89,8 +105,9 @@ def unpack_row(context, halved, kind, form, codes, ahead, scales, zeros, width, 
         scales: of the row's blocks, float32; their zeros lie ``zeros`` bytes behind.
         width: columns of a block, a multiple of a run.
         columns: of the row with its padding, a multiple of a run.
+        held: of the row without it. Bytes end there; codes of 4 bits are stored with their padding.
     """
-    return emits(_unpack_row, halved, kind, form, codes, ahead, scales, zeros, width, columns, out, constants=1)
+    return emits(_unpack_row, halved, kind, form, codes, ahead, scales, zeros, width, columns, held, out, constants=1)
 
 
 _MOST_ROWS = max(kind.few for kind in KINDS.values()) if code.host_has("avx512bf16") else 0

@@ -21,11 +21,12 @@ from epslots.moe.vector_code import F32, I64, LANES, Value
 from epslots.moe.weight_forms import BFLOAT16, FLOAT32, FORMS, WeightForm
 
 _FORMS = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}
+NO_SLOT = "the router chose an expert that no slot holds"
 
 
-@compiled("int64(int64, int64, int64, int64, int64)")
-def _add_counts(ids: int, pairs: int, experts: int, totals: int, counts: int) -> int:
-    """Add pairs of each id below or at ``experts`` to totals; returns how many ids below it have any, or -1 for others."""
+@compiled("int64(int64, int64, int64, int64, int64, int64)")
+def _add_counts(ids: int, pairs: int, experts: int, totals: int, uses: int, counts: int) -> int:
+    """Add pairs of each id below or at ``experts`` to totals, and how many ids below it have any to uses; -1 for others."""
     for expert in range(experts + 1):
         write(counts, expert, 0)
     used = 0
@@ -38,6 +39,7 @@ def _add_counts(ids: int, pairs: int, experts: int, totals: int, counts: int) ->
         write(counts, expert, before + 1)
     for expert in range(experts + 1):
         write(totals, expert, read(totals, expert) + read(counts, expert))
+    write(uses, 0, read(uses, 0) + used)
     return used
 
 
@@ -51,7 +53,7 @@ def _place(expert: int, keys: int, experts: int, first: int, slots: int) -> int:
 
 
 @compiled("int64(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
-def _sort_pairs(
+def sort_pairs(
     ids: int, pairs: int, keys: int, experts: int, first: int, slots: int, ends: int, starts: int, top_k: int, out: int
 ) -> int:
     """Sort pairs by their keys, those without one last; returns how many have none.
@@ -142,7 +144,7 @@ def _scatter_rows(rows: int, places: int, count: int, words: int, out: int) -> N
 def scatter_rows(rows_NH: torch.Tensor, place_N: torch.Tensor) -> torch.Tensor:
     """Rows [N, H] in another order: each at its place, which are 0 to N - 1."""
     words, rest = divmod(rows_NH.shape[1] * rows_NH.element_size(), 8)
-    known = rows_NH.is_contiguous() and _is_plain(place_N) and not rest and not config.DISABLE_JIT
+    known = rows_NH.is_contiguous() and is_plain(place_N) and not rest and not config.DISABLE_JIT
     if not known or (torch.is_grad_enabled() and rows_NH.requires_grad):
         return torch.empty_like(rows_NH).index_copy_(0, place_N, rows_NH)
     out_NH = torch.empty_like(rows_NH)
@@ -166,28 +168,27 @@ class CompiledPairKernels(TorchPairKernels):
     def add_counts(
         self, ids_N: torch.Tensor, tokens_X: torch.Tensor, uses: torch.Tensor, real: torch.Tensor | None = None
     ) -> None:
-        if real is not None or not (_is_plain(ids_N) and _is_plain(tokens_X)):
+        if real is not None or not (is_plain(ids_N) and is_plain(tokens_X) and uses.dtype is torch.int64):
             super().add_counts(ids_N, tokens_X, uses, real)
             return
-        used = _add_counts(ids_N.data_ptr(), ids_N.shape[0], self._experts, tokens_X.data_ptr(), self._counts.data_ptr())
-        if used < 0:
+        totals = tokens_X.data_ptr(), uses.data_ptr(), self._counts.data_ptr()
+        if _add_counts(ids_N.data_ptr(), ids_N.shape[0], self._experts, *totals) < 0:
             raise IndexError(f"the router chose an expert that isn't one of 0 to {self._experts}")
-        uses.add_(used)
 
     def sort(self, ids_N: torch.Tensor, key_E: torch.Tensor, keys: Keys, top_k: int, *, absent: bool) -> SortedPairs:
-        if not (_is_plain(ids_N) and _is_plain(key_E)):
+        if not (is_plain(ids_N) and is_plain(key_E)):
             return super().sort(ids_N, key_E, keys, top_k, absent=absent)
         pairs, slots = ids_N.shape[0], keys.numbers.shape[0]
         if len(self._starts) <= slots:
             self._starts = torch.empty(slots + 1, dtype=torch.int64, device="cpu")
         ends_Q = torch.empty(slots, dtype=torch.int32, device="cpu")
         out_3N = torch.empty(3, pairs, dtype=torch.int64, device="cpu")
-        missing = _sort_pairs(
+        missing = sort_pairs(
             *(ids_N.data_ptr(), pairs, key_E.data_ptr(), key_E.shape[0], keys.first, slots),
             *(ends_Q.data_ptr(), self._starts.data_ptr(), top_k, out_3N.data_ptr()),
         )
         if missing and not absent:
-            raise IndexError("the router chose an expert that no slot holds")
+            raise IndexError(NO_SLOT)
         pair_N, token_N, key_N = out_3N.unbind()
         return SortedPairs(pair_N, token_N, key_N, ends_Q)
 
@@ -210,6 +211,6 @@ def pair_kernels_for_cpu(experts: int) -> TorchPairKernels:
     return TorchPairKernels(experts, torch.device("cpu")) if config.DISABLE_JIT else CompiledPairKernels(experts)
 
 
-def _is_plain(numbers: torch.Tensor) -> bool:
+def is_plain(numbers: torch.Tensor) -> bool:
     """Whether loops can read integers by their address."""
     return numbers.dtype is torch.int64 and numbers.is_contiguous()

@@ -215,6 +215,18 @@ def write_int32(context, address, index, value):  # type: ignore[no-untyped-def]
     return emits(emit, address, index, value)
 
 
+def _copy_bytes(b: Any, source: Value, target: Value, count: Value) -> None:
+    pointer = ir.IntType(8).as_pointer()
+    function = code.intrinsic_of(b, "llvm.memcpy.p0.p0.i64", ir.VoidType(), [pointer, pointer, I64, ir.IntType(1)])
+    b.call(function, [b.inttoptr(target, pointer), b.inttoptr(source, pointer), count, ir.IntType(1)(0)])
+
+
+@intrinsic(prefer_literal=True)
+def copy_bytes(context, source, target, count):  # type: ignore[no-untyped-def]
+    """Copy bytes from one address to another."""
+    return emits(_copy_bytes, source, target, count)
+
+
 def _take_next(b: Any, address: Value, index: Value) -> Value:
     counter = b.inttoptr(code.offset(b, address, index, 8), I64.as_pointer())
     return b.atomic_rmw("add", counter, I64(1), "monotonic")

@@ -20,8 +20,8 @@ from numba.extending import intrinsic
 from epslots.compiled import callback, compiled, prepare
 from epslots.moe import vector_code as code
 from epslots.moe.product_tiles import emits, for_each, looped, read, run_threads, take_next, write
+from epslots.moe.thread_memory import fork_join, thread_memory
 from epslots.moe.vector_code import F32, I8, I64, LANES, Value
-from epslots.moe.vector_gemm import fork_join
 from epslots.moe.weight_forms import BFLOAT16, FLOAT32, FORMS, WeightForm
 
 _FORMS = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}
@@ -31,22 +31,30 @@ MOST_SHARED = 8
 NEXT_TASK, NEXT_THREAD, TASKS, FORM, SHARED, GROUPS, SPAN, SIZE = 0, 8, 16, 17, 18, 19, 20, 21
 QUERY, QUERY_ROW, QUERY_HEAD, KEY, KEY_ROW, KEY_GROUP, KEY_NEXT = 22, 23, 24, 25, 26, 27, 28
 VALUE, VALUE_ROW, VALUE_GROUP, VALUE_NEXT, VALUE_SIZE, MASK, MASK_ROW = 29, 30, 31, 32, 33, 34, 35
-OUT, OUT_ROW, OUT_HEAD, SCALE, SCRATCH, SCRATCH_BYTES, JOB_FIELDS = 36, 37, 38, 39, 40, 41, 42
+OUT, OUT_ROW, OUT_HEAD, SCALE, SCRATCH, SCRATCH_BYTES = 36, 37, 38, 39, 40, 41
+# The cell of each position, int32, and bytes from row to row: keys and values of a row need not lie one behind another.
+CELLS, CELLS_ROW, JOB_FIELDS = 42, 43, 44
 # Bytes of keys and values that one thread reads sooner than several meet.
 _ALONE_BYTES = 1 << 17
 # exp of less is nothing.
 _LEAST = -87.0
 
 
+def _place(b: Any, first: Value, cells: Value, position: Value, next_bytes: Value) -> Value:
+    """The address of a position's numbers, in the cell that a table of int32 names."""
+    cell = code.load(b, code.offset(b, cells, position, 4), code.I32, 4)
+    return code.offset(b, first, b.sext(cell, I64), next_bytes)
+
+
 @for_each({shared: shared for shared in range(1, MOST_SHARED + 1)})
 @for_each(FORMS)
 def _score(b: Any, shared: int, form: WeightForm, *args: Value) -> None:
-    query, query_head, key, key_next, span, size, scale, scores, row_bytes = args
+    query, query_head, key, cells, key_next, span, size, scale, scores, row_bytes = args
     queries = [code.offset(b, query, I64(head), query_head) for head in range(shared)]
     factor = code.load(b, scale, F32, 1)
 
     def one(position: Value) -> list[Value]:
-        at = code.offset(b, key, position, key_next)
+        at = _place(b, key, cells, position, key_next)
 
         def chunk(column: Value, *sums: Value) -> list[Value]:
             k = form.load(b, code.offset(b, at, column, form.row_bytes))
@@ -63,9 +71,13 @@ def _score(b: Any, shared: int, form: WeightForm, *args: Value) -> None:
 
 
 @intrinsic(prefer_literal=True)
-def score(context, shared, form, query, query_head, key, key_next, span, size, scale, scores, row_bytes):  # type: ignore[no-untyped-def]
-    """Products of ``shared`` heads' queries with each key, times the float32 at ``scale``; float32, ``row_bytes`` a head."""
-    return emits(_score, shared, form, query, query_head, key, key_next, span, size, scale, scores, row_bytes)
+def score(context, shared, form, query, query_head, key, cells, key_next, span, size, scale, scores, row_bytes):  # type: ignore[no-untyped-def]
+    """Products of ``shared`` heads' queries with each key, times the float32 at ``scale``; float32, ``row_bytes`` a head.
+
+    Args:
+        key, cells, key_next: the first cell's key, the cell of each position, int32, and bytes from cell to cell.
+    """
+    return emits(_score, shared, form, query, query_head, key, cells, key_next, span, size, scale, scores, row_bytes)
 
 
 def _softmax(b: Any, scores: Value, mask: Value, span: Value) -> None:
@@ -129,12 +141,12 @@ def softmax(context, scores, mask, span):  # type: ignore[no-untyped-def]
 @for_each({shared: shared for shared in range(1, MOST_SHARED + 1)})
 @for_each(FORMS)
 def _sum_values(b: Any, shared: int, form: WeightForm, *args: Value) -> None:
-    weights, row_bytes, value, value_next, span, size, out, out_head = args
+    weights, row_bytes, value, cells, value_next, span, size, out, out_head = args
     heads = [code.offset(b, weights, I64(head), row_bytes) for head in range(shared)]
 
     def chunk(column: Value) -> list[Value]:
         def one(position: Value, *sums: Value) -> list[Value]:
-            v = form.load(b, code.offset(b, code.offset(b, value, position, value_next), column, form.row_bytes))
+            v = form.load(b, code.offset(b, _place(b, value, cells, position, value_next), column, form.row_bytes))
             found = []
             for start, total in zip(heads, sums, strict=True):
                 weight = code.splat(b, code.load(b, code.offset(b, start, position, 4), F32, 4))
@@ -150,9 +162,9 @@ def _sum_values(b: Any, shared: int, form: WeightForm, *args: Value) -> None:
 
 
 @intrinsic(prefer_literal=True)
-def sum_values(context, shared, form, weights, row_bytes, value, value_next, span, size, out, out_head):  # type: ignore[no-untyped-def]
+def sum_values(context, shared, form, weights, row_bytes, value, cells, value_next, span, size, out, out_head):  # type: ignore[no-untyped-def]
     """Each head's values, weighted and summed in the order of positions, rounded to the form."""
-    return emits(_sum_values, shared, form, weights, row_bytes, value, value_next, span, size, out, out_head)
+    return emits(_sum_values, shared, form, weights, row_bytes, value, cells, value_next, span, size, out, out_head)
 
 
 @compiled("void(int64, int64, int64)")
@@ -164,9 +176,9 @@ def _attend(job: int, task: int, scratch: int) -> None:
     query = read(job, QUERY) + row * read(job, QUERY_ROW) + group * shared * query_head
     key = read(job, KEY) + row * read(job, KEY_ROW) + group * read(job, KEY_GROUP)
     value = read(job, VALUE) + row * read(job, VALUE_ROW) + group * read(job, VALUE_GROUP)
-    score(
-        shared, form, query, query_head, key, read(job, KEY_NEXT), span, read(job, SIZE), job + 8 * SCALE, scratch, row_bytes
-    )
+    cells = read(job, CELLS) + row * read(job, CELLS_ROW)
+    scale, key_next, value_next = job + 8 * SCALE, read(job, KEY_NEXT), read(job, VALUE_NEXT)
+    score(shared, form, query, query_head, key, cells, key_next, span, read(job, SIZE), scale, scratch, row_bytes)
     mask = read(job, MASK)
     if mask:
         mask += row * read(job, MASK_ROW)
@@ -174,7 +186,7 @@ def _attend(job: int, task: int, scratch: int) -> None:
         softmax(scratch + head * row_bytes, mask, span)
     out_head = read(job, OUT_HEAD)
     out = read(job, OUT) + row * read(job, OUT_ROW) + group * shared * out_head
-    sum_values(shared, form, scratch, row_bytes, value, read(job, VALUE_NEXT), span, read(job, VALUE_SIZE), out, out_head)
+    sum_values(shared, form, scratch, row_bytes, value, cells, value_next, span, read(job, VALUE_SIZE), out, out_head)
 
 
 @callback("void(int64)")
@@ -188,7 +200,8 @@ def work(job: int) -> None:
 
 
 @compiled("void(int64, int64, int64, int64)")
-def _launch(job: int, work_address: int, fork: int, threads: int) -> None:
+def launch(job: int, work_address: int, fork: int, threads: int) -> None:
+    """Compute a job."""
     write(job, NEXT_TASK, 0)
     write(job, NEXT_THREAD, 0)
     run_threads(fork, work_address, job, threads)
@@ -223,26 +236,39 @@ def attend(
     out = torch.empty(rows, 1, heads, value.shape[3], dtype=query.dtype, device="cpu")
     if work.address is None:
         prepare()
-    tasks, item, shared = rows * groups, query.element_size(), heads // groups
-    alone = tasks * span * (size + value.shape[3]) * item <= _ALONE_BYTES or not fork_join()
-    threads = 1 if alone else min(tasks, torch.get_num_threads())
+    tasks, item, shared, places = rows * groups, query.element_size(), heads // groups, _places(span)
+    threads = threads_for(tasks, tasks * span * (size + value.shape[3]) * item)
     scratch_bytes = 4 * (span + LANES) * shared
-    scratch = torch.empty(threads * scratch_bytes, dtype=torch.uint8, device="cpu")
-    job = np.zeros(JOB_FIELDS, np.int64)
-    job[TASKS:] = (
-        *(tasks, _FORMS[query.dtype], shared, groups, span, size),
-        *(query.data_ptr(), query.stride(0) * item, query.stride(1) * item),
-        *(key.data_ptr(), key.stride(0) * item, key.stride(1) * item, key.stride(2) * item),
-        *(value.data_ptr(), value.stride(0) * item, value.stride(1) * item, value.stride(2) * item, value.shape[3]),
+    here = thread_memory()
+    strides = [item * stride for each in (query, key, value) for stride in each.stride()]
+    here.enter(
+        TASKS,
+        *(tasks, _FORMS[query.dtype], shared, groups, span, size, query.data_ptr(), *strides[:2]),
+        *(key.data_ptr(), *strides[4:7], value.data_ptr(), *strides[8:11], value.shape[3]),
         *((0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))),
         *(out.data_ptr(), heads * value.shape[3] * item, value.shape[3] * item),
-        *(_float_bits(float(scale)), scratch.data_ptr(), scratch_bytes),
+        *(float_bits(float(scale)), here.reserve(threads * scratch_bytes), scratch_bytes, places.data_ptr(), 0),
     )
-    _launch(job.ctypes.data, work.address, fork_join(), threads)
+    launch(here.job, work.address, fork_join(), threads)
     return out
 
 
+def threads_for(tasks: int, nbytes: int) -> int:
+    """Threads that read so many bytes of keys and values soonest."""
+    return 1 if nbytes <= _ALONE_BYTES or not fork_join() else min(tasks, torch.get_num_threads())
+
+
+def _places(span: int) -> torch.Tensor:
+    """The numbers from 0 on, at least so many: the cells of positions that lie one behind another."""
+    return _first_places(1 << (span - 1).bit_length())
+
+
 @functools.cache
-def _float_bits(number: float) -> int:
+def _first_places(count: int) -> torch.Tensor:
+    return torch.arange(count, dtype=torch.int32, device="cpu")
+
+
+@functools.cache
+def float_bits(number: float) -> int:
     """The bits of a float32 in the lower half of an integer."""
     return int(np.float32(number).view(np.uint32))

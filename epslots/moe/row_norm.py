@@ -57,7 +57,8 @@ def norm_row(context, form, row, weight, out, columns, epsilon):  # type: ignore
 
 
 @compiled("void(int64, int64, int64, int64, int64, int64, int64)")
-def _norm_rows(form: int, rows: int, weight: int, out: int, count: int, columns: int, epsilon: int) -> None:
+def norm_rows(form: int, rows: int, weight: int, out: int, count: int, columns: int, epsilon: int) -> None:
+    """``norm_row`` of neighbouring rows, which may be ``out`` themselves."""
     row_bytes = columns * (2 if form == BFLOAT16 else 4)
     for number in range(count):
         norm_row(form, rows + number * row_bytes, weight, out + number * row_bytes, columns, epsilon)
@@ -80,5 +81,5 @@ def rms_norm(rows: torch.Tensor, weight: torch.Tensor, epsilon: torch.Tensor) ->
     out = torch.empty_like(rows)
     columns = weight.shape[0]
     form, count = _FORMS[rows.dtype], rows.numel() // columns
-    _norm_rows(form, rows.data_ptr(), weight.data_ptr(), out.data_ptr(), count, columns, epsilon.data_ptr())
+    norm_rows(form, rows.data_ptr(), weight.data_ptr(), out.data_ptr(), count, columns, epsilon.data_ptr())
     return out

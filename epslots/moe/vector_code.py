@@ -78,6 +78,14 @@ def load(b: Any, address: Value, kind: Any, align: int = 1) -> Value:
     return b.load(b.inttoptr(address, kind.as_pointer()), align=align, typ=kind)
 
 
+def load_some(b: Any, address: Value, kind: Any, present: Value) -> Value:
+    """Read the present lanes of a vector from an address; the others are zeros, and their memory isn't read."""
+    pointer, flags = kind.as_pointer(), vector(ir.IntType(1), kind.count)
+    name = f"llvm.masked.load.v{kind.count}{kind.element}.p0"
+    function = intrinsic_of(b, name, kind, [pointer, I32, flags, kind])
+    return b.call(function, [b.inttoptr(address, pointer), I32(1), present, ir.Constant(kind, None)])
+
+
 def store(b: Any, value: Value, address: Value, align: int = 1) -> None:
     """Write to an address."""
     b.store(value, b.inttoptr(address, value.type.as_pointer()), align=align)

@@ -116,7 +116,8 @@ def test_the_plan_grants_what_pages_allocate(name: str):
         )
         batcher = PagedBatcher(built(name), **sizes)
         processor = batcher._processor
-        assert allocated(processor.cache, processor.inputs_and_outputs) == planned(name, "pages").kv_bytes(engine)
+        held = processor.cache, processor.inputs_and_outputs, batcher._decoding._mask
+        assert allocated(*held) == planned(name, "pages").kv_bytes(engine)
         batcher.close()
 
 
@@ -180,6 +181,7 @@ def test_a_loaded_models_engine_allocates_its_plan(name: str, checkpoint: Callab
     plan = runtime_of(model).plan
     batcher: Any = Engine(model).batcher
     assert plan.shape.cache_kind == ("pages" if pages else "rows")
-    parts = (batcher._processor.cache, batcher._processor.inputs_and_outputs) if pages else (batcher._cache,)
+    processor = batcher._processor if pages else None
+    parts = (processor.cache, processor.inputs_and_outputs, batcher._decoding._mask) if processor else (batcher._cache,)
     assert allocated(*parts) == plan.kv_bytes
     batcher.close()

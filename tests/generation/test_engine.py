@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,8 +160,10 @@ def test_each_step_looks_at_the_load(checkpoint: Checkpoints, cache_dir: Path, m
         def __init__(self, cores: int, *torchs: Any) -> None:
             assert cores >= 1 and torchs == (torch.get_num_threads, torch.set_num_threads)
 
-        def adjust(self) -> None:
+        @contextmanager
+        def step(self) -> Iterator[None]:
             looks.append(1)
+            yield
 
     monkeypatch.setattr("epslots.generation.engine.ThreadGovernor", Governor)
     model = epslots.load(checkpoint("qwen3_moe"), slots=4, dtype="float32", cache_dir=cache_dir)

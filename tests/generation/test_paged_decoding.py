@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.generation.continuous_batching.utils import build_attention_mask
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from epslots.generation import paged_cache, paged_decoding
 from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.paged_decoding import _aligned_here
 from epslots.generation.paged_prompts import PromptReads
@@ -56,13 +57,15 @@ def decoding(model: PreTrainedModel, requests: list[Request], **given: Any) -> t
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_logits_are_those_of_packed_steps(name: str):
+def test_logits_are_those_of_packed_steps(name: str, monkeypatch: pytest.MonkeyPatch):
     model, requests = zoo.ZOO[name].build(), requests_of(SIZES)
     found: list[list[torch.Tensor]] = []
     for packed in (False, True):
-        batcher, collected = decoding(model, requests)
         if packed:
-            batcher._decoding.obstacle = "it is asked for"
+            for module in (paged_cache, paged_decoding):
+                monkeypatch.setattr(module, "reads_by_request", lambda model: False)
+        batcher, collected = decoding(model, requests)
+        assert (batcher._processor.inputs_and_outputs.attention_mask is not None) == packed
         logits: list[torch.Tensor] = []
         hook = model.get_output_embeddings().register_forward_hook(lambda _, __, out, kept=logits: kept.append(out.clone()))
         collected.run(8)
@@ -116,8 +119,12 @@ def test_a_long_request_beside_short_ones_is_read_alone(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("room", [0, 1000])
-def test_prompts_attend_as_transformers_mask_says(window: int | None, room: int):
-    """Prompts from their start and chunks of them between requests that decode; without room, each of these alone."""
+@pytest.mark.parametrize("rows", [2, 256])
+def test_prompts_attend_as_transformers_mask_says(window: int | None, room: int, rows: int):
+    """Prompts from their start and chunks of them between requests that decode; without room, each of these alone.
+
+    Chunks attend some rows at a time.
+    """
     queries, past = (1, 6, 3, 1, 1, 4), (0, 0, 5, 9, 2, 3)
     keys = [new + (old if window is None else min(old, window - 1)) for new, old in zip(queries, past, strict=True)]
     query, key, value = (torch.randn(1, heads, count, 8) for heads, count in ((4, 16), (2, sum(keys)), (2, sum(keys))))
@@ -127,7 +134,7 @@ def test_prompts_attend_as_transformers_mask_says(window: int | None, room: int)
     module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
     expected = sdpa_attention_forward(module, query, key, value, mask)[0]
     key[:, :, ends[1][3] : ends[1][4]] = value[:, :, ends[1][3] : ends[1][4]] = torch.nan  # of one that decodes
-    found = PromptReads(queries, keys, window, room, query.device).attend(module, query, key, value, is_causal=False)
+    found = PromptReads(queries, keys, window, room, torch.empty(rows, 9)).attend(module, query, key, value, is_causal=True)
     others = torch.arange(16) != ends[0][3]
     torch.testing.assert_close(found[:, others], expected[:, others])
     assert found[:, ends[0][3]].isnan().all()
@@ -170,20 +177,13 @@ def test_contract_place_0_of_a_cache_stays_empty():
     batcher.close()
 
 
-def test_contract_a_batch_is_prepared_with_masks_of_its_own():
-    """Masks of one batch are made from nothing in the next: those that were left out are missed by none."""
-    model = zoo.ZOO["mixtral"].build()
-    batcher = PagedBatcher(model, kv_tokens=64, max_batch_tokens=16)
+def test_contract_a_batch_without_masks_can_be_prepared():
+    """transformers makes none for attention functions that it doesn't know, and passes none on."""
+    batcher = PagedBatcher(zoo.ZOO["mixtral"].build(), kv_tokens=64, max_batch_tokens=16)
     batch = batcher._processor.inputs_and_outputs
     assert list(inspect.signature(type(batch).prepare_batch_tensors).parameters) == [
         *("self", "requests_in_batch", "logits_processors", "use_decode_fast_path"),
         *("num_q_tokens", "max_kv_read", "use_padding"),
     ]
-    batch.attention_mask["full_attention"].fill_(7)
-    batch.num_q_tokens, batch.max_kv_read = 5, 9
-    batch._reset_static_tensors()
-    mask = batch.attention_mask["full_attention"][0, 0]
-    assert (mask[:5, :14] == torch.finfo(torch.float32).min).all() and (mask[5:] == 7).all()
-    batch.attention_mask = None
-    batch._reset_static_tensors()
+    assert batch.attention_mask is None and batch.get_model_kwargs()["attention_mask"] is None
     batcher.close()

@@ -6,10 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from epslots.generation import single_queries
+from epslots.generation.attention_switch import depends_on_name
 from epslots.generation.requests import Request
 from epslots.generation.row_batcher import RowBatcher
+from epslots.generation.single_queries import SingleQueries
 from epslots.moe import query_attention
 from tests.support import zoo
 from tests.support.batches import Collected, generated, prompt_of
@@ -42,3 +47,25 @@ def test_steps_attend_with_shared_keys(compiled: bool, lengths: tuple[int, ...],
     assert collected.run().tokens == expected
     assert model.config._attn_implementation == "sdpa"
     batcher.close()
+
+
+class _Chooses(nn.Module):
+    def forward(self, config: Any) -> Any:
+        return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, None)
+
+
+class _Compares(_Chooses):
+    def mask(self, config: Any) -> bool:
+        return config._attn_implementation in ("eager", "sdpa")
+
+
+def test_modules_that_look_at_the_name_keep_it(monkeypatch: pytest.MonkeyPatch):
+    """Indexers mask what they didn't select for "sdpa" alone: under another name all keys would be attended to."""
+    assert depends_on_name(nn.ModuleList([_Chooses()])) is None
+    assert depends_on_name(nn.ModuleList([_Chooses(), _Compares()])) == "_Compares"
+    monkeypatch.setattr(single_queries, "paging_obstacle", lambda model: None)
+    monkeypatch.setattr(single_queries, "row_width", lambda model: None)
+    for name, active in (("qwen3_moe", True), ("glm_moe_dsa", False)):
+        model = zoo.ZOO[name].build()
+        with SingleQueries(model).active():
+            assert (model.config._attn_implementation == "sdpa") != active

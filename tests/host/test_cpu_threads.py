@@ -24,11 +24,19 @@ class Machine:
         self.threads = threads
 
     def run(self, seconds: float, *, others: float, own: float = 1.0) -> int:
-        """So long with so many cores' worth of work by others and by this process; returns the threads after a step."""
+        """Steps for so long, with so many cores' worth of work by others and by this process; returns the threads of the next.
+
+        Each takes an eighth of a second.
+        """
+        for _ in range(round(8 * seconds)):
+            with self.governor.step():
+                self.pass_time(0.125, others, own)
+        with self.governor.step():
+            return self.threads
+
+    def pass_time(self, seconds: float, others: float, own: float = 0.0) -> None:
         self.now += seconds
         self.times = CpuTimes(self.times.all + seconds * (others + own), self.times.own + seconds * own)
-        self.governor.adjust()
-        return self.threads
 
 
 @pytest.fixture
@@ -45,8 +53,22 @@ def test_busy_cores_take_threads_away(machine):
 
 
 def test_load_is_averaged_over_a_window(machine):
-    assert machine.run(WINDOW_S * 0.5, others=3.0) == 4  # too short to tell
-    assert machine.run(WINDOW_S * 0.75, others=3.0) == 1
+    assert machine.run(WINDOW_S, others=3.0) == 4  # too short to tell: the first step is the one before
+    assert machine.run(WINDOW_S / 2, others=3.0) == 1
+
+
+def test_load_between_steps_does_not_count(machine):
+    """A peer or a client that works while this process waits would take the threads of the steps that follow."""
+    for _ in range(20):
+        machine.pass_time(1.0, others=4.0)
+        assert machine.run(0.3, others=0.0) == 4
+
+
+def test_short_runs_of_steps_count_together(machine):
+    for _ in range(2):
+        machine.pass_time(1.0, others=0.0)
+        machine.run(0.5, others=4.0)
+    assert machine.threads == 1
 
 
 def test_own_work_is_not_others_load(machine):
@@ -73,9 +95,11 @@ def test_a_quota_bounds_the_threads_at_once(machine):
 
 
 def test_unknown_load_changes_nothing(machine):
-    machine.now += 1.0
+    machine.run(0.3, others=4.0)
     machine.times = None
-    machine.governor.adjust()
+    for _ in range(10):
+        with machine.governor.step():
+            machine.now += 0.1
     assert machine.threads == 4
 
 

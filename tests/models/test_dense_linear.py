@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
@@ -18,13 +20,13 @@ from epslots.moe import vector_gemm
 def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of each product that was computed in place."""
     rows: list[int] = []
-    original = vector_gemm.product
+    original = vector_gemm.ReadyProduct.__call__
 
-    def count(inputs: torch.Tensor, *args: Any) -> torch.Tensor:
-        rows.append(len(inputs))
-        return original(inputs, *args)
+    def count(product: vector_gemm.ReadyProduct, inputs: torch.Tensor, *args: Any) -> torch.Tensor:
+        rows.append(inputs.numel() // inputs.shape[-1])
+        return original(product, inputs, *args)
 
-    monkeypatch.setattr(vector_gemm, "product", count)
+    monkeypatch.setattr(vector_gemm.ReadyProduct, "__call__", count)
     return rows
 
 
@@ -87,6 +89,24 @@ def test_what_does_not_suit_is_torchs(products: list[int]):
     assert products == []
 
 
+class _Scores(nn.Module):
+    """One number a row: its weight is no matrix, though ``F.linear`` takes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(48))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return F.linear(inputs, self.weight)
+
+
+@torch.no_grad()
+def test_weights_that_are_no_matrices_are_torchs(products: list[int]):
+    scores, inputs = _Scores(), torch.randn(3, 48)
+    read_in_place(scores, batch_invariant=False)
+    assert torch.equal(scores(inputs), inputs @ scores.weight) and products == []
+
+
 @torch.no_grad()
 def test_what_loops_can_not_read_is_torchs(products: list[int]):
     """A bias of another shape, type or stride, or under autocast."""
@@ -103,6 +123,28 @@ def test_what_loops_can_not_read_is_torchs(products: list[int]):
     with torch.autocast("cpu"):
         assert layer(inputs).dtype is torch.bfloat16
     assert products == []
+
+
+@torch.no_grad()
+def test_moved_and_changed_weights_are_read(products: list[int]):
+    """In the same layer: other values in place, another matrix, another dtype, and a copy of the layer."""
+    layer, inputs = nn.Linear(48, 64, bias=False), torch.randn(3, 48)
+    read_in_place(layer, batch_invariant=False)
+    for number in range(6):
+        if number == 1:
+            layer.weight.mul_(2)
+        elif number == 2:
+            layer.weight = nn.Parameter(torch.randn(64, 48))
+        elif number == 3:
+            layer, inputs = layer.bfloat16(), inputs.bfloat16()
+        elif number == 4:
+            layer = copy.deepcopy(layer)
+            layer.weight.mul_(2)
+        elif number == 5:
+            layer.bias = nn.Parameter(torch.randn(64).bfloat16())
+        wanted = F.linear(inputs, layer.weight, layer.bias)
+        torch.testing.assert_close(layer(inputs), wanted, rtol=2**-7 if number > 2 else 1e-5, atol=1e-2)
+    assert products == [3] * 6
 
 
 @torch.no_grad()

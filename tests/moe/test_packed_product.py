@@ -36,11 +36,11 @@ def assert_equal_products(*forms: PackedForm, dtype: torch.dtype = torch.float32
     assert suits(forms, dtype)
     dense, rows = unpacked(weight), torch.randn(sum(COUNTS), forms[0].columns).to(dtype) / 50
     bias = torch.randn(SLOTS, dense.shape[1]).to(dtype)
-    result = PackedProduct(weight, exact=True)(rows, ENDS, bias, activation)
+    result = PackedProduct(weight, bias, activation, exact=True)(rows, ENDS)
     assert result.dtype is dtype and torch.isfinite(result).all() and result.any()
     wanted = product(rows, dense, ENDS, bias, activation)
     if activation is None and dtype is torch.bfloat16 and forms[0].columns % 32 == 0:
-        few, exact = PackedProduct(weight)(rows, ENDS, bias), unpacked(replace(weight, dtype=torch.float32)).double()
+        few, exact = PackedProduct(weight, bias)(rows, ENDS), unpacked(replace(weight, dtype=torch.float32)).double()
         assert torch.equal(few[-9:], result[-9:]), "many rows have the bits of unpacked slots"
         sums = torch.einsum("nk,mk->nm", rows[:2].double(), exact[0]) + bias[0]
         assert (few[:2] - sums).abs().max() <= 2**-8 * sums.abs().max()
@@ -77,6 +77,18 @@ def test_columns_may_be_padded_and_permuted(dtype: torch.dtype):
     assert torch.equal(few, exact), "codes aren't multiplied as they are: inputs have no padding"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["e4m3", "int8"])
+def test_any_width_is_read(kind: str, dtype: torch.dtype):
+    """The last codes of a row are no whole vector; behind them lie the next row's, or another tensor."""
+    for columns, block in itertools.product((33, 40, 63, 95), (10**6, 32)):
+        form = PackedForm(kind, 48, columns, "float32", (1, block), row=True)
+        assert_equal_products(form, dtype=dtype)
+        assert_equal_products(form, form, dtype=dtype, activation="silu")
+    if dtype is torch.float32:
+        assert_equal_products(PackedForm(kind, 48, 17, row=True))
+
+
 def test_zeros_need_no_scales():
     assert_equal_products(PackedForm("int4", 48, 64, None, (1, 32), zero=True, row=True))
 
@@ -103,17 +115,17 @@ def test_nan_stays_nan_in_its_output():
 @pytest.mark.parametrize(
     "form",
     [
-        PackedForm("e4m3", 64, 40, "float32", (1, 40)),
+        PackedForm("e4m3", 64, 80, "float32", (1, 40)),
         PackedForm("int8", 64, 64, "float32", (1, 24)),
         PackedForm("int4", 64, 40, "float32", (1, 16)),
         PackedForm("int8", 63, 64, row=True),
         PackedForm("int8", 30, 64, row=True),
         PackedForm("int4", 64, 16, "float32", (1, 16)),
     ],
-    ids=["rows", "blocks", "padding", "odd", "narrow", "short"],
+    ids=["cut", "blocks", "padding", "odd", "narrow", "short"],
 )
 def test_forms_that_no_loop_knows(form: PackedForm):
-    """Rows or blocks that aren't whole vectors, padding that no block covers, matrices that don't halve or are too small."""
+    """Blocks that aren't whole vectors, padding that no block covers, matrices that don't halve or are too small."""
     assert not suits([form], torch.bfloat16)
     good = PackedForm("int8", 64, 64, row=True)
     assert suits([good], torch.bfloat16) and not suits([good, form], torch.bfloat16) and not suits([good], torch.float16)

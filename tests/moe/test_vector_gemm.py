@@ -15,8 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.moe import _default_apply_gate
 
-from epslots.moe import vector_gemm
+from epslots.moe import resident_loops, vector_gemm
 from epslots.moe.grouped_gemm import BatchInvariantGemm, GroupedGemm
+from epslots.moe.pair_kernels import Keys
+from epslots.moe.pair_loops import CompiledPairKernels, scatter_rows
+from epslots.moe.thread_memory import ThreadMemory
 from epslots.moe.vector_gemm import fits, product
 
 # Rows of each slot: none, and whole and broken blocks.
@@ -115,11 +118,12 @@ def test_slots_are_read_where_they_lie():
     assert differs(product(apart, weight, ends_of([2, 0, 3])), exact(apart, weight, [2, 0, 3], None)) <= 2**-8
 
 
-def test_memory_grows_with_slots_and_rows():
-    here = vector_gemm._Workspace()
-    for slots, scratch in ((1, 64), (50, 64), (50, 999)):
-        here.reserve(slots, scratch)
-        assert len(here._spans) >= 8 * vector_gemm.loops.SPAN * slots and len(here._scratch) >= scratch
+def test_a_threads_memory_grows():
+    here = ThreadMemory()
+    assert here.job % 64 == 0
+    for nbytes in (64, 999, 100):
+        address, memory = here.reserve(nbytes), here._scratch
+        assert address % 64 == 0 and memory.data_ptr() <= address and address + nbytes <= memory.data_ptr() + len(memory)
 
 
 def test_threads_that_share_slots_have_jobs_of_their_own():
@@ -186,14 +190,47 @@ def test_experts_are_torchs_twin(kernel: type[GroupedGemm], dtype: torch.dtype, 
     module, weights = experts(**layout, dtype=dtype)
     counts = [3, 0, 1, 6]
     rows, key = numbers(10, 48, dtype=dtype), torch.arange(4).repeat_interleave(torch.tensor(counts))
-    called = []
-    monkeypatch.setattr(vector_gemm, "product", lambda *args: called.append(1) or product(*args))
+    called, compute = [], vector_gemm.ReadyProduct.__call__
+    monkeypatch.setattr(vector_gemm.ReadyProduct, "__call__", lambda *args: called.append(1) or compute(*args))
     result = kernel(module, weights)(rows, ends_of(counts), key)
     assert len(called) == (0 if layout.get("transposed") else 2)
     monkeypatch.setattr(vector_gemm, "fits", lambda weight: False)
     twin = kernel(module, weights)(rows, ends_of(counts), key)
     assert len(called) == (0 if layout.get("transposed") else 2)
     assert differs(result, twin.double()) <= 3 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_few_pairs_are_one_call(dtype: torch.dtype, biased: bool):
+    """Sorted, multiplied and put back in order: the bits of the same loops one by one."""
+    module, weights = experts(dtype=dtype, biased=biased)
+    gemm, pairs, hidden = GroupedGemm(module, weights), CompiledPairKernels(5), numbers(3, 48, dtype=dtype, seed=4)
+    keys, key_E = Keys.between(7, 11, torch.device("cpu")), torch.tensor([9, 7, -1, 10, 8])
+    ids = torch.tensor([3, 0, 4, 3, 1, 0])
+    found = pairs.sort(ids, key_E, keys, 2, absent=False)
+    wanted = scatter_rows(gemm(hidden.index_select(0, found.token_N), found.ends_Q, found.key_N, 7), found.pair_N)
+    products = gemm.ready_products(6)
+    assert products is not None and resident_loops.fits(hidden, ids, key_E, dtype)
+    assert torch.equal(resident_loops.execute(hidden, ids, key_E, keys, *products), wanted)
+    for strange in (2, 5, -1):
+        with pytest.raises(IndexError, match="no slot holds"):
+            resident_loops.execute(hidden, torch.tensor([3, 0, strange, 3, 1, 0]), key_E, keys, *products)
+
+
+def test_what_one_call_does_not_take():
+    hidden, ids, keys = numbers(2, 48), torch.tensor([0, 1]), torch.tensor([0, 1])
+    assert resident_loops.fits(hidden, ids, keys, torch.float32)
+    many = torch.zeros(resident_loops.MOST_PAIRS + 1, dtype=torch.int64)
+    for given in (
+        (hidden, ids, keys, torch.bfloat16),
+        (hidden, many, keys, torch.float32),
+        (hidden, ids.int(), keys, torch.float32),
+    ):
+        assert not resident_loops.fits(*given)
+    assert not resident_loops.fits(hidden.requires_grad_(), ids, keys, torch.float32)
+    for layout in ({"gate": "interleaved"}, {"gate": "none"}, {"transposed": True}):
+        assert GroupedGemm(*experts(**layout)).ready_products(6) is None
 
 
 def test_gradients_are_torchs():

@@ -1,0 +1,132 @@
+"""Steps of one token a row, in which transformers' attention modules are one compiled call (``moe/attention_step.py``).
+
+Of modules whose code is Llama's or Mixtral's, or Qwen3's, which norms each head's queries and keys first: many architectures
+have a copy of one of these. What a module's step needs is looked at in every call; otherwise its own forward pass is taken.
+"""
+
+from __future__ import annotations
+
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.mixtral.modeling_mixtral import MixtralAttention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
+
+from epslots.generation.row_layers import PooledTokens, TokenPool
+from epslots.models.dense_linear import InPlaceLinear
+from epslots.models.dense_norm import norm_of
+from epslots.models.dense_rotation import turns_whole_heads
+from epslots.models.same_code import code_of
+from epslots.moe.attention_step import AttentionShape, AttentionWeights, Cells, attend
+
+_PLAIN = {code_of(kind.forward) for kind in (LlamaAttention, MixtralAttention)}
+_NORMED = {code_of(kind.forward) for kind in (Qwen3Attention, Qwen3MoeAttention)}
+_PROJECTIONS, _NORMS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_norm", "k_norm")
+
+
+def attention_step_of(module: nn.Module) -> AttentionStep | None:
+    """The step of an attention module; None if it computes something else, or hasn't been loaded for a CPU."""
+    forward = type(module).forward
+    code = code_of(forward)
+    if code not in _PLAIN | _NORMED or not isinstance(forward, FunctionType) or not turns_whole_heads(forward):
+        return None
+    projections = [module._modules.get(name) for name in _PROJECTIONS]
+    if not all(one is not None and isinstance(vars(one).get("forward"), InPlaceLinear) for one in projections):
+        return None
+    return AttentionStep(module, normed=code in _NORMED)
+
+
+class AttentionStep:
+    """Stands for the ``forward`` of one module.
+
+    Args:
+        normed: whether each head's queries and keys are normed.
+    """
+
+    def __init__(self, module: Any, *, normed: bool) -> None:
+        self._module, self._forward = module, module.forward
+        self._norms = _NORMS if normed else ()
+        parts = ((name, module._modules[name]) for name in (*_PROJECTIONS, *self._norms))
+        self._parts = [(name, part, vars(part).get("forward")) for name, part in parts]
+        self._about: list[Any] = []
+        self._found: AttentionWeights | None = None
+        size = int(module.head_dim)
+        groups = module.k_proj.out_features // size
+        self._shape = AttentionShape(module.q_proj.out_features // size, groups, size, float(module.scaling))
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the module's class has it."""
+        layer = None if past_key_values is None else past_key_values.layers[self._module.layer_idx]
+        if isinstance(layer, PooledTokens) and layer.appends_both and layer.step.width == 1 and not self._module.training:
+            found = self._attend(hidden_states, position_embeddings, attention_mask, layer)
+            if found is not None:
+                return found, None
+        return self._forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+
+    def _attend(self, hidden_B1H: torch.Tensor, angles: Any, mask: torch.Tensor | None, layer: Any) -> torch.Tensor | None:
+        """[B, 1, H]; None if the loops don't take it."""
+        weights = self._weights(hidden_B1H)
+        if weights is None or not _takes_angles(angles, hidden_B1H, self._shape.size):
+            return None
+        keys, values, new_B, read_BS = layer.cells()
+        rows = hidden_B1H.shape[0]
+        if not (self._takes_pool(keys, hidden_B1H.dtype) and self._takes_pool(values, hidden_B1H.dtype)):
+            return None
+        if not read_BS.is_contiguous() or read_BS.dtype is not torch.int32:
+            return None
+        if mask is not None:
+            seen = (rows, 1, 1, read_BS.shape[0] // rows)
+            if mask.dtype is not torch.bool or mask.shape != seen or mask.stride(3) != 1:
+                return None
+        cells = Cells(keys.cells, values.cells, new_B, read_BS)
+        found_BH = attend(hidden_B1H[:, 0], self._shape, weights, angles, cells, mask)
+        layer.count_new()
+        return found_BH[:, None]
+
+    def _takes_pool(self, pool: TokenPool, dtype: torch.dtype) -> bool:
+        cells, shape = pool.cells, self._shape
+        plain = cells.dtype is dtype and pool.dimensions == (0, 2) and cells.is_contiguous()
+        return plain and cells.shape[1:] == (shape.groups, shape.size)
+
+    def _weights(self, hidden_B1H: torch.Tensor) -> AttentionWeights | None:
+        dtype = hidden_B1H.dtype
+        if torch.is_grad_enabled() or not hidden_B1H.is_cpu or torch.is_autocast_enabled("cpu"):
+            return None
+        modules, about = self._module._modules, [hidden_B1H.shape, dtype]
+        for name, module, forward in self._parts:
+            if modules[name] is not module or vars(module).get("forward") is not forward:
+                return None
+            if module._forward_hooks or module._forward_pre_hooks:
+                return None
+            about += [None if each is None else each.data_ptr() for each in module._parameters.values()]
+        if about != self._about:
+            self._about, self._found = about, self._find_weights(hidden_B1H)
+        return self._found if hidden_B1H.is_contiguous() else None
+
+    def _find_weights(self, hidden_B1H: torch.Tensor) -> AttentionWeights | None:
+        (rows, _, hidden), dtype = hidden_B1H.shape, hidden_B1H.dtype
+        if not self._shape.fits(dtype):
+            return None
+        projections = [getattr(self._module, name) for name in _PROJECTIONS]
+        products = [vars(one)["forward"].ready_for(rows) for one in projections if one.weight.dtype is dtype]
+        if len(products) < len(projections) or None in products or products[-1].width != hidden:
+            return None
+        norms = [norm_of(getattr(self._module, name), dtype) for name in self._norms]
+        return None if self._norms and None in norms else AttentionWeights(*products, *(norms or (None, None)))
+
+
+def _takes_angles(angles: Any, hidden_B1H: torch.Tensor, size: int) -> bool:
+    cos, sin = angles
+    alike = cos.dtype is sin.dtype is hidden_B1H.dtype and cos.shape == sin.shape and cos.stride() == sin.stride()
+    return alike and cos.shape in ((1, 1, size), (hidden_B1H.shape[0], 1, size)) and cos.stride(2) == 1
