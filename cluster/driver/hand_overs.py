@@ -96,7 +96,7 @@ class HandOvers:
         link = LinkOrder(
             number=number,
             secret=secrets.token_bytes(_SECRET_BYTES),
-            kind="memory" if self._scheduler.share_memory(move.source, move.target) else "gloo",
+            kind="memory" if move.near else "gloo",
             form_s=self._form_s,
             deadline_s=self._deadline_s,
         )
@@ -130,7 +130,7 @@ class HandOvers:
 
     def _count(self, event: HandedOver, move: Move, *, moved: bool) -> None:
         if event.failure is None:
-            self._scheduler.observe_move(event.tokens, event.copying_s, event.prompt_token_s, event.nbytes)
+            self._scheduler.observe_move(move, event.tokens, event.copying_s, event.prompt_token_s, event.nbytes)
         old = self.counts
         if moved:
             self.counts = replace(

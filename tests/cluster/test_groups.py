@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -213,9 +214,6 @@ def test_groups_have_one_size(open_cluster: Open):
     ):
         with pytest.raises(ConfigError, match=message):
             cluster.scale(**wrong)
-    alone, _ = open_cluster(ranks=2)
-    with pytest.raises(ConfigError, match="groups=2; allowed for a cluster that was started as one group: 1"):
-        alone.scale(groups=2)
 
 
 def test_a_driver_with_other_groups_adopts_no_ranks():
@@ -230,3 +228,34 @@ def test_epochs_go_on_after_those_of_adopted_ranks():
     numbers.follow(7)
     numbers.follow(3)
     assert (numbers.next(), numbers.next()) == (8, 9)
+
+
+def test_a_group_that_ends_before_it_is_asked_is_none(open_cluster: Open, monkeypatch: pytest.MonkeyPatch):
+    """Groups come and go between a call and the supervisor's turn."""
+    cluster, _ = open_cluster(ranks=2, groups=2, window_steps=4)
+    call = cluster._thread.call
+    for ask in (cluster.explain, cluster.placement):
+        cluster.scale(groups=2)
+
+        def scale_first(work: Coroutine[Any, Any, Any]) -> Any:
+            monkeypatch.undo()
+            cluster.scale(groups=1)
+            return call(work)
+
+        monkeypatch.setattr(cluster._thread, "call", scale_first)
+        with pytest.raises(ConfigError, match="group=1; allowed: 0 to 0"):
+            ask(1)
+
+
+def test_one_group_is_joined_by_others(open_cluster: Open, folder: Path):
+    """Of as many ranks; alone again, it may have any number."""
+    cluster, backend = open_cluster(ranks=1, window_steps=4)
+    running = cluster.submit(PROMPTS[0], max_new_tokens=60)
+    cluster.scale(groups=2)
+    assert (cluster.ranks, backend.dealt, len(epochs(cluster))) == (2, [0, 1], 2)
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12)) == expected(folder, PROMPTS, 12)
+    assert all(rank.engine.new_tokens for rank in cluster.stats().ranks)
+    cluster.scale(groups=1)
+    cluster.scale(2)
+    assert (cluster.ranks, backend.dealt, len(epochs(cluster))) == (2, [0, 0], 1)
+    assert running.result().tokens == expected(folder, [PROMPTS[0]], 60)[0]
