@@ -9,10 +9,9 @@ It goes to the rank with the least time of work before it: the tokens that it ha
 the prompt's beginning that it has computed already (``prefix_index.py``). Cache is no cost, but a limit: it goes to none that
 hasn't the free cache for what it holds now (``rank_loads.py``). The choices of one prompt stay
 together, as long as their rank has room, because it computes their prompt once. All ranks of all groups are one set: a group
-that forms anew pauses its own, and what they have stays theirs. A decision costs log(ranks). The requests of a lost rank return
-to their place in the queue, and start again from their prompt and the tokens that had arrived.
-A request that was lost with several ranks, without a token in between, may be the reason: it gets a rank to itself, and in
-the end is given up.
+that forms anew pauses its own, and what they have stays theirs. A decision costs log(ranks). The requests of a lost rank
+return to their place in the queue, and start again from their prompt and the tokens that had arrived. A request that was lost
+with several ranks, without a token in between, may be the reason: it gets a rank to itself, and in the end is given up.
 
 Where groups have roles (``role_loads.py``), a request moves once more: after its first token, from the rank that computed its
 prompt to the decode rank with the most free cache. A move may begin before that token, so that most of the cache is there by

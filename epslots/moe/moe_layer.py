@@ -96,7 +96,7 @@ class MoELayer:
     Args:
         index: the layer's number among the model's MoE layers.
         experts: computes with this rank's slots.
-        policy: scores experts; the lowest are evicted.
+        policy: scores experts; the lowest are evicted. Also an attribute.
         history: the layer's past uses on any rank; changed in place.
 
     Attributes:
