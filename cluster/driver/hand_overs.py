@@ -58,17 +58,24 @@ class HandOvers:
         scheduler: knows the requests, and decides about moves.
         send: sends a command to a rank, in the background and in order.
         form_s, deadline_s: of ``LinkOrder``.
+        first: number of the first one. Ranks that were adopted may still end hand-overs of the last driver.
 
     Attributes:
         counts: of those that have ended.
     """
 
     def __init__(
-        self, scheduler: Scheduler, send: Callable[[Hashable, Command], None], *, form_s: float, deadline_s: float
+        self,
+        scheduler: Scheduler,
+        send: Callable[[Hashable, Command], None],
+        *,
+        form_s: float,
+        deadline_s: float,
+        first: int = 0,
     ) -> None:
         self._scheduler, self._send = scheduler, send
         self._form_s, self._deadline_s = form_s, deadline_s
-        self._numbers = itertools.count()
+        self._numbers = itertools.count(first)
         self._moves: dict[int, Move] = {}
         self._given_up: dict[int, Move] = {}
         """Of those whose source hasn't reported the end yet."""

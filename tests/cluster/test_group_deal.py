@@ -78,7 +78,7 @@ def test_groups_are_of_one_size_whatever_comes_and_goes(groups: int, size: int, 
 def test_ranks_that_outlive_their_driver_keep_their_groups():
     """The next driver divides them as the last one did."""
     groups: Any = SimpleNamespace(deal=GroupDeal(2, 1))
-    scaling = Scaling(cast(WorkerPool, None), groups, outlives=True)
+    scaling = Scaling(cast(WorkerPool, SimpleNamespace(size=2)), groups, outlives=True)
     with pytest.raises(ConfigError, match="2 ranks a group; allowed for a cluster whose ranks outlive their driver: 1"):
         asyncio.run(scaling.scale(4, 2))
 

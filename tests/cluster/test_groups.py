@@ -16,6 +16,7 @@ from cluster.messages.controller import Attach
 from cluster.messages.rank import Contact, Contacts, Load, Wake, decode_command
 from epslots.config import LoadConfig
 from epslots.errors import ConfigError
+from epslots.runtime import runtime_of
 from tests.support.fake_backend import FakeBackend, FakeWorker
 from tests.support.rank_helpers import PATIENCE_S
 from tests.support.thread_cluster import PROMPTS, expected, serve_again, tokens_of, until
@@ -259,3 +260,27 @@ def test_one_group_is_joined_by_others(open_cluster: Open, folder: Path):
     cluster.scale(2)
     assert (cluster.ranks, backend.dealt, len(epochs(cluster))) == (2, [0, 0], 1)
     assert running.result().tokens == expected(folder, [PROMPTS[0]], 60)[0]
+
+
+def test_all_ranks_of_a_node_have_one_store(open_cluster: Open, cache_dir: Path):
+    """Whatever their groups are: the node's RAM is divided by all of its ranks."""
+    cluster, backend = open_cluster(ranks=2, groups=2)
+    loops = [worker.loop for worker in backend.workers.values()]
+    orders = [loop._load_order for loop in loops]
+    assert [(order.neighbours, order.ranks) for order in orders if order is not None] == [(2, 1), (2, 1)]
+    stores = {Path(store.name).resolve() for loop in loops if (store := runtime_of(loop._loaded_engine.model).store)}
+    assert len(stores) == 1 and stores.pop().parent == cache_dir.resolve()
+
+
+def test_messages_to_the_controller_grow_with_groups_alone(open_cluster: Open):
+    """And with steps; not with requests."""
+    cluster, backend = open_cluster(ranks=2, groups=2, window_steps=4, max_requests=16)
+    found = list[tuple[int, int]]()
+    for requests in (2, 24):
+        steps, orders = sum(rank.steps for rank in cluster.stats().ranks), len(backend.orders)
+        assert len(list(cluster.generate([PROMPTS[0]] * requests, max_new_tokens=40))) == requests
+        windows = (sum(rank.steps for rank in cluster.stats().ranks) - steps) // 4
+        found.append((len(backend.orders) - orders, windows))
+    for orders, windows in found:
+        assert 0 < orders <= windows + 2 * len(epochs(cluster)), "one a window of a group, and its introduction"
+    assert found[1][1] < 3 * found[0][1], "so many requests share the steps"
