@@ -48,6 +48,7 @@ FAST = (
     "cluster/test_sticky.py",
     "cluster/test_simulation.py",
     "cluster/test_topology.py",
+    "cluster/test_late_ends.py",
     "cluster/test_waiting.py",
     "cluster/test_group_deal.py",
     "cluster/test_role_placements.py",

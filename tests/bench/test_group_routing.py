@@ -11,7 +11,7 @@ from cluster.driver.rank_loads import RankLoads, _RankLoad
 def test_turns_find_their_cache_unless_they_are_routed_at_random():
     scale = _Scale(ranks=16, conversations=60, starts=8)
     found, by_chance = route(_Scheduled, scale), route(_Random, scale)
-    assert found["reused of prompts' tokens"] > 0.8 > by_chance["reused of prompts' tokens"]
+    assert found["reused of prompts' tokens"] > 0.7 > 0.4 > by_chance["reused of prompts' tokens"]
     assert scale.name == "300 requests on 16 ranks"
 
 

@@ -421,9 +421,9 @@ def test_transformers_is_imported_by_one_thread_at_a_time(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("adopted_first", [False, True])
-@pytest.mark.parametrize(("source", "number"), [(True, 1), (True, 5), (False, 5)])
+@pytest.mark.parametrize("source", [True, False])
 def test_a_driver_may_die_amid_a_hand_over(
-    drive: Drive, folder: Path, monkeypatch: pytest.MonkeyPatch, source: bool, number: int, adopted_first: bool
+    drive: Drive, folder: Path, monkeypatch: pytest.MonkeyPatch, source: bool, adopted_first: bool
 ):
     """Its ranks are adopted, and keep nothing of it, whichever of the two comes first: their link's end or the adoption."""
     monkeypatch.setattr(cluster.rank.cache_exchange, "PIECE_BYTES", 9000)
@@ -432,12 +432,12 @@ def test_a_driver_may_die_amid_a_hand_over(
     reached, goes_on = threading.Event(), threading.Event()
 
     def wait_once(link: WatchedLink) -> None:
-        if link.source == source and link.messages == number and not reached.is_set():
+        if link.source == source and link.messages == 5 and not reached.is_set():
             reached.set()
             assert goes_on.wait(PATIENCE_S)
 
     backend.on_link = wait_once
-    first.submit(PROMPTS[1], max_new_tokens=200, **GREEDY)
+    interrupted = first.submit(PROMPTS[1], max_new_tokens=200, **GREEDY)
     assert reached.wait(PATIENCE_S)
     abandon(first)
     if not adopted_first:
@@ -445,6 +445,7 @@ def test_a_driver_may_die_amid_a_hand_over(
     second, adopting = drive(backend, prefill_ranks=1)
     running = [second.submit(prompt, max_new_tokens=20, **GREEDY) for prompt in PROMPTS[:3]]
     goes_on.set()
+    assert not interrupted.done, "its driver is no more"
     assert [each.result(PATIENCE_S).tokens for each in running] == expected(folder, PROMPTS[:3], 20)
     assert tokens_of(second.generate(PROMPTS, max_new_tokens=20, **GREEDY)) == expected(folder, PROMPTS, 20)
     assert set(adopting.workers.values()) == set(backend.workers.values()), "none died"
