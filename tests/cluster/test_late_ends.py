@@ -28,7 +28,7 @@ def test_a_link_that_ends_late_is_nobodys(forget: bool):
 
     batcher: Any = SimpleNamespace(resume=resumed.append)
     threads = HandOverThreads(lambda: batcher, lambda function: function(), told.append, open_late)
-    threads.give(HandOver("a", LinkOrder(7, b"secret", "memory", 1.0, 1.0)))
+    threads.give(HandOver("a", LinkOrder(number=7, secret=b"", kind="memory", form_s=1.0, deadline_s=1.0)))
     assert opening.wait(PATIENCE_S)
     threads.abort_all("says the test", forget=forget)
     ends.set()
@@ -36,7 +36,7 @@ def test_a_link_that_ends_late_is_nobodys(forget: bool):
         if thread.name == "epslots-hand-over":
             thread.join(PATIENCE_S)
     assert resumed == ([] if forget else ["a"])
-    assert told == ([] if forget else [HandedOver(7, failure="nobody came, says the test")])
+    assert told == ([] if forget else [HandedOver(number=7, failure="nobody came, says the test")])
 
 
 def test_no_two_drivers_number_alike():

@@ -54,7 +54,8 @@ class Talks:
     def turn(self, talk: int) -> None:
         """A turn that is served at once; it goes to the rank that has the last one, if that serves."""
         self.turns += 1
-        said = tuple(range(10_000 * talk + 100 * self.turns, 10_000 * talk + 100 * self.turns + BLOCK))
+        first = 1000 * (100 * self.turns + talk + 1)
+        said = tuple(range(first, first + BLOCK + 8))
         self.prompts[talk] = (*self.prompts.get(talk, SYSTEM), *said)
         request = Request(str(self.turns), self.prompts[talk], 10)
         self.scheduler.add([request])
