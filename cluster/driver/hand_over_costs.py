@@ -52,12 +52,13 @@ class HandOverCosts:
 
     Attributes:
         near, far: hand-overs between ranks that share memory, and between others.
+        latest_near: the latest one was between ranks that share memory.
         prompt_token_s: of a prompt's token on the ranks that compute them; None = unknown.
         least_left_tokens: a request with fewer tokens to come isn't handed over.
     """
 
     def __init__(self) -> None:
-        self.near, self.far = TransferTimes(), TransferTimes()
+        self.near, self.far, self.latest_near = TransferTimes(), TransferTimes(), False
         self.prompt_token_s: float | None = None
         self.least_left_tokens = LEAST_LEFT_TOKENS
 
@@ -75,6 +76,7 @@ class HandOverCosts:
             near: its ranks share memory.
         """
         self.way(near).observe(tokens, seconds, nbytes)
+        self.latest_near = near
         if prompt_token_s > 0:
             self.prompt_token_s = prompt_token_s
 

@@ -85,7 +85,9 @@ class RoleLoads:
     def _way(self, request: Costly) -> bool:
         """Whether a request would be handed over through shared memory, as far as can be told before it has any rank."""
         source, target = self._prompts.least_loaded(request), self._decoding.freest(request)
-        return source is not None and target is not None and self.share_memory(source, target)
+        if source is None or target is None:
+            return self.costs.latest_near
+        return self.share_memory(source, target)
 
     def share_memory(self, one: Hashable, other: Hashable) -> bool:
         """Whether two ranks can share memory."""

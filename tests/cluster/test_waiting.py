@@ -61,7 +61,7 @@ def test_a_short_prompt_waits_for_no_group_that_forms_anew():
     assert given_by(scheduler) == [("p", "a")]
 
 
-def test_short_prompts_keep_their_order_with_long_ones_for_a_rank():
+def test_short_prompts_have_their_turns_among_long_ones():
     """Where the decode rank is full, they want the same rank as the long ones, and have their turns among them."""
     scheduler, full = Scheduler(), RankCapacity(10_000, 1, role="decode")
     scheduler.serve({"p": PREFILL, "d": full})
@@ -72,6 +72,22 @@ def test_short_prompts_keep_their_order_with_long_ones_for_a_rank():
     assert given_by(scheduler) == [("p", "c"), ("p", "s")]
     end(scheduler, "p", "s")
     assert given_by(scheduler) == [("p", "d")]
+
+
+def test_none_passes_one_that_waits_for_the_same_rank():
+    """Not even from the other line, though it needs less of the cache."""
+    scheduler, full = Scheduler(), RankCapacity(10_000, 1, role="decode")
+    scheduler.serve({"p": RankCapacity(800, 16, role="prefill"), "d": full})
+    assert add(scheduler, request("s0", 10), request("s1", 10)) == [("d", "s0"), ("d", "s1")]
+    assert add(scheduler, LONG[0], LONG[1], SHORT) == [("p", "a")]
+    end(scheduler, "p", "a")
+    assert given_by(scheduler) == [("p", "b"), ("p", "s")]
+    scheduler = Scheduler()
+    scheduler.serve({"p": RankCapacity(800, 16, role="prefill"), "d": full})
+    assert add(scheduler, request("s0", 10), request("s1", 10)) == [("d", "s0"), ("d", "s1")]
+    assert add(scheduler, request("l", 780), request("s2", 30), LONG[2], SHORT) == [("p", "l")]
+    scheduler.end("c")
+    assert given_by(scheduler) == [], "a short one waits for it, too"
 
 
 def test_prompts_are_judged_anew_when_decode_ranks_come():
@@ -109,6 +125,11 @@ def test_ways_are_judged_by_their_own_hand_overs():
         scheduler.add([LONG[0]])
         found += [str(worker) for worker, _ in scheduler.assign()]
     assert found == ["p", "d"], "as if each were alone"
+    scheduler = Scheduler()
+    scheduler._ranks.costs = costs
+    scheduler.serve({"p": RankCapacity(10_000, 1, role="prefill", machine="m"), "d": here})
+    costs.observe(100, 0.01, prompt_token_s=1e-3, near=True)
+    assert add(scheduler, *LONG[:3]) == [("p", "a"), ("p", "b")], "where no rank is free to hand it over, by the latest way"
 
 
 def test_an_early_hand_over_is_judged_by_its_own_way():
