@@ -22,9 +22,6 @@ class WaitingLine:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def __contains__(self, entry: ScheduledRequest) -> bool:
-        return entry in self._waiting
-
     def __iter__(self) -> Iterator[ScheduledRequest]:
         return iter(self._waiting)
 
