@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from typing import Any
 
 from cluster.driver.controller_client import ControllerClient
 from cluster.driver.loop_thread import CLOSED, LoopThread
@@ -122,9 +123,16 @@ class ClusterControl:
             ConfigError: there is no such group.
         """
         self._check_open()
-        self._check_group(group)
-        reports = self._thread.call(self._supervisor.reports(group=group))
-        return placement_report(self._supervisor.groups[group].epoch, reports)
+
+        async def ask() -> PlacementReport:
+            self._check_group(group)
+            asked = self._supervisor.groups[group]
+            reports = await self._supervisor.reports(group=group)
+            if asked not in self._supervisor.groups:
+                self._check_group(group)
+            return placement_report(asked.epoch, reports)
+
+        return self._thread.call(ask())
 
     def explain(self, group: int = 0) -> Explanation:
         """The controller's reasons for a group's placement, in numbers; ``str`` of it is text for people.
@@ -133,7 +141,7 @@ class ClusterControl:
             ConfigError: there is no such group, or the cluster has no controller (``window_steps=0``).
             ClusterError: no controller answers.
         """
-        return self._thread.call(self._controller_of(group).explain())
+        return self._ask_controller(group, ControllerClient.explain)
 
     def rebalance(self, group: int = 0) -> Explanation:
         """Plan a group's placement now, and adopt it if it gains anything, frozen or not. Requests go on meanwhile.
@@ -145,7 +153,7 @@ class ClusterControl:
             ConfigError: there is no such group, or the cluster has no controller (``window_steps=0``).
             ClusterError: no controller answers.
         """
-        return self._thread.call(self._controller_of(group).rebalance())
+        return self._ask_controller(group, ControllerClient.rebalance)
 
     def freeze(self) -> None:
         """Keep all groups' placements under any traffic until ``unfreeze``. Pending migrations towards them go on.
@@ -164,19 +172,31 @@ class ClusterControl:
         self._freeze(False)
 
     def _freeze(self, frozen: bool) -> None:
-        self._controller_of(0)
+        self._check_open()
 
         async def freeze_all() -> None:
+            self._controller_of(0)
             await asyncio.gather(*(client.freeze(frozen) for client in self._supervisor.controllers))
 
         self._thread.call(freeze_all())
+
+    def _ask_controller(
+        self, group: int, question: Callable[[ControllerClient], Coroutine[Any, Any, Explanation]]
+    ) -> Explanation:
+        self._check_open()
+
+        async def ask() -> Explanation:
+            return await question(self._controller_of(group))
+
+        return self._thread.call(ask())
+
+    # For the supervisor's thread: groups come and go there, and not between two lines.
 
     def _check_group(self, group: int) -> None:
         if type(group) is not int or not 0 <= group < (count := len(self._supervisor.groups)):
             raise ConfigError(f"group={group!r}; allowed: 0 to {count - 1}")
 
     def _controller_of(self, group: int) -> ControllerClient:
-        self._check_open()
         self._check_group(group)
         if not self._supervisor.controllers:
             raise ConfigError("window_steps=0, so there is no controller; allowed for this: at least 1")
@@ -186,7 +206,8 @@ class ClusterControl:
         """Change the number of ranks, of groups, or of a group's ranks, while requests go on; returns when that many serve.
 
         Groups of several are of one size. With ``ranks`` alone or ``groups`` alone whole groups come and go; with both, groups
-        change their size, too: each forms anew with its new ranks, whenever these are there. What came last goes first.
+        change their size, too: each forms anew with its new ranks, whenever these are there. What came last goes first. Of one
+        group that was started alone, ``ranks`` is the number of its ranks, and others that come have as many each.
 
         Args:
             ranks: that there are to be, in all groups.
@@ -194,7 +215,8 @@ class ClusterControl:
 
         Raises:
             ConfigError: a number is less than 1; the ranks make no whole groups; groups would have fewer ranks than they were
-                started with; or their size would change in a cluster whose ranks outlive this process.
+                started with; or their size would change, or one that was started alone wouldn't be alone, in a cluster whose
+                ranks outlive this process.
             ClusterError: the new ranks find no devices, or don't come up; the others go on.
         """
         self._check_open()

@@ -1,6 +1,6 @@
 """Routing requests over many ranks: decisions a second, and tokens of prompts that needn't be computed, on a chat-like trace.
 
-    conversations -> turns, each with all earlier ones before it -> a router -> 1,024 ranks, each with a cache of prefixes
+    conversations -> turns, each with all earlier ones before it -> a router -> 64 or 1,024 ranks, each with its own cache
 
 Nothing is computed: a turn takes as many ticks as chance says. The ranks' caches are kept here, apart from the scheduler's own
 idea of them.
@@ -8,11 +8,13 @@ idea of them.
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -22,13 +24,36 @@ from cluster.driver.scheduler import Scheduler
 from epslots.bench.report import BenchReport
 from epslots.generation.requests import Output, Request
 
-_RANKS = 1024
-_CONVERSATIONS, _TURNS = 20_000, 5
+_TURNS = 5
 _SYSTEM_PROMPTS, _SYSTEM_TOKENS = 32, 512
 _TURN_TOKENS, _NEW_TOKENS = 160, 64
 _KV_TOKENS, _MOST_REQUESTS = 65_536, 16
-_STARTS_A_TICK = 250
 _LONGEST_TICKS = 40
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """How much is routed.
+
+    Attributes:
+        starts: conversations that begin in a tick.
+        replaced_every: ticks after which a rank is lost and another one comes; None = all stay.
+    """
+
+    ranks: int
+    conversations: int
+    starts: int
+    replaced_every: int | None = None
+
+    @property
+    def name(self) -> str:
+        churn = "" if self.replaced_every is None else f", one of which is replaced every {self.replaced_every} ticks"
+        return f"{self.conversations * _TURNS:,} requests on {self.ranks:,} ranks{churn}"
+
+
+MANY = _Scale(ranks=1024, conversations=20_000, starts=250)
+FEW = _Scale(ranks=64, conversations=20_000, starts=16)
+CHURN = replace(MANY, replaced_every=2)
 
 
 @dataclass(eq=False)
@@ -48,6 +73,7 @@ class _Rank:
     """A rank's true cache: blocks of prompts, the ones that were used longest ago are dropped first."""
 
     blocks: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    running: int = 0
 
     def take(self, prompt: tuple[int, ...]) -> int:
         """Enter a prompt; returns its tokens that were there."""
@@ -65,15 +91,16 @@ class _Router(Protocol):
     def submit(self, request: Request) -> None: ...
     def assign(self) -> list[tuple[int, Request]]: ...
     def take(self, rank: int, output: Output) -> None: ...
+    def replace(self, rank: int, by: int) -> None: ...
 
 
 class _Scheduled:
     """The cluster's own scheduler."""
 
-    def __init__(self, shares_prefixes: bool) -> None:
+    def __init__(self, ranks: int, shares_prefixes: bool = True) -> None:
         self._scheduler = Scheduler()
-        capacity = RankCapacity(_KV_TOKENS, _MOST_REQUESTS, shares_prefixes)
-        self._scheduler.serve(dict.fromkeys(range(_RANKS), capacity))
+        self._capacity = RankCapacity(_KV_TOKENS, _MOST_REQUESTS, shares_prefixes)
+        self._scheduler.serve(dict.fromkeys(range(ranks), self._capacity))
 
     def submit(self, request: Request) -> None:
         self._scheduler.add([request])
@@ -84,12 +111,16 @@ class _Scheduled:
     def take(self, rank: int, output: Output) -> None:
         self._scheduler.count(rank, output)
 
+    def replace(self, rank: int, by: int) -> None:
+        self._scheduler.release(rank, blame=False)
+        self._scheduler.serve({by: self._capacity})
+
 
 class _Random:
     """Any rank with a free place."""
 
-    def __init__(self, chance: random.Random) -> None:
-        self._chance, self._waiting, self._running = chance, list[Request](), [0] * _RANKS
+    def __init__(self, ranks: int) -> None:
+        self._chance, self._waiting, self._running = random.Random(1), list[Request](), [0] * ranks
 
     def submit(self, request: Request) -> None:
         self._waiting.append(request)
@@ -97,9 +128,9 @@ class _Random:
     def assign(self) -> list[tuple[int, Request]]:
         found = []
         for request in self._waiting:
-            rank = self._chance.randrange(_RANKS)
+            rank = self._chance.randrange(len(self._running))
             while self._running[rank] == _MOST_REQUESTS:
-                rank = self._chance.randrange(_RANKS)
+                rank = self._chance.randrange(len(self._running))
             self._running[rank] += 1
             found.append((rank, request))
         self._waiting.clear()
@@ -108,69 +139,108 @@ class _Random:
     def take(self, rank: int, output: Output) -> None:
         self._running[rank] -= output.finished
 
+    def replace(self, rank: int, by: int) -> None:
+        raise NotImplementedError("its ranks all stay")
+
 
 def measure_routing(report: BenchReport, _cache_dir: Path, _rounds: int) -> None:
-    """Route the turns of a chat-like trace, once with each router."""
-    ways: dict[str, _Router] = {
-        "scheduler": _Scheduled(shares_prefixes=True),
-        "scheduler, prefixes not looked at": _Scheduled(shares_prefixes=False),
-        "at random": _Random(random.Random(1)),
+    """Route the turns of a chat-like trace, once with each router; and on fewer ranks, and while ranks come and go."""
+    ways: dict[str, Callable[[int], _Router]] = {
+        "scheduler": _Scheduled,
+        "scheduler, prefixes not looked at": partial(_Scheduled, shares_prefixes=False),
+        "at random": _Random,
     }
-    report.table(
-        f"{_CONVERSATIONS * _TURNS:,} requests on {_RANKS:,} ranks",
-        [{"router": name, **_measure(router)} for name, router in ways.items()],
-    )
+    report.table(MANY.name, [{"router": name, **route(make, MANY)} for name, make in ways.items()])
+    for scale in (FEW, CHURN):
+        report.table(scale.name, [{"router": "scheduler", **route(_Scheduled, scale)}])
 
 
-def _measure(router: _Router) -> dict[str, float]:
-    chance = random.Random(0)
-    ranks = [_Rank() for _ in range(_RANKS)]
-    coming = _conversations(chance)
-    due: dict[int, list[tuple[int, _Conversation]]] = {}
-    talking: dict[str, _Conversation] = {}
-    again: dict[int, list[_Conversation]] = {}
-    seconds, decisions, prompt_tokens, reused, tick, most = 0.0, 0, 0, 0, 0, 0
-    running = [0] * _RANKS
-    outputs: list[tuple[int, Output]] = []
-    while decisions < _CONVERSATIONS * _TURNS:
-        ended = due.pop(tick, [])
-        asking = again.pop(tick, []) + [found for _, found in zip(range(_STARTS_A_TICK), coming, strict=False)]
+def route(make: Callable[[int], _Router], scale: _Scale) -> dict[str, float]:
+    """The figures of one router."""
+    return _TurnTrace(make(scale.ranks), scale).run()
+
+
+class _TurnTrace:
+    """Conversations, tick by tick, and the true caches of the ranks."""
+
+    def __init__(self, router: _Router, scale: _Scale) -> None:
+        self._router, self._scale, self._chance = router, scale, random.Random(0)
+        self._ranks = {number: _Rank() for number in range(scale.ranks)}
+        self._numbers = itertools.count(scale.ranks)
+        self._coming = _conversations(self._chance, scale.conversations)
+        self._due: dict[int, list[tuple[int, _Conversation]]] = {}
+        """By tick: turns that end."""
+        self._again: dict[int, list[_Conversation]] = {}
+        self._talking: dict[str, _Conversation] = {}
+        self._seconds, self._decisions, self._prompt_tokens, self._reused, self._most = 0.0, 0, 0, 0, 0
+        self._done = 0
+
+    def run(self) -> dict[str, float]:
+        """Route all turns; returns the figures."""
+        tick, outputs = 0, list[tuple[int, Output]]()
+        while self._done < self._scale.conversations * _TURNS:
+            if self._scale.replaced_every is not None and tick % self._scale.replaced_every == 0:
+                self._replace()
+            ended = [(rank, one) for rank, one in self._due.pop(tick, []) if rank in self._ranks]
+            starting = [found for _, found in zip(range(self._scale.starts), self._coming, strict=False)]
+            asking = self._again.pop(tick, []) + starting
+            outputs += [(rank, Output(one.id, (0,) * (_NEW_TOKENS - 1), True, "length")) for rank, one in ended]
+            assigned = self._route(asking, [output for output in outputs if output[0] in self._ranks])
+            for rank, one in ended:
+                self._end(tick, rank, one)
+            outputs = [(rank, Output(request.id, (0,))) for rank, request in assigned]  # a tick later
+            for rank, request in assigned:
+                self._begin(tick, rank, request)
+            self._most = max(self._most, max(rank.running for rank in self._ranks.values()))
+            tick += 1
+        return {
+            "decisions a second": self._decisions / self._seconds,
+            "us a decision": 1e6 * self._seconds / self._decisions,
+            "reused of prompts' tokens": self._reused / self._prompt_tokens,
+            "most requests at a time on a rank": self._most,
+        }
+
+    def _route(self, asking: list[_Conversation], outputs: list[tuple[int, Output]]) -> list[tuple[int, Request]]:
         requests = [Request(one.id, one.prompt, _NEW_TOKENS) for one in asking]
-        talking |= {request.id: one for request, one in zip(requests, asking, strict=True)}
-        outputs += [(rank, Output(one.id, (0,) * (_NEW_TOKENS - 1), True, "length")) for rank, one in ended]
+        self._talking |= {one.id: one for one in asking}
         began = time.perf_counter()
         for rank, output in outputs:
-            router.take(rank, output)
+            self._router.take(rank, output)
         for request in requests:
-            router.submit(request)
-        assigned = router.assign()
-        seconds += time.perf_counter() - began
-        for rank, one in ended:
-            running[rank] -= 1
-            one.turns += 1
-            if one.turns < _TURNS:
-                again.setdefault(tick + chance.randint(1, _LONGEST_TICKS), []).append(one)
-        outputs = [(rank, Output(request.id, (0,))) for rank, request in assigned]  # a tick later
-        for rank, request in assigned:
-            one = talking.pop(request.id)
-            one.prompt += tuple(chance.choices(range(1000, 2000), k=_TURN_TOKENS))
-            reused += ranks[rank].take(request.prompt)
-            prompt_tokens += len(request.prompt)
-            running[rank] += 1
-            due.setdefault(tick + chance.randint(1, _LONGEST_TICKS), []).append((rank, one))
-        decisions += len(assigned)
-        most = max(most, max(running))
-        tick += 1
-    return {
-        "decisions a second": decisions / seconds,
-        "us a decision": 1e6 * seconds / decisions,
-        "reused of prompts' tokens": reused / prompt_tokens,
-        "most requests at a time on a rank": most,
-    }
+            self._router.submit(request)
+        assigned = self._router.assign()
+        self._seconds += time.perf_counter() - began
+        self._decisions += len(assigned)
+        return assigned
+
+    def _replace(self) -> None:
+        """A rank is lost with its cache, and its requests begin anew elsewhere."""
+        lost, new = self._chance.choice(list(self._ranks)), next(self._numbers)
+        del self._ranks[lost]
+        self._ranks[new] = _Rank()
+        began = time.perf_counter()
+        self._router.replace(lost, new)
+        self._seconds += time.perf_counter() - began
+
+    def _begin(self, tick: int, rank: int, request: Request) -> None:
+        self._reused += self._ranks[rank].take(request.prompt)
+        self._prompt_tokens += len(request.prompt)
+        self._ranks[rank].running += 1
+        due = tick + self._chance.randint(1, _LONGEST_TICKS)
+        self._due.setdefault(due, []).append((rank, self._talking[request.id]))
+
+    def _end(self, tick: int, rank: int, one: _Conversation) -> None:
+        self._ranks[rank].running -= 1
+        del self._talking[one.id]
+        one.prompt += tuple(self._chance.choices(range(1000, 2000), k=_TURN_TOKENS))
+        one.turns += 1
+        self._done += 1
+        if one.turns < _TURNS:
+            self._again.setdefault(tick + self._chance.randint(1, _LONGEST_TICKS), []).append(one)
 
 
-def _conversations(chance: random.Random) -> Iterator[_Conversation]:
-    for number in range(_CONVERSATIONS):
+def _conversations(chance: random.Random, count: int) -> Iterator[_Conversation]:
+    for number in range(count):
         system = chance.randrange(_SYSTEM_PROMPTS)
         first = tuple(chance.choices(range(1000, 2000), k=_TURN_TOKENS))
         yield _Conversation(number, (*((system,) * _SYSTEM_TOKENS), *first))

@@ -5,7 +5,7 @@
     a third group                 0 0 1 1 | 0 1 | 2 2 2
 
 Bundles come and go at the end alone, in blocks: a group, or further ranks for all groups. So what came last goes first, and a
-group never has fewer ranks than it was started with.
+group never has fewer ranks than it was started with. One group alone may have any number, until others come, of as many each.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class GroupDeal:
     """
 
     def __init__(self, groups: int, size: int | None) -> None:
-        self._size = size
+        self._size, self._began_alone = size, size is None
         self._blocks = [] if size is None else [_BundleBlock((number,) * size, number + 1, size) for number in range(groups)]
 
     @property
@@ -60,8 +60,17 @@ class GroupDeal:
         """The group of each bundle, by number."""
         return [group for block in self._blocks for group in block.bundles]
 
+    def settled(self, ranks: int) -> GroupDeal:
+        """The same for so many ranks, with a size: further groups will have it, too."""
+        return self if self._size is not None else self._with([_BundleBlock((0,) * ranks, 1, ranks)], ranks)
+
+    def _with(self, blocks: Sequence[_BundleBlock], size: int | None) -> GroupDeal:
+        found = GroupDeal(0, size)
+        found._blocks, found._began_alone = list(blocks), self._began_alone
+        return found
+
     def changed(self, ranks: int | None, groups: int | None) -> tuple[GroupDeal, int]:
-        """The deal for so many ranks and groups, and the number of ranks.
+        """The deal for so many ranks and groups, and the number of ranks. One group must be ``settled`` if others are to come.
 
         Args:
             ranks: None = as many as the groups have.
@@ -70,23 +79,18 @@ class GroupDeal:
         Raises:
             ConfigError: there is no way to it.
         """
-        if self.size is None:
-            if ranks is None or groups not in (None, 1):
-                raise ConfigError(f"groups={groups}; allowed for a cluster that was started as one group: 1, with ranks")
-            return self, ranks
+        if self._began_alone and self.groups == 1 and groups in (None, 1) and ranks is not None:
+            return GroupDeal(1, None), ranks
         groups, size = self._wanted(ranks, groups)
-        found = GroupDeal(0, self._size)
-        found._blocks = list(self._blocks)
+        found = self._with(self._blocks, self._size)
         found._drop(groups, size)
         found._add(groups, size)
         return found, groups * size
 
     def common(self, other: GroupDeal) -> GroupDeal:
         """The deal of the bundles that have been dealt alike here and there."""
-        found = GroupDeal(0, self._size)
         pairs = zip(self._blocks, other._blocks, strict=False)
-        found._blocks = [block for block, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
-        return found
+        return self._with([block for block, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)], self._size)
 
     def _wanted(self, ranks: int | None, groups: int | None) -> tuple[int, int]:
         assert self.size is not None

@@ -18,31 +18,21 @@ MEETING_S = 0.05
 _FADING = 0.95  # a measurement's weight over the next one's
 
 
-class HandOverCosts:
-    """Seconds of a hand-over, as ``fixed + per_token x tokens``, and of computing a token of a prompt.
+class TransferTimes:
+    """Seconds of a hand-over by one kind of way, as ``fixed + per_token x tokens``.
 
     Attributes:
-        fixed_s, token_s: of a hand-over; by least squares over the latest, each non-negative.
-        token_bytes: of a token in a cache, in the latest hand-over.
-        prompt_token_s: of a prompt's token on the ranks that compute them; None = unknown.
-        least_left_tokens: a request with fewer tokens to come isn't handed over.
+        fixed_s, token_s: by least squares over the latest, each non-negative.
+        token_bytes: of a token in a cache, in the latest.
     """
 
     def __init__(self) -> None:
         self.fixed_s, self.token_s, self.token_bytes = FIRST_SECONDS, 0.0, 0.0
-        self.prompt_token_s: float | None = None
-        self.least_left_tokens = LEAST_LEFT_TOKENS
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
         """Weighted: 1, tokens, tokens squared, seconds, tokens x seconds."""
 
-    def observe(self, tokens: int, seconds: float, prompt_token_s: float, nbytes: int = 0) -> None:
-        """Note a hand-over of so many tokens.
-
-        Args:
-            seconds: without waiting for the prompt.
-            prompt_token_s: seconds of a prompt's token that its source has measured; 0 = none.
-            nbytes: of the cache.
-        """
+    def observe(self, tokens: int, seconds: float, nbytes: int) -> None:
+        """Note a hand-over of so many tokens and bytes."""
         new = (1.0, tokens, tokens * tokens, seconds, tokens * seconds)
         self._sums = tuple(_FADING * old + now for old, now in zip(self._sums, new, strict=True))  # type: ignore[assignment]
         weight, x, xx, y, xy = self._sums
@@ -51,10 +41,46 @@ class HandOverCosts:
         self.token_s = min(max(0.0, slope), y / x)
         self.fixed_s = max(0.0, (y - self.token_s * x) / weight)
         self.token_bytes = nbytes / tokens
+
+    def seconds(self, tokens: int) -> float:
+        """Seconds of a hand-over."""
+        return self.fixed_s + tokens * self.token_s
+
+
+class HandOverCosts:
+    """What hand-overs and prompts' tokens cost.
+
+    Attributes:
+        near, far: hand-overs between ranks that share memory, and between others.
+        latest_near: the latest one was between ranks that share memory.
+        prompt_token_s: of a prompt's token on the ranks that compute them; None = unknown.
+        least_left_tokens: a request with fewer tokens to come isn't handed over.
+    """
+
+    def __init__(self) -> None:
+        self.near, self.far, self.latest_near = TransferTimes(), TransferTimes(), False
+        self.prompt_token_s: float | None = None
+        self.least_left_tokens = LEAST_LEFT_TOKENS
+
+    def way(self, near: bool) -> TransferTimes:
+        """Of hand-overs between ranks that share memory or don't."""
+        return self.near if near else self.far
+
+    def observe(self, tokens: int, seconds: float, prompt_token_s: float, nbytes: int = 0, *, near: bool) -> None:
+        """Note a hand-over of so many tokens.
+
+        Args:
+            seconds: without waiting for the prompt.
+            prompt_token_s: seconds of a prompt's token that its source has measured; 0 = none.
+            nbytes: of the cache.
+            near: its ranks share memory.
+        """
+        self.way(near).observe(tokens, seconds, nbytes)
+        self.latest_near = near
         if prompt_token_s > 0:
             self.prompt_token_s = prompt_token_s
 
-    def stays(self, to_compute: int, held: int, streams: int) -> bool:
+    def stays(self, to_compute: int, held: int, streams: int, near: bool) -> bool:
         """Whether a prompt is computed where its request decodes, since that costs less than a hand-over.
 
         A prompt holds up all requests that decode there for as long as it takes; a hand-over its own request alone.
@@ -63,16 +89,13 @@ class HandOverCosts:
             to_compute: tokens of the prompt that this rank would have to compute.
             held: tokens that the hand-over would carry.
             streams: requests that decode on that rank.
+            near: the hand-over would be between ranks that share memory.
         """
         if self.prompt_token_s is None:
             return to_compute <= FIRST_SHORT_TOKENS
-        return to_compute * self.prompt_token_s * (1 + streams) <= self.seconds(held)
+        return to_compute * self.prompt_token_s * (1 + streams) <= self.way(near).seconds(held)
 
-    def seconds(self, tokens: int) -> float:
-        """Seconds of a hand-over."""
-        return self.fixed_s + tokens * self.token_s
-
-    def begins_early(self, computed: int, left: int, chunk: int) -> bool:
+    def begins_early(self, computed: int, left: int, chunk: int, near: bool) -> bool:
         """Whether a hand-over begins before its prompt is computed, and now.
 
         It keeps room at its target from then on, so it begins as late as it can: when the rest of the prompt, after another
@@ -83,13 +106,15 @@ class HandOverCosts:
             computed: tokens of the prompt until now.
             left: tokens that are to come.
             chunk: tokens of its latest step.
+            near: its ranks share memory.
         """
         if self.prompt_token_s is None:
             return False
-        hidden_s = min(left * self.prompt_token_s, computed * self.token_s)
+        way = self.way(near)
+        hidden_s = min(left * self.prompt_token_s, computed * way.token_s)
         tokens, later = computed + left, left - chunk
-        steps = 1 + math.ceil(tokens * self.token_bytes / BYTES_BETWEEN_STEPS)
-        in_time = later * self.prompt_token_s > MEETING_S + self.seconds(tokens) and later > steps * chunk
+        steps = 1 + math.ceil(tokens * way.token_bytes / BYTES_BETWEEN_STEPS)
+        in_time = later * self.prompt_token_s > MEETING_S + way.seconds(tokens) and later > steps * chunk
         return hidden_s >= LEAST_HIDDEN_S and not in_time
 
     def is_worth(self, left: int) -> bool:

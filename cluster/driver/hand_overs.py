@@ -58,17 +58,24 @@ class HandOvers:
         scheduler: knows the requests, and decides about moves.
         send: sends a command to a rank, in the background and in order.
         form_s, deadline_s: of ``LinkOrder``.
+        first: number of the first one. Ranks that were adopted may still end hand-overs of the last driver.
 
     Attributes:
         counts: of those that have ended.
     """
 
     def __init__(
-        self, scheduler: Scheduler, send: Callable[[Hashable, Command], None], *, form_s: float, deadline_s: float
+        self,
+        scheduler: Scheduler,
+        send: Callable[[Hashable, Command], None],
+        *,
+        form_s: float,
+        deadline_s: float,
+        first: int = 0,
     ) -> None:
         self._scheduler, self._send = scheduler, send
         self._form_s, self._deadline_s = form_s, deadline_s
-        self._numbers = itertools.count()
+        self._numbers = itertools.count(first)
         self._moves: dict[int, Move] = {}
         self._given_up: dict[int, Move] = {}
         """Of those whose source hasn't reported the end yet."""
@@ -96,7 +103,7 @@ class HandOvers:
         link = LinkOrder(
             number=number,
             secret=secrets.token_bytes(_SECRET_BYTES),
-            kind="memory" if self._scheduler.share_memory(move.source, move.target) else "gloo",
+            kind="memory" if move.near else "gloo",
             form_s=self._form_s,
             deadline_s=self._deadline_s,
         )
@@ -130,7 +137,7 @@ class HandOvers:
 
     def _count(self, event: HandedOver, move: Move, *, moved: bool) -> None:
         if event.failure is None:
-            self._scheduler.observe_move(event.tokens, event.copying_s, event.prompt_token_s, event.nbytes)
+            self._scheduler.observe_move(move, event.tokens, event.copying_s, event.prompt_token_s, event.nbytes)
         old = self.counts
         if moved:
             self.counts = replace(

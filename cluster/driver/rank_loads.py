@@ -171,6 +171,9 @@ class RankLoads:
     def __contains__(self, worker: Hashable) -> bool:
         return worker in self._loads
 
+    def __len__(self) -> int:
+        return len(self._loads)
+
     def serve(self, worker: Hashable, capacity: RankCapacity, place: int = 0) -> None:
         """A rank takes requests from now on, with this capacity.
 

@@ -7,6 +7,7 @@ It runs in the supervisor's thread, sends commands and takes outputs, and knows 
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from epslots.generation.text import TextStream
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_NUMBER_BITS = 48  # of a driver's first hand-over: no two drivers of the same ranks use one number
 # A request waits this long for others: ranks that get many in one message need fewer steps than if each began one more.
 TOGETHER_S = 0.005
 SOON_S = 2.0
@@ -73,7 +75,9 @@ class RequestRouter:
         self._tokenizer = tokenizer
         self._scheduler = Scheduler()
         times = deadlines or Deadlines()
-        self.hand_overs = HandOvers(self._scheduler, send, form_s=times.form_s, deadline_s=times.operation_s)
+        self.hand_overs = HandOvers(
+            self._scheduler, send, form_s=times.form_s, deadline_s=times.operation_s, first=secrets.randbits(_NUMBER_BITS)
+        )
         self._groups: list[GroupRouter] = []
         self._calls: dict[str, _Call] = {}
         self._assignment_due = False

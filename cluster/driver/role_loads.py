@@ -33,6 +33,11 @@ class RoleLoads:
     def __contains__(self, worker: Hashable) -> bool:
         return worker in self._prompts or worker in self._decoding
 
+    @property
+    def divided(self) -> bool:
+        """Whether some ranks compute prompts and others decode."""
+        return len(self._prompts) > 0 and len(self._decoding) > 0
+
     def of(self, worker: Hashable) -> RankLoads:
         """The loads of the rank's kind."""
         return self._decoding if worker in self._decoding else self._prompts
@@ -69,8 +74,25 @@ class RoleLoads:
         if worker is None:
             return self._prompts
         to_compute = request.held_tokens - decoding_holds(self._decoding)
-        stays = self.costs.stays(to_compute, request.held_tokens, self._decoding.requests(worker))
+        stays = self.costs.stays(to_compute, request.held_tokens, self._decoding.requests(worker), self._way(request))
         return self._decoding if stays else self._prompts
+
+    def may_stay(self, request: Costly, decoding_holds: Callable[[RankLoads], int]) -> bool:
+        """Whether a prompt would be computed where its request decodes, if nothing else did. Arguments as above."""
+        to_compute = request.held_tokens - decoding_holds(self._decoding)
+        return self.costs.stays(to_compute, request.held_tokens, 0, self._way(request))
+
+    def _way(self, request: Costly) -> bool:
+        """Whether a request would be handed over through shared memory, as far as can be told before it has any rank."""
+        source, target = self._prompts.least_loaded(request), self._decoding.freest(request)
+        if source is None or target is None:
+            return self.costs.latest_near
+        return self.share_memory(source, target)
+
+    def share_memory(self, one: Hashable, other: Hashable) -> bool:
+        """Whether two ranks can share memory."""
+        machines = [self.of(worker).capacity(worker).machine for worker in (one, other)]
+        return machines[0] == machines[1] != ""
 
     def hands_over(self, worker: Hashable) -> bool:
         """Whether a rank hands its requests over when their prompts are computed."""

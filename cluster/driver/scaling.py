@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from cluster.driver.group_deal import GroupDeal
 from cluster.driver.worker_groups import WorkerGroups
 from cluster.driver.worker_pool import WorkerPool
 from epslots.errors import ConfigError
@@ -28,13 +29,9 @@ class Scaling:
             ClusterError: there is no room for them, or they don't come up; the others go on.
         """
         async with self._changing:
-            old = self._groups.deal
+            old = self._groups.deal.settled(self._pool.size)
             deal, count = old.changed(ranks, groups)
-            if deal.size != old.size and self._outlives:
-                raise ConfigError(
-                    f"{deal.size} ranks a group; allowed for a cluster whose ranks outlive their driver: {old.size}, as the "
-                    f"next driver expects"
-                )
+            self._check_heir(old, deal)
             common = old.common(deal)
             stay = min(self._pool.size, count if deal.size is None else len(common.dealt))
             if stay < self._pool.size:
@@ -52,3 +49,18 @@ class Scaling:
                     self._groups.deal = before
                     raise
             await self._pool.grow(count)
+
+    def _check_heir(self, old: GroupDeal, deal: GroupDeal) -> None:
+        """Refuse groups that the next driver wouldn't expect: it divides the ranks as this one did at its start."""
+        if not self._outlives:
+            return
+        if self._groups.deal.size is None and deal.groups > 1:
+            raise ConfigError(
+                f"groups={deal.groups}; allowed for a cluster that was started as one group and whose ranks outlive their "
+                f"driver: 1, as the next driver expects"
+            )
+        if deal.size is not None and deal.size != old.size:
+            raise ConfigError(
+                f"{deal.size} ranks a group; allowed for a cluster whose ranks outlive their driver: {old.size}, as the "
+                f"next driver expects"
+            )

@@ -98,6 +98,7 @@ class Move:
 
     Attributes:
         claim: its room at the target.
+        near: the two ranks share memory.
         early: it began before the prompt was computed.
     """
 
@@ -105,4 +106,5 @@ class Move:
     source: Hashable
     target: Hashable
     claim: MoveClaim
+    near: bool
     early: bool = False

@@ -5,29 +5,30 @@
     ending     the user needs no more of it, but its rank doesn't know yet; the rank's last output is awaited
 
 A request goes to a rank as soon as one has room, and not before: a queued request can still go to a rank that comes later.
-It goes to the rank that would have the least to compute and hold with it: a rank that computed a prompt which begins alike
-counts that beginning as done, the others by their load (``rank_loads.py``, ``prefix_index.py``). The choices of one prompt
-stay together, as long as their rank has room, because it computes their prompt once. All ranks of all groups are one set:
-a group that forms anew pauses its own, and what they have stays theirs. A decision costs log(ranks). The requests of a lost
-rank return to their place in the queue, and start again from their prompt and the tokens that had arrived.
-A request that was lost with several ranks, without a token in between, may be the reason: it gets a rank to itself, and in
-the end is given up.
+It goes to the rank with the least time of work before it: the tokens that it has yet to compute, over its speed, less those at
+the prompt's beginning that it has computed already (``prefix_index.py``). Cache is no cost, but a limit: it goes to none that
+hasn't the free cache for what it holds now (``rank_loads.py``). The choices of one prompt stay
+together, as long as their rank has room, because it computes their prompt once. All ranks of all groups are one set: a group
+that forms anew pauses its own, and what they have stays theirs. A decision costs log(ranks). The requests of a lost rank
+return to their place in the queue, and start again from their prompt and the tokens that had arrived. A request that was lost
+with several ranks, without a token in between, may be the reason: it gets a rank to itself, and in the end is given up.
 
 Where groups have roles (``role_loads.py``), a request moves once more: after its first token, from the rank that computed its
 prompt to the decode rank with the most free cache. A move may begin before that token, so that most of the cache is there by
-then (``hand_over_costs.py``). Until the move has ended well the request is the first rank's.
+then (``hand_over_costs.py``). Until the move has ended well the request is the first rank's. Short prompts are computed where
+they decode, and wait in a line of their own (``request_queue.py``).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from heapq import heapify, heappop, heappush
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Literal
 
 from cluster.driver.prefix_index import BLOCK, PrefixIndex, block_hashes
-from cluster.driver.rank_loads import RankCapacity
+from cluster.driver.rank_loads import RankCapacity, RankLoads
+from cluster.driver.request_queue import RequestQueue, next_in_turn
 from cluster.driver.role_loads import RoleLoads
 from cluster.driver.scheduled_request import Move, MoveClaim, ScheduledRequest
 from epslots.generation.requests import Output, Request
@@ -45,11 +46,9 @@ class Scheduler:
 
     def __init__(self) -> None:
         self._entries: dict[str, ScheduledRequest] = {}
-        self._queue: list[tuple[tuple[int, int], ScheduledRequest]] = []
-        """A heap by turns; requests that were ended while they waited are still in it."""
-        self._queued = 0
         self._numbers = itertools.count()
         self._ranks = RoleLoads()
+        self._queue = RequestQueue(self._is_short)
         self._moves: dict[str, Move] = {}
         """By request: hand-overs under way."""
         self._moving: Counter[Hashable] = Counter()
@@ -69,7 +68,7 @@ class Scheduler:
     @property
     def queued(self) -> int:
         """Requests that wait for a rank."""
-        return self._queued
+        return len(self._queue)
 
     def served_by(self, worker: Hashable) -> list[ScheduledRequest]:
         """A rank's requests."""
@@ -94,8 +93,11 @@ class Scheduler:
 
     def serve(self, capacities: Mapping[Hashable, RankCapacity]) -> None:
         """A group's ranks take requests from now on. Of equally loaded ones, the first of each group come first."""
+        divided = self._ranks.divided
         for place, (worker, capacity) in enumerate(capacities.items()):
             self._ranks.serve(worker, capacity, place)
+        if self._ranks.divided and not divided:
+            self._queue.divide()
 
     def pause(self, workers: Iterable[Hashable], *, soon: bool = False) -> None:
         """These ranks take no further requests until they serve again, which is expected ``soon`` or isn't."""
@@ -124,7 +126,7 @@ class Scheduler:
             else:
                 entry.worker = None
                 moved.append(entry)
-                self._enqueue(entry)
+                self._queue.add(entry)
         self._ranks.remove(worker)
         self._prefixes.forget(worker)
         return moved, given_up
@@ -140,17 +142,10 @@ class Scheduler:
             self._entries[request.id] = entry
             if len(choices) > 1:
                 self._choices.setdefault(entry.siblings, {})[request.id] = entry
-            self._enqueue(entry)
+            self._queue.add(entry)
 
-    def _enqueue(self, entry: ScheduledRequest) -> None:
-        if len(self._queue) > 2 * self._queued + 64:  # of those that were ended
-            self._queue = [(waiting.turn, waiting) for _, waiting in self._queue if self._waits(waiting)]
-            heapify(self._queue)
-        heappush(self._queue, (entry.turn, entry))
-        self._queued += 1
-
-    def _waits(self, entry: ScheduledRequest) -> bool:
-        return entry.worker is None and self._entries.get(entry.request.id) is entry
+    def _is_short(self, entry: ScheduledRequest) -> bool:
+        return self._ranks.divided and self._ranks.may_stay(entry, self._reused_by(*self._prefixes.longest(entry.blocks)))
 
     def _forget(self, entry: ScheduledRequest) -> None:
         del self._entries[entry.request.id]
@@ -160,37 +155,51 @@ class Scheduler:
                 del self._choices[entry.siblings]
 
     def assign(self) -> list[tuple[Hashable, Request]]:
-        """Assign queued requests, in order, to ranks with room; returns pairs of rank and request."""
-        assigned = []
-        while self._queue:
-            _, entry = self._queue[0]
-            if self._waits(entry):
-                worker = self._choose(entry)
-                if worker is None:
-                    break  # it is the next, or those that need little room would pass it for ever
-                self._give(worker, entry)
-                assigned.append((worker, entry.rest()))
-            heappop(self._queue)
+        """Assign queued requests to ranks with room; returns pairs of rank and request.
+
+        In the order of their turns, for each role: one that waits for a rank of a role lets none pass it that wants such a
+        rank, too, or those that need little room would pass it for ever. Others needn't wait for what it waits for.
+        """
+        assigned, full = [], set[RankLoads]()
+        lines = self._queue.lines()
+        while (found := next_in_turn(lines)) is not None:
+            line, entry = found
+            reused, holders = self._prefixes.longest(entry.blocks)
+            loads = self._ranks.for_prompt(entry, self._reused_by(reused, holders))
+            worker = None if loads in full else self._choose(entry, loads, reused, holders)
+            if worker is None:
+                full.add(loads)
+                lines.remove(line)
+                continue
+            entry.reused = reused if worker in holders else 0
+            self._give(worker, entry)
+            assigned.append((worker, entry.rest()))
         return assigned
 
-    def _choose(self, entry: ScheduledRequest) -> Hashable | None:
-        """The rank for a request, among those with room; None if there is none. Notes what that rank needn't compute."""
-        reused, holders = self._prefixes.longest(entry.blocks)
-        loads = self._ranks.for_prompt(entry, lambda those: reused if any(holder in those for holder in holders) else 0)
+    def _reused_by(self, reused: int, holders: Collection[Hashable]) -> Callable[[RankLoads], int]:
+        return lambda ranks: reused if any(holder in ranks for holder in holders) else 0
 
-        def cost(worker: Hashable) -> float:
-            return loads.cost(worker, -reused if worker in holders else 0)
+    def _choose(
+        self, entry: ScheduledRequest, loads: RankLoads, reused: int, holders: Collection[Hashable]
+    ) -> Hashable | None:
+        """The rank for a request, among those with room; None if there is none.
 
+        Args:
+            loads: of the ranks that may take it.
+            reused, holders: tokens of its prompt that these ranks needn't compute.
+        """
         siblings = (sibling.worker for sibling in self._choices.get(entry.siblings, {}).values())
-        chosen = next((worker for worker in siblings if worker is not None and loads.fits(worker, entry)), None)
-        if chosen is None and (least_loaded := loads.least_loaded(entry)) is not None:
-            chosen = min((*(holder for holder in holders if loads.fits(holder, entry)), least_loaded), key=cost)
-        entry.reused = reused if chosen in holders else 0
-        return chosen
+        for worker in siblings:
+            if worker is not None and loads.fits(worker, entry):
+                return worker
+        if (least_loaded := loads.least_loaded(entry)) is None:
+            return None
+        those = (*(holder for holder in holders if loads.fits(holder, entry)), least_loaded)
+        return min(those, key=lambda worker: loads.cost(worker, -reused if worker in holders else 0))
 
     def _give(self, worker: Hashable, entry: ScheduledRequest) -> None:
         entry.began, entry.computed = False, 0
-        self._queued -= 1
+        self._queue.discard(entry)
         self._place(worker, entry)
         capacity = self._ranks.of(worker).capacity(worker)
         if capacity.shares_prefixes:
@@ -234,7 +243,7 @@ class Scheduler:
             return None
         if entry.worker is None:
             self._forget(entry)
-            self._queued -= 1
+            self._queue.discard(entry)
             return None
         entry.ending = True
         return entry.worker
@@ -249,7 +258,7 @@ class Scheduler:
         entry = self._entries[id]
         if not entry.began or len(entry.tokens) < entry.move_at or self._moving[entry.worker] >= MOST_MOVES:
             return None
-        return self._begin_move(entry, early=False)
+        return self._begin_move(entry)
 
     def begin_early_move(self, id: str, worker: Hashable, computed: int, left: int) -> Move | None:
         """Begin a request's hand-over while its prompt is computed, if that pays now.
@@ -265,11 +274,17 @@ class Scheduler:
         if entry is None or entry.worker != worker or entry.began:
             return None
         chunk, entry.computed = computed - entry.computed, computed
-        if entry.failed_moves or self._moving[worker] or not self._ranks.costs.begins_early(computed, left, chunk):
+        if entry.failed_moves or self._moving[worker]:
             return None
-        return self._begin_move(entry, early=True)
+        return self._begin_move(entry, lambda near: self._ranks.costs.begins_early(computed, left, chunk, near))
 
-    def _begin_move(self, entry: ScheduledRequest, *, early: bool) -> Move | None:
+    def _begin_move(self, entry: ScheduledRequest, early: Callable[[bool], bool] | None = None) -> Move | None:
+        """Begin a hand-over, unless there is no way or no reason.
+
+        Args:
+            early: whether it begins before the prompt is computed, to a rank with which memory is shared or isn't; None = the
+                prompt is computed.
+        """
         id = entry.request.id
         if entry.worker is None or entry.ending or entry.alone or id in self._moves:
             return None
@@ -278,7 +293,10 @@ class Scheduler:
         claim = MoveClaim(entry.held_tokens + BLOCK, entry.left_tokens)
         if (target := self._ranks.for_decoding(claim)) is None or self._moving[target] >= MOST_MOVES:
             return None
-        move = self._moves[id] = Move(entry, entry.worker, target, claim, early)
+        near = self._ranks.share_memory(entry.worker, target)
+        if early is not None and not early(near):
+            return None
+        move = self._moves[id] = Move(entry, entry.worker, target, claim, near, early=early is not None)
         self._ranks.of(target).add(target, claim)
         self._moving.update((entry.worker, target))
         return move
@@ -317,14 +335,9 @@ class Scheduler:
         """Hand-overs under way from or to a rank; any thread may ask."""
         return self._moving[worker]
 
-    def share_memory(self, one: Hashable, other: Hashable) -> bool:
-        """Whether two ranks can share memory."""
-        machines = [self._ranks.of(worker).capacity(worker).machine for worker in (one, other)]
-        return machines[0] == machines[1] != ""
-
-    def observe_move(self, tokens: int, seconds: float, prompt_token_s: float, nbytes: int) -> None:
+    def observe_move(self, move: Move, tokens: int, seconds: float, prompt_token_s: float, nbytes: int) -> None:
         """Note the costs of a hand-over (``HandOverCosts.observe``)."""
-        self._ranks.costs.observe(tokens, seconds, prompt_token_s, nbytes)
+        self._ranks.costs.observe(tokens, seconds, prompt_token_s, nbytes, near=move.near)
 
     def clear(self) -> list[ScheduledRequest]:
         """Drop all requests; returns those that users still wait for."""
@@ -337,15 +350,13 @@ class Scheduler:
             self._drop_move(id)
         self._served.clear()
         self._queue.clear()
-        self._queued = 0
         return entries
 
     def check(self) -> None:
         """Assert that the queue, the ranks' loads and the entries agree."""
         waiting = [entry for entry in self._entries.values() if entry.worker is None]
-        in_queue = [entry for _, entry in self._queue if self._waits(entry)]
-        assert len(waiting) == self._queued == len(in_queue)
-        assert {entry.request.id for entry in waiting} == {entry.request.id for entry in in_queue}
+        assert len(waiting) == len(self._queue)
+        assert set(waiting) == set(self._queue)
         assert not any(entry.ending for entry in waiting)
         served = [(worker, entry) for worker, has in self._served.items() for entry in has.values()]
         assert {entry.request.id for _, entry in served} == {

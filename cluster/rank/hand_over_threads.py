@@ -69,10 +69,13 @@ class HandOverThreads:
         """Of hand-overs under way, by number."""
         self._links: dict[int, PairLink] = {}
         self._ended = ""
+        self._drivers = 0
+        """Whose hand-overs were forgotten."""
 
     def give(self, order: HandOver) -> None:
         """Begin a hand-over as its source."""
-        self._begin(order.link, lambda: self._give(order))
+        driver = self._drivers
+        self._begin(order.link, lambda: self._give(order, driver))
 
     def take(self, order: TakeOver) -> None:
         """Begin a hand-over as its target."""
@@ -85,13 +88,15 @@ class HandOverThreads:
         if store is not None:
             store.take(contacts.entries)
 
-    def abort_all(self, reason: str, *, end: bool = False) -> None:
+    def abort_all(self, reason: str, *, end: bool = False, forget: bool = False) -> None:
         """Break all hand-overs off; requests that are handed over from here go on here. From any thread.
 
         Args:
             end: none begins any more.
+            forget: their requests are gone, and another driver's may have the same ids.
         """
         with self._lock:
+            self._drivers += forget
             self._ended = reason if end else self._ended
             stores, links = list(self._contacts.values()), list(self._links.values())
         for store in stores:
@@ -128,7 +133,7 @@ class HandOverThreads:
             if link is not None:
                 link.abort()
 
-    def _give(self, order: HandOver) -> None:
+    def _give(self, order: HandOver, driver: int) -> None:
         done = HandedOver(number=order.link.number, failure="")
         try:
             with self._link(order.link, source=True) as link:
@@ -147,8 +152,10 @@ class HandOverThreads:
             )
         except Exception as error:
             done = HandedOver(number=order.link.number, failure=_in_words(error))
-            self._let_go(lambda: self._batcher().resume(order.id))
-        self._send(done)
+            if driver == self._drivers:
+                self._let_go(lambda: self._batcher().resume(order.id))
+        if driver == self._drivers:
+            self._send(done)
 
     def _take(self, order: TakeOver) -> None:
         place: list[CacheImage] = []

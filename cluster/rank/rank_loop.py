@@ -219,7 +219,7 @@ class RankLoop:
         self._send(Adopted(self._loaded, self._newest, grouped=group_of(self._loaded_engine.model) is not None))
 
     def _give_up_requests(self) -> None:
-        self.hand_overs.abort_all("another driver has come")
+        self.hand_overs.abort_all("another driver has come", forget=True)
         if self._engine is not None:
             self._engine.batcher.cancel_all()
             self._engine.batcher.outputs()

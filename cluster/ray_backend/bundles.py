@@ -175,9 +175,9 @@ class Bundles:
 
     def _groups_of(self, count: int, group_of: Sequence[int]) -> list[int]:
         """The group of each of ``count`` bundles; all are one unless Ray packs each of them by itself."""
-        if self._group_size is None:
-            return [0] * count
-        return list(group_of[:count]) or [bundle // self._group_size for bundle in range(count)]
+        if self._strategy == "PACK" and group_of:
+            return list(group_of[:count])
+        return [0 if self._group_size is None else bundle // self._group_size for bundle in range(count)]
 
     async def _make(self, first: int, group_of: Sequence[int]) -> list[_Bundle]:
         """Reserve bundles from number ``first`` on: a placement group for each expert-parallel group."""

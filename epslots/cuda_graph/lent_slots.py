@@ -14,13 +14,21 @@ import torch
 
 from epslots.cache.expert_loader import ExpertLoader
 from epslots.cuda_graph.device_experts import DeviceExperts, PrefetchAhead
-from epslots.cuda_graph.device_slots import DEFAULT_DEVICE_POLICY, UNBOUNDED, DeviceSlots, Kernels, slots_obstacle
+from epslots.cuda_graph.device_slots import (
+    DEFAULT_DEVICE_POLICY,
+    DEVICE_POLICIES,
+    UNBOUNDED,
+    DeviceSlots,
+    Kernels,
+    slots_obstacle,
+)
 from epslots.cuda_graph.missed_steps import MissedSteps
 from epslots.cuda_graph.side_stream import SideStream
 from epslots.cuda_graph.torch_kernels import TorchKernels
 from epslots.errors import ConfigError
 from epslots.models.quotas import served_tokens
 from epslots.moe.moe_layer import MoELayer
+from epslots.planner.cache_policy import Policy, own_name, policy_name
 from epslots.runtime import Runtime
 
 
@@ -36,7 +44,14 @@ def device_obstacle(runtime: Runtime, pairs: int) -> str | None:
         return "batch-invariant products are laid out on the host"
     if any(runner.experts.kernel.waits_for_host for runner in runtime.runners):
         return "grouped products wait for the host: torch has no kernel for this GPU and dtype, and triton isn't installed"
+    if own_name(_policy_of(runtime)) is None and len(runtime.complete_layers()) < len(runtime.layers):
+        return f"policy={policy_name(_policy_of(runtime))} is a function of the host; allowed: {', '.join(DEVICE_POLICIES)}"
     return next((why for loader in runtime.loaders if (why := slots_obstacle(loader, pairs)) is not None), None)
+
+
+def _policy_of(runtime: Runtime) -> Policy:
+    """The eviction policy of the model: all layers have one."""
+    return runtime.runners[0].policy
 
 
 def most_rows(runtime: Runtime) -> int | None:
@@ -63,15 +78,16 @@ class LentSlots:
 
     Args:
         pairs: the most (token, k) pairs of a step. There must be no ``device_obstacle`` to them.
-        policy: the eviction policy on the device. No output depends on it.
+        policy: the eviction policy on the device; None = the model's. No output depends on it.
 
     Attributes:
         taken: whether the device decides.
         lock: held by a thread from ``take`` to the end of its step, and by one that gives the slots back.
     """
 
-    def __init__(self, runtime: Runtime, pairs: int, *, policy: str = DEFAULT_DEVICE_POLICY) -> None:
-        self._runtime, self._pairs, self._policy = runtime, pairs, policy
+    def __init__(self, runtime: Runtime, pairs: int, *, policy: str | None = None) -> None:
+        self._runtime, self._pairs = runtime, pairs
+        self._policy = policy or own_name(_policy_of(runtime)) or DEFAULT_DEVICE_POLICY
         self.taken = False
         self.lock = threading.RLock()
         self._ranges: list[tuple[tuple[int, ...], tuple[int, ...]]] = []

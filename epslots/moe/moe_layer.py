@@ -96,7 +96,7 @@ class MoELayer:
     Args:
         index: the layer's number among the model's MoE layers.
         experts: computes with this rank's slots.
-        policy: scores experts; the lowest are evicted.
+        policy: scores experts; the lowest are evicted. Also an attribute.
         history: the layer's past uses on any rank; changed in place.
 
     Attributes:
@@ -117,7 +117,7 @@ class MoELayer:
         self._observer: RouteObserver | None = None
         self.prefetcher: Prefetcher | None = None
         self.room: TokenRoom | None = None
-        self._policy, self._learns = policy, learns(policy)
+        self.policy, self._learns = policy, learns(policy)
         self._telemetry = telemetry
         self._num_experts, self._device = self.cache.num_experts, self.cache.pool.device
         self._no_tokens = experts.no_tokens()
@@ -189,7 +189,7 @@ class MoELayer:
 
     def scores(self) -> IntArray:
         """The eviction policy's scores of the experts as they are now, int64 [E]."""
-        return self._policy(self.history)
+        return self.policy(self.history)
 
     def __call__(self, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """The experts' weighted sum for each token, [T, H] in ``hidden_TH``'s dtype.

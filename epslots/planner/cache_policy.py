@@ -59,6 +59,11 @@ POLICIES: dict[str, Policy] = {"lru": lru, "lfu": lfu, "lrfu": lrfu, "adaptive":
 DEFAULT_POLICY = "adaptive"
 
 
+def own_name(policy: Policy) -> str | None:
+    """The name of one of ``POLICIES``; None of any other function."""
+    return next((name for name, known in POLICIES.items() if known is policy), None)
+
+
 def learns(policy: Policy) -> bool:
     """Whether a policy may read the fields that ``record_use`` learns from the number of slots: unless it is marked."""
     return getattr(policy, "learns", True) is True

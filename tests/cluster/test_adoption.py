@@ -10,18 +10,21 @@ from typing import Any
 import msgspec
 import pytest
 
+import cluster.rank.cache_exchange
 import cluster.rank.rank_loop
 from cluster.api import Cluster, _check_model, _tokenizer_of
+from cluster.driver.hand_over_costs import HandOverCosts
 from cluster.errors import ClusterError, RequestFailed, Superseded
 from cluster.lasting.settings import differences, origin_of
 from cluster.messages.rank import Adopted, Form, GiveUp, Load, Loaded, Origin, decode_events, encode
 from cluster.rank.rank_loop import RankLoop
 from epslots.config import LoadConfig, load_config
 from epslots.errors import ConfigError
+from tests.support.fake_backend import WatchedLink
 from tests.support.grouped_ranks import TOKENS_TRAVEL
 from tests.support.lasting_backend import LastingBackend, abandon
 from tests.support.rank_helpers import PATIENCE_S
-from tests.support.thread_cluster import PROMPTS, expected, serve_again, tokens_of, until
+from tests.support.thread_cluster import PROMPTS, check_empty, expected, serve_again, tokens_of, until
 
 pytestmark = pytest.mark.usefixtures("one_load_at_a_time", "clock_loops")
 
@@ -415,3 +418,35 @@ def test_transformers_is_imported_by_one_thread_at_a_time(monkeypatch: pytest.Mo
     for thread in threads:
         thread.join()
     assert not both.is_set()
+
+
+@pytest.mark.parametrize("adopted_first", [False, True])
+@pytest.mark.parametrize("source", [True, False])
+def test_a_driver_may_die_amid_a_hand_over(
+    drive: Drive, folder: Path, monkeypatch: pytest.MonkeyPatch, source: bool, adopted_first: bool
+):
+    """Its ranks are adopted, and keep nothing of it, whichever of the two comes first: their link's end or the adoption."""
+    monkeypatch.setattr(cluster.rank.cache_exchange, "PIECE_BYTES", 9000)
+    monkeypatch.setattr(HandOverCosts, "stays", lambda *_: False)
+    first, backend = drive(prefill_ranks=1)
+    reached, goes_on = threading.Event(), threading.Event()
+
+    def wait_once(link: WatchedLink) -> None:
+        if link.source == source and link.messages == 5 and not reached.is_set():
+            reached.set()
+            assert goes_on.wait(PATIENCE_S)
+
+    backend.on_link = wait_once
+    interrupted = first.submit(PROMPTS[1], max_new_tokens=200, **GREEDY)
+    assert reached.wait(PATIENCE_S)
+    abandon(first)
+    if not adopted_first:
+        goes_on.set()
+    second, adopting = drive(backend, prefill_ranks=1)
+    running = [second.submit(prompt, max_new_tokens=20, **GREEDY) for prompt in PROMPTS[:3]]
+    goes_on.set()
+    assert not interrupted.done, "its driver is no more"
+    assert [each.result(PATIENCE_S).tokens for each in running] == expected(folder, PROMPTS[:3], 20)
+    assert tokens_of(second.generate(PROMPTS, max_new_tokens=20, **GREEDY)) == expected(folder, PROMPTS, 20)
+    assert set(adopting.workers.values()) == set(backend.workers.values()), "none died"
+    check_empty(second, adopting)

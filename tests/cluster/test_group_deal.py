@@ -33,10 +33,9 @@ def test_groups_grow_and_come_at_the_end():
 
 def test_one_group_takes_any_number():
     deal = GroupDeal(1, None)
-    assert deal.changed(7, None) == (deal, 7)
-    assert {deal.group_of(bundle) for bundle in range(9)} == {0}
-    with pytest.raises(ConfigError, match="groups=2; allowed for a cluster that was started as one group: 1"):
-        deal.changed(None, 2)
+    found, ranks = deal.settled(3).changed(7, None)
+    assert ranks == 7
+    assert {found.group_of(bundle) for bundle in range(9)} == {0}
 
 
 @pytest.mark.parametrize(
@@ -80,7 +79,7 @@ def test_groups_are_of_one_size_whatever_comes_and_goes(groups: int, size: int, 
 def test_ranks_that_outlive_their_driver_keep_their_groups():
     """The next driver divides them as the last one did."""
     groups: Any = SimpleNamespace(deal=GroupDeal(2, 1))
-    scaling = Scaling(cast(WorkerPool, None), groups, outlives=True)
+    scaling = Scaling(cast(WorkerPool, SimpleNamespace(size=2)), groups, outlives=True)
     with pytest.raises(ConfigError, match="2 ranks a group; allowed for a cluster whose ranks outlive their driver: 1"):
         asyncio.run(scaling.scale(4, 2))
 
@@ -135,3 +134,33 @@ def test_places_are_given_back_once_the_others_serve(fails: bool):
 def test_runs_are_groups_that_follow_each_other():
     assert runs([0, 0, 1, 0, 2, 2]) == [(0, 2), (1, 1), (0, 1), (2, 2)]
     assert runs([]) == []
+
+
+def test_a_group_that_was_alone_is_joined_by_its_like():
+    """And may have any number again when it is alone again."""
+    deal, ranks = GroupDeal(1, None).settled(2).changed(None, 3)
+    assert (deal.dealt, ranks, deal.size) == ([0, 0, 1, 1, 2, 2], 6, 2)
+    assert deal.settled(6).changed(4, None)[0].dealt == [0, 0, 1, 1]
+    with pytest.raises(ConfigError, match="ranks=3; allowed: multiples of 2"):
+        deal.changed(3, None)
+    deal, ranks = deal.changed(None, 1)
+    assert (deal.dealt, ranks) == ([0, 0], 2)
+    assert deal.common(deal.changed(5, None)[0]).dealt == []
+    assert (deal.changed(5, None)[0].size, deal.changed(5, 1)[1]) == (None, 5)
+    with pytest.raises(ConfigError, match="ranks or groups"):
+        deal.changed(None, None)
+
+
+def test_a_group_alone_that_outlives_its_driver_stays_alone():
+    """The next driver expects one group, of any number of ranks."""
+    grown = list[int]()
+
+    async def note(ranks: int) -> None:
+        grown.append(ranks)
+
+    groups: Any = SimpleNamespace(deal=GroupDeal(1, None))
+    scaling = Scaling(cast(WorkerPool, SimpleNamespace(size=2, reserve=note, grow=note)), groups, outlives=True)
+    with pytest.raises(ConfigError, match="groups=2; allowed for a cluster that was started as one group and whose ranks"):
+        asyncio.run(scaling.scale(None, 2))
+    asyncio.run(scaling.scale(3, None))
+    assert grown == [3, 3] and groups.deal.size is None

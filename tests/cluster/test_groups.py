@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from cluster.messages.controller import Attach
 from cluster.messages.rank import Contact, Contacts, Load, Wake, decode_command
 from epslots.config import LoadConfig
 from epslots.errors import ConfigError
+from epslots.runtime import runtime_of
 from tests.support.fake_backend import FakeBackend, FakeWorker
 from tests.support.rank_helpers import PATIENCE_S
 from tests.support.thread_cluster import PROMPTS, expected, serve_again, tokens_of, until
@@ -213,9 +215,6 @@ def test_groups_have_one_size(open_cluster: Open):
     ):
         with pytest.raises(ConfigError, match=message):
             cluster.scale(**wrong)
-    alone, _ = open_cluster(ranks=2)
-    with pytest.raises(ConfigError, match="groups=2; allowed for a cluster that was started as one group: 1"):
-        alone.scale(groups=2)
 
 
 def test_a_driver_with_other_groups_adopts_no_ranks():
@@ -230,3 +229,58 @@ def test_epochs_go_on_after_those_of_adopted_ranks():
     numbers.follow(7)
     numbers.follow(3)
     assert (numbers.next(), numbers.next()) == (8, 9)
+
+
+def test_a_group_that_ends_before_it_is_asked_is_none(open_cluster: Open, monkeypatch: pytest.MonkeyPatch):
+    """Groups come and go between a call and the supervisor's turn."""
+    cluster, _ = open_cluster(ranks=2, groups=2, window_steps=4)
+    call = cluster._thread.call
+    for ask in (cluster.explain, cluster.placement):
+        cluster.scale(groups=2)
+
+        def scale_first(work: Coroutine[Any, Any, Any]) -> Any:
+            monkeypatch.undo()
+            cluster.scale(groups=1)
+            return call(work)
+
+        monkeypatch.setattr(cluster._thread, "call", scale_first)
+        with pytest.raises(ConfigError, match="group=1; allowed: 0 to 0"):
+            ask(1)
+
+
+def test_one_group_is_joined_by_others(open_cluster: Open, folder: Path):
+    """Of as many ranks; alone again, it may have any number."""
+    cluster, backend = open_cluster(ranks=1, window_steps=4)
+    running = cluster.submit(PROMPTS[0], max_new_tokens=60)
+    cluster.scale(groups=2)
+    assert (cluster.ranks, backend.dealt, len(epochs(cluster))) == (2, [0, 1], 2)
+    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=12)) == expected(folder, PROMPTS, 12)
+    assert all(rank.engine.new_tokens for rank in cluster.stats().ranks)
+    cluster.scale(groups=1)
+    cluster.scale(2)
+    assert (cluster.ranks, backend.dealt, len(epochs(cluster))) == (2, [0, 0], 1)
+    assert running.result().tokens == expected(folder, [PROMPTS[0]], 60)[0]
+
+
+def test_all_ranks_of_a_node_have_one_store(open_cluster: Open, cache_dir: Path):
+    """Whatever their groups are: the node's RAM is divided by all of its ranks."""
+    _, backend = open_cluster(ranks=2, groups=2)
+    loops = [worker.loop for worker in backend.workers.values()]
+    orders = [loop._load_order for loop in loops]
+    assert [(order.neighbours, order.ranks) for order in orders if order is not None] == [(2, 1), (2, 1)]
+    assert len({runtime_of(loop._loaded_engine.model).store.where for loop in loops}) == 1
+    assert len(list(cache_dir.glob("*.experts"))) == 1
+
+
+def test_messages_to_the_controller_grow_with_groups_alone(open_cluster: Open):
+    """And with steps; not with requests."""
+    cluster, backend = open_cluster(ranks=2, groups=2, window_steps=4, max_requests=16)
+    found = list[tuple[int, int]]()
+    for requests in (2, 16):
+        steps, orders = sum(rank.steps for rank in cluster.stats().ranks), len(backend.orders)
+        assert len(list(cluster.generate([PROMPTS[0]] * requests, max_new_tokens=40))) == requests
+        windows = (sum(rank.steps for rank in cluster.stats().ranks) - steps) // 4
+        found.append((len(backend.orders) - orders, windows))
+    for orders, windows in found:
+        assert 0 < orders <= windows + 2 * len(epochs(cluster)), "one a window of a group, and its introduction"
+    assert found[1][1] < 3 * found[0][1], "so many requests share the steps"

@@ -151,7 +151,7 @@ def test_a_hand_over_begins_before_the_first_token():
     driver.hand_overs.consider_early("p", PromptProgress("b", 30, 20))
     assert driver.sent == [], "nothing was measured"
     costs = driver.scheduler._ranks.costs
-    costs.token_s = costs.prompt_token_s = 0.001
+    costs.near.token_s = costs.prompt_token_s = 0.001
     driver.hand_overs.consider_early("p", PromptProgress("b", 35, 15))
     (target, take), (source, give) = driver.sent
     assert (target, source) == ("d", "p") and isinstance(take, TakeOver) and isinstance(give, HandOver)
@@ -171,7 +171,8 @@ def test_a_group_that_does_not_come_back_hands_nothing_over(end: HandedOver):
     driver.hand_overs.take("p", FAILED)
     driver.scheduler.add([Request("b", tuple(range(50)), 20)])
     driver.scheduler.assign()
-    driver.scheduler._ranks.costs.token_s = driver.scheduler._ranks.costs.prompt_token_s = 0.001
+    costs = driver.scheduler._ranks.costs
+    costs.near.token_s = costs.prompt_token_s = 0.001
     driver.hand_overs.consider_early("p", PromptProgress("b", 30, 20))
     driver.hand_overs.consider_early("p", PromptProgress("b", 35, 15))
     driver.sent.clear()
@@ -253,12 +254,13 @@ def test_hand_overs_begin_when_they_just_end_in_time(
 ):
     """The target's room isn't kept for longer than the copying takes, by the step. Where little is hidden, none begins."""
     costs = HandOverCosts()
-    costs.fixed_s, costs.token_s, costs.prompt_token_s, costs.token_bytes = fixed_s, token_s, prompt_token_s, token_bytes
+    way, costs.prompt_token_s = costs.far, prompt_token_s
+    way.fixed_s, way.token_s, way.token_bytes = fixed_s, token_s, token_bytes
     steps = 1 + -(-prompt * token_bytes // BYTES_BETWEEN_STEPS)
-    seconds, begins = max(MEETING_S + costs.seconds(prompt), steps * chunk * prompt_token_s), False
+    seconds, begins = max(MEETING_S + way.seconds(prompt), steps * chunk * prompt_token_s), False
     for computed in range(chunk, prompt, chunk):
         left_s, before = (prompt - computed) * prompt_token_s, computed - chunk
-        begins = costs.begins_early(computed, prompt - computed, chunk)
+        begins = costs.begins_early(computed, prompt - computed, chunk, near=False)
         if begins:
             assert min(left_s, computed * token_s) >= LEAST_HIDDEN_S
             assert left_s - chunk * prompt_token_s <= seconds * 1.001, "one step later it would be too late"
@@ -270,8 +272,8 @@ def test_hand_overs_begin_when_they_just_end_in_time(
 
 def test_nothing_begins_early_before_prompts_were_timed():
     costs = HandOverCosts()
-    costs.token_s = 1.0
-    assert not costs.begins_early(1000, 100, 100)
-    costs.observe(1000, 1000.0, prompt_token_s=0.01, nbytes=5000)
-    assert costs.token_bytes == 5
-    assert costs.begins_early(1000, 100, 100)
+    costs.near.token_s = 1.0
+    assert not costs.begins_early(1000, 100, 100, near=True)
+    costs.observe(1000, 1000.0, prompt_token_s=0.01, nbytes=5000, near=True)
+    assert costs.near.token_bytes == 5
+    assert costs.begins_early(1000, 100, 100, near=True)

@@ -258,3 +258,22 @@ def test_a_hire_that_fails_twice_is_told_once(monkeypatch: pytest.MonkeyPatch, c
     gc.collect()
     assert len(killed) == 1
     assert not caplog.records
+
+
+def test_each_group_of_a_packed_cluster_is_placed_by_itself():
+    """Also where one group was started alone, and others came; Ray spreads single ranks without groups."""
+    dealt = [0, 0, 1, 1]
+    for size, given, found in ((2, (), dealt), (2, dealt, dealt), (None, (), [0] * 4), (None, dealt, dealt)):
+        assert Bundles({}, "PACK", None, 1.0, size)._groups_of(4, given) == found
+    assert Bundles({}, "SPREAD", None, 1.0, 2)._groups_of(4, dealt) == [0] * 4
+
+
+def test_ranks_of_a_node_are_counted_whatever_their_group():
+    """They share its RAM, and one host store."""
+
+    async def nodes() -> list[str]:
+        return ["a", "a", "b", "a"]
+
+    backend = RayBackend(address=None, strategy="PACK", device="cpu", path="", groups=2)
+    backend._bundles.nodes = nodes  # type: ignore[method-assign]
+    assert [asyncio.run(backend.neighbours(bundle)) for bundle in range(4)] == [3, 3, 1, 3]

@@ -222,19 +222,22 @@ def test_where_one_role_is_missing_the_other_does_all():
     assert scheduler.begin_move("b") is not None, "now there is one that decodes"
 
 
+NEAR = True
+
+
 def test_short_prompts_stay_where_decoding_is():
     """Short by measured costs: what a prompt holds up there, against a hand-over."""
     costs = HandOverCosts()
-    assert costs.stays(FIRST_SHORT_TOKENS, 100, 8) and not costs.stays(FIRST_SHORT_TOKENS + 1, 100, 8)
+    assert costs.stays(FIRST_SHORT_TOKENS, 100, 8, NEAR) and not costs.stays(FIRST_SHORT_TOKENS + 1, 100, 8, NEAR)
     for tokens, seconds in ((100, 0.03), (300, 0.05), (200, 0.04)):
-        costs.observe(tokens, seconds, prompt_token_s=0.001)
-    assert (costs.fixed_s, costs.token_s) == pytest.approx((0.02, 0.0001))
-    assert costs.stays(20, 20, 0) and not costs.stays(20, 20, 1), "a stream that waits counts as much as the request"
-    assert costs.stays(20, 400, 1), "most of it is cached there"
+        costs.observe(tokens, seconds, prompt_token_s=0.001, near=NEAR)
+    assert (costs.near.fixed_s, costs.near.token_s) == pytest.approx((0.02, 0.0001))
+    assert costs.stays(20, 20, 0, NEAR) and not costs.stays(20, 20, 1, NEAR), "a stream that waits counts as the request"
+    assert costs.stays(20, 400, 1, NEAR), "most of it is cached there"
     alike = HandOverCosts()
     for _ in range(3):
-        alike.observe(100, 0.05, 0.0)
-    assert alike.fixed_s + 100 * alike.token_s == pytest.approx(0.05)
+        alike.observe(100, 0.05, 0.0, near=NEAR)
+    assert alike.near.seconds(100) == pytest.approx(0.05)
     assert alike.prompt_token_s is None
     scheduler = Scheduler()
     scheduler.serve({"p": PREFILL, "x": DECODE})
@@ -247,19 +250,19 @@ def test_an_early_hand_over_is_one_at_a_time():
     """Of a rank, and once for each request; afterwards it is tried again when the prompt is done."""
     scheduler = with_roles(p=PREFILL, x=DECODE)
     costs = scheduler._ranks.costs
-    assert not costs.begins_early(100, 50, 50), "nothing was measured"
+    assert not costs.begins_early(100, 50, 50, not NEAR), "nothing was measured"
     scheduler.add([request("a", 200, 20)])
     scheduler.assign()
-    costs.token_s = 1.0
+    costs.far.token_s = 1.0
     assert scheduler.begin_early_move("a", "x", 150, 50) is None, "another rank's"
     assert scheduler.begin_early_move("nobody", "p", 150, 50) is None
     move = scheduler.begin_early_move("a", "p", 150, 50)
     assert move is not None and move.early and move.target == "x"
     assert scheduler.busy(["p"]), "it is computed meanwhile"
-    costs.token_s = 0.0
+    costs.far.token_s = 0.0
     scheduler.add([request("b", 200, 20)])
     assert [worker for worker, _ in scheduler.assign()] == ["p"]
-    costs.token_s = 1.0
+    costs.far.token_s = 1.0
     assert scheduler.begin_early_move("a", "p", 170, 30) is None
     assert scheduler.begin_early_move("b", "p", 150, 50) is None, "one at a time"
     assert scheduler.end_move(move, done=False) == "stays"

@@ -187,3 +187,19 @@ def test_a_corrupt_record_ends_the_step_and_nothing_else(
     assert not any(runner.slots_are_lent for runner in runtime_of(model).runners)
     runtime_of(model).check_integrity()
     assert decode(model, prompt, 25) == expected
+
+
+def test_the_device_evicts_by_the_models_policy(checkpoint: Callable[[str], Path], cache_dir: Path):
+    """As the host does: other misses than by another one. A function that only the host has keeps the host in charge."""
+    folder, prompt = checkpoint("mixtral"), zoo.random_ids(1, 9, seed=7)
+    misses = list[int]()
+    for settings, policy in (({"policy": "lru"}, None), ({}, "lru"), ({}, None)):
+        model = load(folder, cache_dir, slots=3, **settings)
+        decode(model, prompt, 20, **({} if policy is None else {"policy": policy}))
+        misses.append(epslots.stats(model).total("misses"))
+    assert misses[0] == misses[1] != misses[2]
+    found = device_obstacle(runtime_of(load(folder, cache_dir, slots=3, policy=lambda history: -history.last_use)), 2)
+    assert found is not None and found.startswith("policy=tests.cuda_graph.test_lent_slots.")
+    assert "is a function of the host; allowed: lru, lfu, lrfu, adaptive" in found
+    resident = load(folder, cache_dir, slots="100%", policy=lambda history: -history.last_use)
+    assert device_obstacle(runtime_of(resident), 2) is None, "nothing is ever evicted"

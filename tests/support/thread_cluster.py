@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from cluster.api import Cluster
 from cluster.generation import Result
 from tests.support import zoo
+from tests.support.batches import is_empty
 from tests.support.equality import greedy_rows
 from tests.support.fake_backend import LOADING, FakeBackend
 from tests.support.grouped_ranks import TOKENS_TRAVEL
@@ -81,3 +83,24 @@ def tokens_of(results: Iterator[Result]) -> list[tuple[int, ...]]:
     found = sorted(results, key=lambda result: result.index)
     assert [result.reason for result in found] == ["length"] * len(found), found
     return [result.tokens for result in found]
+
+
+def check_empty(opened: Cluster, backend: FakeBackend) -> None:
+    """No rank holds or reserves anything, and no hand-over is under way."""
+    hand_overs, stopped = opened._supervisor.router.hand_overs, threading.Event()
+    while len(hand_overs):  # a request may end while its cache is being read
+        stopped.wait(0.001)
+    opened.stats()  # after all commands
+    opened._supervisor.router._scheduler.check()
+    for worker in backend.workers.values():
+        engine = worker.loop._engine
+        assert engine is not None
+        until_quiet(worker.loop.hand_overs)
+        assert worker.loop._commands.between_steps(lambda engine=engine: is_empty(engine.batcher))
+
+
+def until_quiet(hand_overs: Any) -> None:
+    """Wait for the ends of links, which the driver doesn't wait for."""
+    done = threading.Event()
+    while hand_overs._contacts:
+        done.wait(0.001)
