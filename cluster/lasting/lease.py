@@ -126,8 +126,8 @@ class Fate(Enum):
 class OrphanWatch:
     """Decides when a rank is an orphan, and when it ends: after the time that its last driver has set."""
 
-    def __init__(self, lease_s: float = LEASE_S) -> None:
-        self._lease = LeaseWatch(lease_s)
+    def __init__(self) -> None:
+        self._lease = LeaseWatch(LEASE_S)
         self._orphan_s = math.inf
         self._waited_s: float | None = None
         self._looked_s: float | None = None

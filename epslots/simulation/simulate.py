@@ -94,8 +94,8 @@ class SimulatedCluster:
         return np.array_split(np.arange(self.ranks), -(-self.ranks // self.group_size))
 
 
-class Quantiles(msgspec.Struct, frozen=True):
-    """Statistics of step times, in milliseconds."""
+class TimeStats(msgspec.Struct, frozen=True):
+    """Statistics of times, in milliseconds."""
 
     mean: float
     p50: float
@@ -123,7 +123,7 @@ class Outcome(msgspec.Struct, frozen=True):
     nodes: int
     groups: int
     steps: int
-    step_ms: Quantiles
+    step_ms: TimeStats
     tokens_per_s: float
     balance: float
     hit_rate: float
@@ -257,7 +257,7 @@ def _outcome(
         nodes=cluster.nodes,
         groups=len(tallies),
         steps=steps,
-        step_ms=Quantiles(
+        step_ms=TimeStats(
             mean=float(step_ms.mean()),
             p50=float(np.percentile(step_ms, 50)),
             p99=float(np.percentile(step_ms, 99)),

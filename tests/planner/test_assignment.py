@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import astuple
 
-from epslots.planner.assignment import assign, home_only, own_only
+from epslots.planner.assignment import Assign, assign, own_only
 from epslots.planner.assignment_candidates import place_misses
-from epslots.planner.assignment_kernels import WORTHWHILE
+from epslots.planner.assignment_kernels import HOME, WORTHWHILE
 from epslots.planner.cost_model import Costs, gathers, layer_time, layer_times
 from tests.support.plan_strategies import COSTS, Situation, holds, situations
+
+home_only = Assign(HOME)  # the simplest plan: tokens go home, home fetches
 
 
 def layer_cost(costs: Costs, *arrays: np.ndarray) -> int:
