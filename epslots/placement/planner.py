@@ -87,7 +87,7 @@ class Proposal:
         placement: the next version; or the current placement itself.
         keep: whether the current placement stays.
         gain_ns: expected time saved over the horizon.
-        move_ns: the cost of the copies.
+        migration_ns: the cost of the copies.
         copies: the number of copies to fetch.
         balance_now, balance_then: mean / largest rank load of the expected window, pairs split equally over copies.
         reasons: the numbers behind it.
@@ -96,7 +96,7 @@ class Proposal:
     placement: Placement
     keep: bool
     gain_ns: int
-    move_ns: int
+    migration_ns: int
     copies: int
     balance_now: float
     balance_then: float

@@ -124,7 +124,7 @@ def _with_index(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (args[0], *map(_indexed, args[1:]))
 
 
-class _Device:
+class _CurrentDevice:
     """``torch.cuda.device``."""
 
     def __init__(self, device: Any) -> None:
@@ -165,7 +165,7 @@ class _OnStream:
                 machine.current_streams[self._stream.device_index] = stream
 
 
-class _Runtime:
+class _Cudart:
     """``torch.cuda.cudart()``: the calls that pin memory."""
 
     def __init__(self) -> None:
@@ -242,8 +242,8 @@ def _replacements(machine: SimulatedMachine) -> list[tuple[Any, str, Any]]:
         "current_stream": current_stream,
         "default_stream": default_stream,
         "synchronize": _synchronize,
-        "device": _Device,
-        "cudart": _Runtime,
+        "device": _CurrentDevice,
+        "cudart": _Cudart,
         "CUDAGraph": SimulatedGraph,
         "graph": CapturingStep,
         "graph_pool_handle": lambda: (0, 1),

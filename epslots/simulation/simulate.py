@@ -156,7 +156,7 @@ def simulate(
         raise ConfigError(f"batch={batch}, steps={steps}, warm_up={warm_up}: allowed: from 1, 1 and 0")
     cluster.check(traffic.num_experts_L)
     groups = [_SimulatedRanks(cluster, traffic, ranks, batch) for ranks in cluster.groups()]
-    controllers = {group.size: _Controller(cluster, group) for group in groups} if cluster.window_steps else {}
+    controllers = {group.size: _SimulatedController(cluster, group) for group in groups} if cluster.window_steps else {}
     lanes = read_on(traffic.starts, len(traffic.expert_ids), cluster.ranks * batch)
     for step, row_B in zip(range(warm_up + steps), lanes, strict=False):
         if step == warm_up:
@@ -208,7 +208,7 @@ class _SimulatedRanks:
         self.simulated.step(counts.reshape(layers, self.size, experts), self._tokens_R)
 
 
-class _Controller:
+class _SimulatedController:
     """The cluster's controller for groups of one size, which all follow the same placements."""
 
     def __init__(self, cluster: SimulatedCluster, group: _SimulatedRanks) -> None:

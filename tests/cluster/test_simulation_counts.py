@@ -23,7 +23,7 @@ import pytest
 import cluster.simulation.lockstep_group
 import epslots.generation.engine
 from cluster.api import Cluster
-from cluster.driver.hand_over_costs import HandOverCosts
+from cluster.driver.hand_over_costs import LEAST_LEFT_TOKENS, HandOverCosts
 from cluster.driver.scheduler import Scheduler
 from cluster.rank.rank_loop import RankLoop
 from cluster.simulation.arrivals import Arrival

@@ -97,7 +97,7 @@ def test_outputs_stay_and_every_placement_is_reached(name: str, costs: Any, chec
             assert [layer.slots for layer in epslots.stats(model).layers] == slots
         compare(grouped, reference, seed=number, length=30)
     if len(pools) == 1:
-        assert sum(layer.moves for model in grouped.models for layer in epslots.stats(model).layers)
+        assert sum(layer.migrations for model in grouped.models for layer in epslots.stats(model).layers)
 
 
 def test_a_misfit_is_refused_and_an_old_version_ignored(checkpoint: Checkpoints, cache_dir: Path):
