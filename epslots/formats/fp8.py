@@ -64,6 +64,5 @@ FORMAT = StoredFormat(
     ("weight_scale_inv",),
     read,
     check,
-    # DeepSeek-V4's scales, but not Inkling2's parameters of that name; and Mistral's.
-    renames=((r"^(.+)(?<!_l2_clip)\.scale", r"\1.weight_scale_inv"), (r"\.qscale_weight", ".weight_scale_inv")),
+    renames=((r"^(.+)\.scale", r"\1.weight_scale_inv"), (r"\.qscale_weight", ".weight_scale_inv")),  # DeepSeek-V4's, Mistral's
 )

@@ -26,7 +26,7 @@ class StoredFormat:
         scales: those of them that quantised matrices alone have.
         read: the matrix that some tensors stand for. It raises ValueError where they don't fit together.
         check: refuses settings of the method that ``read`` doesn't know, with ``UnsupportedModelError``.
-        renames: (pattern, replacement) of names on disk, before anything else.
+        renames: (pattern, replacement) of names on disk, before anything else. A model's own parameters keep their names.
         fused: one tensor holds all experts, [experts, ...], and the model has its matrices transposed.
     """
 

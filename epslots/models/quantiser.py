@@ -7,6 +7,7 @@ gives the model the matrix's weights. ``expert_reader.py`` runs the same operati
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -116,8 +117,9 @@ class StoredQuantiser(HfQuantizer):
         return {"dequantize": Dequantise}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        own = [name for name, _ in model.named_parameters()]
         renamings = [
-            WeightRenaming(source_patterns=pattern, target_patterns=replacement)
+            WeightRenaming(source_patterns=but_for(pattern, own), target_patterns=replacement)
             for pattern, replacement in self.quantization_config.format.renames
         ]
         return renamings + list(super().update_weight_conversions(weight_conversions, model))
@@ -128,6 +130,12 @@ class StoredQuantiser(HfQuantizer):
 
     def is_serializable(self, *_: Any) -> bool:
         return False
+
+
+def but_for(pattern: str, names: Iterable[str]) -> str:
+    """A pattern of names that leaves alone those which end as one of these does: a module and its tensor, ``router.scale``."""
+    ends = sorted({".".join(name.split(".")[-2:]) for name in names if re.search(pattern, name)})
+    return rf"^(?!(?:.*\.)?(?:{'|'.join(map(re.escape, ends))})$){pattern.removeprefix('^')}" if ends else pattern
 
 
 def by_matrix(patterns: Iterable[str]) -> dict[str, dict[str, str]]:

@@ -57,26 +57,45 @@ def test_quantised_checkpoints_are_dequantised_per_expert(
         assert greedy(model, prompt) == greedy(reference, prompt)
 
 
-def test_fp8_weights_of_ragged_blocks_like_deepseek_v3s(checkpoint: Callable[[str], Path], tmp_path: Path, cache_dir: Path):
-    """Blocks of 16 don't divide kv_a_proj_with_mqa's 24 rows, as 128 doesn't divide the real one's 576.
-
-    transformers can't be the reference here: it infers the wrong block. The weights, dequantised by hand, are.
-    """
-    source = checkpoint("deepseek_v3")
-    folder = zoo.make_fp8(source, tmp_path / "fp8", block=16)
-    tensors = zoo.read_tensors(folder)
-    plain = {}
+def fp8_and_twin(source: Path, folder: Path, block: int) -> tuple[Path, Path]:
+    """A checkpoint in FP8, and one of the weights that its codes stand for, worked out by hand."""
+    quantised = zoo.make_fp8(source, folder / "fp8", block=block)
+    tensors, plain = zoo.read_tensors(quantised), {}
     for key, tensor in tensors.items():
         if not key.endswith("_scale_inv"):
             scales = tensors.get(f"{key}_scale_inv")
             if scales is not None:
                 rows, columns = tensor.shape
-                every = scales.repeat_interleave(16, 0)[:rows].repeat_interleave(16, 1)[:, :columns]
+                every = scales.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
                 tensor = tensor.float() * every
             plain[key] = tensor
-    assert tensors["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"].shape[0] % 16
-    by_hand = zoo.write_checkpoint(source, tmp_path / "plain", plain)
-    assert_equal(load(folder, cache_dir, slot_format="packed"), zoo.reference(by_hand))
+    return quantised, zoo.write_checkpoint(source, folder / "plain", plain)
+
+
+def test_fp8_weights_of_ragged_blocks_like_deepseek_v3s(checkpoint: Callable[[str], Path], tmp_path: Path, cache_dir: Path):
+    """Blocks of 16 don't divide kv_a_proj_with_mqa's 24 rows, as 128 doesn't divide the real one's 576.
+
+    transformers can't be the reference here: it infers the wrong block.
+    """
+    folder, twin = fp8_and_twin(checkpoint("deepseek_v3"), tmp_path, 16)
+    assert zoo.read_tensors(twin)["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"].shape[0] % 16
+    assert_equal(load(folder, cache_dir, slot_format="packed"), zoo.reference(twin))
+
+
+@pytest.mark.parametrize(("name", "end"), [("gemma4", "router.scale"), ("inkling2", "q_l2_clip.scale")])
+def test_a_models_own_scales_are_no_codes_scales(
+    name: str, end: str, checkpoint: Callable[[str], Path], tmp_path: Path, cache_dir: Path
+):
+    """DeepSeek-V4's codes have scales of that name, and these models have parameters."""
+    folder, twin = fp8_and_twin(checkpoint(name), tmp_path, 8)
+    chance = torch.Generator().manual_seed(1)
+    scales = {
+        key: 1 + torch.rand(old.shape, generator=chance) for key, old in zoo.read_tensors(twin).items() if key.endswith(end)
+    }
+    assert scales
+    for written in (folder, twin):
+        zoo.write_checkpoint(written, tmp_path / f"{written.name}-scaled", zoo.read_tensors(written) | scales)
+    assert_equal(load(tmp_path / "fp8-scaled", cache_dir), zoo.reference(tmp_path / "plain-scaled"))
 
 
 def test_auto_dtype_is_the_checkpoints_own_and_bf16_is_close(

@@ -25,7 +25,7 @@ from tests.support.remembered import Reference
 
 Checkpoints = Callable[[str], Path]
 BASE = "qwen3_moe_short"
-# tests/formats has every scheme, and so has this module if it is asked to; whole models of the makers' own tools are next door.
+# tests/formats has every scheme, as has this module if it is asked to; the makers' own whole models are next door.
 ALL = bool(os.environ.get("EPSLOTS_ALL_FORMATS"))
 ALONE = SCHEMES if ALL else ("ct int8", "ct int4 asymmetric")
 ON_TWO_RANKS = SCHEMES if ALL else ("gptq act order",)

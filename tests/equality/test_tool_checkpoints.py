@@ -1,8 +1,8 @@
 """Checkpoints that each format's own tool has written: the logits are those of what its own library makes of the codes.
 
 ``tests/formats/checkpoints`` holds tiny random models, quantised by llm-compressor 0.14 (ct-*), nvidia-modelopt 0.47
-(modelopt-*), auto-round 0.15 (awq-*, gptq-*) and GPTQModel 7.6 (gptq-desc-*). Beside each are the fp32 logits of its dequantised
-weights, by a dequantiser whose matrices were held against each tool's library.
+(modelopt-*), auto-round 0.15 (awq-*, gptq-*) and GPTQModel 7.6 (gptq-desc-*). Beside each are the fp32 logits of its
+dequantised weights, by a dequantiser whose matrices were held against each tool's library.
 """
 
 from __future__ import annotations
