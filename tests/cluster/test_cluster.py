@@ -345,7 +345,7 @@ def test_what_time_does_not_cure_ends_a_place(open_cluster: Any, monkeypatch: py
     assert "never, says the test" in line
 
 
-def test_a_place_that_waits_is_tried_at_once_when_it_is_asked_for(
+def test_a_waiting_place_is_tried_at_once_when_it_is_asked_for(
     open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("cluster.driver.worker_pool._PACE", Pace(first_s=3600.0, most_s=3600.0))
