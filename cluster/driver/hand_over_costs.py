@@ -7,7 +7,6 @@ import math
 from cluster.messages.hand_over import BYTES_BETWEEN_STEPS
 
 LEAST_LEFT_TOKENS = 8
-"""A request with fewer tokens to come isn't handed over."""
 FIRST_SECONDS = 0.02
 """A hand-over, before one was measured: some messages."""
 FIRST_SHORT_TOKENS = 32
@@ -26,11 +25,13 @@ class HandOverCosts:
         fixed_s, token_s: of a hand-over; by least squares over the latest, each non-negative.
         token_bytes: of a token in a cache, in the latest hand-over.
         prompt_token_s: of a prompt's token on the ranks that compute them; None = unknown.
+        least_left_tokens: a request with fewer tokens to come isn't handed over.
     """
 
     def __init__(self) -> None:
         self.fixed_s, self.token_s, self.token_bytes = FIRST_SECONDS, 0.0, 0.0
         self.prompt_token_s: float | None = None
+        self.least_left_tokens = LEAST_LEFT_TOKENS
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
         """Weighted: 1, tokens, tokens squared, seconds, tokens x seconds."""
 
@@ -93,4 +94,4 @@ class HandOverCosts:
 
     def is_worth(self, left: int) -> bool:
         """Whether a request with so many tokens to come is handed over at all."""
-        return left >= LEAST_LEFT_TOKENS
+        return left >= self.least_left_tokens

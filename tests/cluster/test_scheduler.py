@@ -515,7 +515,7 @@ class BooksOfRoles(Books):
         super().begin()
         self.scheduler = Scheduler()
         self.scheduler._ranks.costs.prompt_token_s = 1.0  # no prompt is short
-        self.scheduler._ranks.costs.is_worth = lambda left: left >= 1  # type: ignore[method-assign]
+        self.scheduler._ranks.costs.least_left_tokens = 1
         self.scheduler._ranks.costs.begins_early = lambda *_: True  # type: ignore[method-assign]
         roles = zip(self.workers.items(), ("prefill", "decode", "decode"), strict=True)
         self.workers = {worker: RankCapacity(200, 8, role=role) for (worker, _), role in roles}  # type: ignore[arg-type]

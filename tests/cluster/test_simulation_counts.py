@@ -23,7 +23,7 @@ import pytest
 import cluster.simulation.lockstep_group
 import epslots.generation.engine
 from cluster.api import Cluster
-from cluster.driver.hand_over_costs import LEAST_LEFT_TOKENS, HandOverCosts
+from cluster.driver.hand_over_costs import HandOverCosts
 from cluster.driver.scheduler import Scheduler
 from cluster.rank.rank_loop import RankLoop
 from cluster.simulation.arrivals import Arrival
@@ -159,7 +159,7 @@ def test_hand_overs_count_alike(open_cluster: Open, served: Counter[Hashable], m
     def waits_for_orders(loop: RankLoop) -> bool:
         entries = () if loop._engine is None else loop._engine.batcher._entries.values()
         decoding = [entry for entry in entries if entry.tokens and entry.reason is None and not entry.held]
-        leaves = any(entry.request.max_new_tokens > LEAST_LEFT_TOKENS for entry in decoding)
+        leaves = any(entry.request.max_new_tokens > HandOverCosts().least_left_tokens for entry in decoding)
         return has_steps(loop) and not (loop in sources and leaves)
 
     monkeypatch.setattr(RankLoop, "_has_steps_to_make", waits_for_orders)
