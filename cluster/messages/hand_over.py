@@ -8,7 +8,7 @@
     source -> driver           HandedOver
 
 A hand-over that begins before the prompt is computed sends a part after each step; a later one sends one part. The source
-makes no step of the request from the offer on, or from its prompt's end. After a failure it goes on with it, then reports. After a
+makes no step of the request from the offer on, or from its prompt's end. After a failure it goes on, then reports. After a
 success the driver submits the request to the target, which waits for it, and cancels it on the source.
 """
 
