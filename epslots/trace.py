@@ -29,7 +29,7 @@ from epslots.given_files import write_whole
 from epslots.models.experts import experts_modules
 from epslots.npz import read_arrays
 from epslots.placement.placement import check_size
-from epslots.prefetch.routers import Router, find_routers
+from epslots.prefetch.routers import LinearRouter, find_routers
 from epslots.runtime import Runtime, runtime_of
 
 MOST_EXPERTS = 2**15  # of a layer: ids are int16
@@ -132,7 +132,7 @@ class TraceRecorder:
         routers: of all layers, to record their probabilities; None where a layer has no linear router. None: record none.
     """
 
-    def __init__(self, runtime: Runtime, routers: Sequence[Router | None] | None = None) -> None:
+    def __init__(self, runtime: Runtime, routers: Sequence[LinearRouter | None] | None = None) -> None:
         self._runtime = runtime
         self._routers = routers
         self._experts = [layer.num_experts for layer in runtime.layers]

@@ -61,7 +61,7 @@ class _Rank:
         return reused * BLOCK
 
 
-class _Routing(Protocol):
+class _Router(Protocol):
     def submit(self, request: Request) -> None: ...
     def assign(self) -> list[tuple[int, Request]]: ...
     def take(self, rank: int, output: Output) -> None: ...
@@ -111,7 +111,7 @@ class _Random:
 
 def measure_routing(report: BenchReport, _cache_dir: Path, _rounds: int) -> None:
     """Route the turns of a chat-like trace, once with each router."""
-    ways: dict[str, _Routing] = {
+    ways: dict[str, _Router] = {
         "scheduler": _Scheduled(shares_prefixes=True),
         "scheduler, prefixes not looked at": _Scheduled(shares_prefixes=False),
         "at random": _Random(random.Random(1)),
@@ -122,7 +122,7 @@ def measure_routing(report: BenchReport, _cache_dir: Path, _rounds: int) -> None
     )
 
 
-def _measure(router: _Routing) -> dict[str, float]:
+def _measure(router: _Router) -> dict[str, float]:
     chance = random.Random(0)
     ranks = [_Rank() for _ in range(_RANKS)]
     coming = _conversations(chance)

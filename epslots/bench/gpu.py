@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from epslots.bench.gpu_checks import check
+from epslots.bench.gpu_checks import check, run_tests
 from epslots.bench.gpu_costs import measure_costs
 from epslots.bench.gpu_decode import measure_decoding
 from epslots.bench.gpu_kit import GpuKit, StepOutcome, sizes_for
@@ -73,6 +73,7 @@ def run_kit(kit: GpuKit, report: BenchReport) -> None:
     measure_decoding(kit)
     measure_ranks(kit)
     predict(kit, apart=True)
+    run_tests(kit)
     _report(kit, report)
 
 

@@ -27,10 +27,14 @@ _TESTS = Path(epslots.__file__).parents[1] / "tests" / "gpu"
 
 
 def check(kit: GpuKit) -> None:
-    """The kit's own checks, and the repository's tests where this is a checkout."""
+    """The kit's own checks."""
     kit.step("checks", 60, lambda: _checks(kit))
+
+
+def run_tests(kit: GpuKit) -> None:
+    """The repository's tests, where this is a checkout: in the time that is left, so they come last."""
     if _TESTS.is_dir():
-        kit.step("tests/gpu", 150, lambda: _run_tests(min(300.0, kit.left_s - 60)), gpu_only=True)
+        kit.step("tests/gpu", 60, lambda: _run_tests(kit.left_s - 10), gpu_only=True)
 
 
 def _checks(kit: GpuKit) -> Tables:

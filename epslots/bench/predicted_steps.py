@@ -124,14 +124,19 @@ class PredictedSteps:
         room: dict[str, Any] = {"kv_tokens": _KV_TOKENS * requests, "max_requests": requests, "max_batch_tokens": PROMPT}
         with simulated_gpus(spec) as gpu:
             model = load_twin(gpu, self.folder, self.cache_dir, self.sizes, self.record_bytes, share, capture=captured, **room)
-            found = self._each(gpu, model, cases, requests)
+            found = self._each(gpu, model, cases, requests, captured)
             self._kept[1:] = [runtime_of(model).store]
             del model
         release()
         return found
 
     def _each(
-        self, gpu: SimulatedMachine, model: PreTrainedModel, cases: Sequence[tuple[float, float]], requests: int
+        self,
+        gpu: SimulatedMachine,
+        model: PreTrainedModel,
+        cases: Sequence[tuple[float, float]],
+        requests: int,
+        captured: bool,
     ) -> list[StepTimes]:
         script = ScriptedRouting(gpu, model, tokens=requests, top_k=self.top_k, recall=RECALL)
         plan_s, engine = charge_plans(gpu, runtime_of(model).runners), open_engine(model)
@@ -140,7 +145,7 @@ class PredictedSteps:
         for hit_rate, record_bits in cases:
             script.hit_rate, nbytes = hit_rate, int(self.record_bytes * record_bits / 16)
             gpu.sizes.change(runtime_of(model).layers[0].layout.nbytes, nbytes)
-            found.append(self._time(gpu, model, script, plan_s, decoding.step, nbytes))
+            found.append(self._time(gpu, model, script, plan_s, decoding.step, nbytes, captured))
         engine.batcher.close()
         return found
 
@@ -152,10 +157,13 @@ class PredictedSteps:
         plan_s: Callable[[], float],
         step: Callable[[], None],
         nbytes: int,
+        captured: bool,
     ) -> StepTimes:
-        before = use_sums(model)  # not in between: reading ends captured decoding, for a step
+        before, counted = use_sums(model), WARM_UP + self.steps
         for number in range(WARM_UP + self.steps):
             if number == WARM_UP:
+                if not captured:  # reading ends captured decoding, for a step
+                    before, counted = use_sums(model), self.steps
                 gpu.reset()
                 planned_s, began_s = plan_s(), gpu.now_s
             script.next_step()
@@ -163,7 +171,7 @@ class PredictedSteps:
             if number < WARM_UP:
                 gpu.spend(REST_S)
         times = times_of(gpu, self.steps, began_s, plan_s() - planned_s)
-        uses = {name: count / (WARM_UP + self.steps) for name, count in use_sums(model, since=before).items()}
+        uses = {name: count / counted for name, count in use_sums(model, since=before).items()}
         layers = len(script.ids)
         return StepTimes(**times, **hits_of(uses), uses=layers * script.ids[0].numel(), layers=layers, expert_bytes=nbytes)
 

@@ -40,6 +40,8 @@ HIT_RATES = {
 AIM_SLOTS, AIM = 0.5, 0.85
 # Bits of a weight in a record, with its share of scales: bf16, and 4 bits with a scale for each 32.
 BF16_BITS, PACKED_BITS = 16.0, 4.5
+# The share of experts in slots whose memory is spent on packed slots, too.
+SAME_MEMORY = 0.25
 # Layers that two ranks run: all of them would take minutes.
 RANKS_LAYERS = 8
 
@@ -111,11 +113,12 @@ def _tables(spec: GpuSpec, model: str, run: PredictedSteps, shares: list[float])
     captured_resident = run(spec, 1.0, captured=True)
     for path, captured in (("captured", True), ("usual", False)):
         resident = captured_resident if captured else run(spec, 1.0)
-        for share in shares:
+        for share in [*shares, *_packed_shares(shares)] if captured else shares:
             cases = _cases(share, captured=captured)
             found = [resident] if share == 1 else run.each(spec, share, [case for _, case in cases], captured=captured)
             for (source, (_, bits)), times in zip(cases, found, strict=True):
-                name: dict[str, Any] = {"path": path, "slots": f"{100 * share:g}%", "routing of": source, "record bits": bits}
+                slots = f"{100 * share:.3g}%"
+                name: dict[str, Any] = {"path": path, "slots": slots, "routing of": source, "record bits": bits}
                 rows.append(name | _row(times, resident))
                 reasons.append(name | {"ms a token": times.step_s * MS} | _reasons(times))
     return {
@@ -144,8 +147,15 @@ def _cases(share: float, *, captured: bool) -> list[tuple[str, tuple[float, floa
     if share == 1:
         return [("any", (1.0, BF16_BITS))]
     sources = list(HIT_RATES.items())[: None if captured else 1]
-    bits_of_runs = (BF16_BITS, PACKED_BITS) if captured and share == AIM_SLOTS else (BF16_BITS,)
+    bits_of_runs: tuple[float, ...] = (BF16_BITS, PACKED_BITS) if captured and share == AIM_SLOTS else (BF16_BITS,)
+    if share in _packed_shares([SAME_MEMORY]):
+        bits_of_runs = (PACKED_BITS,)
     return [(source, (_hit_rate(rates, share), bits)) for bits in bits_of_runs for source, rates in sources]
+
+
+def _packed_shares(shares: list[float]) -> list[float]:
+    """Of the experts, what packed slots hold in the memory of ``SAME_MEMORY`` unpacked ones, if that is among the shares."""
+    return [SAME_MEMORY * BF16_BITS / PACKED_BITS] if SAME_MEMORY in shares else []
 
 
 def _needed(spec: GpuSpec, resident: StepTimes) -> Rows:

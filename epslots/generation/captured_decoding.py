@@ -161,7 +161,7 @@ class CapturedDecoding(Generic[Step]):
             self._lent = None
         elif self._lent is None or most != self._sizes.rows:
             self._lent, self._sizes = LentSlots(runtime, pairs), replace(self._sizes, rows=most)
-            self._graphs.clear()
+            self._free_graphs()
 
     def _note(self, obstacle: str | None) -> None:
         if obstacle is not None and obstacle != self.present_obstacle:
@@ -187,7 +187,7 @@ class CapturedDecoding(Generic[Step]):
         assert self._lent is not None, "takes() comes first"
         with self._lent.lock:
             if self._lent.take():
-                self._graphs.clear()
+                self._free_graphs()
             try:
                 graph = self._latest = self._graph(size, make)
                 begin(graph.step)
@@ -217,8 +217,13 @@ class CapturedDecoding(Generic[Step]):
     def close(self) -> None:
         """Free the graphs, and give the slots back."""
         self.give_back()
+        self._free_graphs()
+
+    def _free_graphs(self) -> None:
+        """The next ones share other memory: torch ends a pool with its last graph."""
         self._graphs.clear()
-        self._latest = None
+        self._latest = self._pool = None
+        self._graph_bytes = 0
 
 
 class _CaptureError(Exception):

@@ -163,7 +163,7 @@ class PageScheduler(Scheduler):
         if self.waiting_requests or len(batch.entries) < len(self.active_requests):
             self._add_prompts(batch, token_budget - len(batch.entries))
         if not batch.entries and self.has_pending_requests():
-            return [] if self.hands_over else None, False, 0, 0
+            return None, False, 0, 0
         self._entries, entries = batch.entries, list(batch.entries.values())
         return entries, batch.in_place, sum(entry.query_length for entry in entries), batch.reads
 

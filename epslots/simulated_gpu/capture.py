@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -187,13 +188,18 @@ class CapturingStep:
         capture_error_mode: str = "global",
     ) -> None:
         assert capture_error_mode in ("global", "thread_local", "relaxed"), capture_error_mode
-        self._graph, self._stream = graph, stream or SimulatedStream()
+        self._graph, self._stream, self._pool = graph, stream or SimulatedStream(), pool
         self._before: SimulatedStream | None = None
 
     def __enter__(self) -> None:
         machine = current_machine()
         if machine.capture is not None:
             raise RuntimeError("CUDA error: this thread is capturing already")
+        if self._pool is not None:
+            if self._pool in machine.graph_pools and not machine.graph_pools[self._pool]:
+                # torch's allocator counts a pool's graphs, and asserts that there is one as long as a block of it lives.
+                raise RuntimeError("INTERNAL ASSERT FAILED: use_count > 0: all graphs of this memory pool are gone")
+            machine.graph_pools.setdefault(self._pool, WeakSet()).add(self._graph)
         if self._stream == default_stream():
             raise RuntimeError("CUDA graphs must be captured on a non-default stream")
         machine.wait_for_device("device.synchronize", machine.device)

@@ -245,7 +245,7 @@ def _cuda_replacements(machine: SimulatedMachine) -> dict[str, Any]:
         "cudart": _Cudart,
         "CUDAGraph": SimulatedGraph,
         "graph": CapturingStep,
-        "graph_pool_handle": lambda: (0, 1),
+        "graph_pool_handle": lambda: (0, len(machine.graph_pools) + 1),
         "is_current_stream_capturing": lambda: machine.capture is not None,
         "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": lambda state, device=None: None,

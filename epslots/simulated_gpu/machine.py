@@ -86,6 +86,7 @@ class SimulatedMachine:
         allocated: bytes of each device's live tensors; ``peak``: the most there were.
         waits: of each device, when the host waited for it, in the driver or by looking at events: begin and end, in seconds.
         sizes: what tensors weigh in the kernels' and copies' times.
+        graph_pools: the graphs that share memory, by what ``graph_pool_handle`` returned.
         finds_races: whether it looks for races, which takes most of a simulation's time.
     """
 
@@ -101,6 +102,7 @@ class SimulatedMachine:
         self._registered: dict[int, tuple[int, MemoryBlock]] = {}  # by address: the end, and the block
         self._device_of: dict[int, int] = {}  # by stream
         self.default_streams: dict[int, Any] = {}
+        self.graph_pools: dict[Any, weakref.WeakSet[Any]] = {}
         self._here = threading.local()
         self._latest_s = 0.0
         self.sizes, self.finds_races = AS_THEY_ARE, True

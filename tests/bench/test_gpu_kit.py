@@ -165,3 +165,13 @@ def test_a_killed_rank_is_noticed_and_left_behind(cache_dir: Path):
     (row,) = outcome.tables["ranks"]
     assert row["ranks"] == 2 and row["tokens equal"] and row["tokens equal, alone"]
     assert row["loss noticed s"] < 5
+
+
+def test_the_repositorys_tests_take_what_time_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """They come last: what is measured never waits for them."""
+    given: list[float] = []
+    monkeypatch.setattr(gpu_checks, "_run_tests", lambda limit_s: given.append(limit_s) or {})
+    for budget_s in (480.0, 50.0):
+        kit = GpuKit(CUDA, tmp_path, tiny_sizes(), budget_s, clock=lambda: 0.0)
+        gpu_checks.run_tests(kit)
+    assert given == [470.0] and kit.outcomes[-1].state == "skipped"

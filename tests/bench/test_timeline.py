@@ -37,7 +37,7 @@ def test_a_step_takes_the_true_models_time(cache_dir: Path):
         assert 0.3 < missing.hit_rate < 0.95
         assert missing.expert_bytes == 3 * HIDDEN * WIDTH * 2
         link_s = missing.fetches * missing.expert_bytes / spec.link_rate
-        assert missing.link_busy_s == pytest.approx(link_s, rel=0.5), "some fetches of the steps before and after"
+        assert missing.link_busy_s == pytest.approx(link_s, rel=0.25), "some fetches of the steps before and after"
         assert missing.step_s > resident.step_s
 
         captured, packed = (run(spec, 0.5, hit_rate=0.5, captured=True, record_bits=bits) for bits in (16, 4))

@@ -210,9 +210,11 @@ class TestRoom:
         """There is no step to make until the place is free, and no request is lost for it."""
         source = opened(self.name, kind, kv_tokens=64)
         here = decode(source, [DRAWN], 1)
-        assert source.hold("drawn") is not None
+        image = source.hold("drawn")
+        assert image is not None
         source.add(replace(GREEDY, max_new_tokens=20))
         assert not source.prepare() and source.has_work
+        assert not image.gone and source.stats().preempted == 0
         source.cancel("drawn")
         assert here.run().tokens["greedy"] == drawn(model_of(self.name), replace(GREEDY, max_new_tokens=20))
         target = opened(self.name, kind, kv_tokens=64)
@@ -227,6 +229,28 @@ class TestRoom:
         target.cancel_all()
         assert is_empty(target), "all that is reserved goes with all requests"
         assert not source.has_work, "a request that is held needs no step"
+
+    def test_others_begin_beside_one_that_is_held(self, kind: str):
+        source = opened(self.name, kind)
+        here = decode(source, [DRAWN], 1)
+        image = source.hold("drawn")
+        source.add(GREEDY)
+        assert here.run().tokens["greedy"] == drawn(model_of(self.name), GREEDY)
+        assert image is not None and not image.gone
+        source.resume("drawn")
+        assert here.run().tokens["drawn"] == drawn(model_of(self.name), DRAWN)
+
+    def test_a_reserved_place_is_one_of_those_that_run(self, kind: str):
+        source, target = opened(self.name, kind), opened(self.name, kind, max_requests=2)
+        decode(source, [GREEDY], 1)
+        there = decode(target, [DRAWN], 1)
+        image = source.hold("greedy")
+        assert image is not None and target.reserve("greedy", image.layout) is not None
+        target.add(third := Request("third", prompt_of(5), 3))
+        there.run(2)
+        assert (target.stats().running, target.stats().waiting) == (1, 1)
+        target.release("greedy")
+        assert there.run().tokens["third"] == drawn(model_of(self.name), third)
 
     def test_others_layouts_are_refused(self, kind: str):
         source, target = opened(self.name, kind), opened(self.name, kind)

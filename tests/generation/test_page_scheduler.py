@@ -18,7 +18,7 @@ from transformers.generation.continuous_batching.offloading_manager import Offlo
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, Scheduler
 
-from epslots.generation.page_scheduler import SCHEDULER, PageScheduler
+from epslots.generation.page_scheduler import SCHEDULER, PageScheduler, reads_of
 from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.requests import Request
 from tests.support import zoo
@@ -84,7 +84,10 @@ class Watched:
         scheduler, running = self.scheduler, self.batcher._running
         numbers = [int(entry.state.request_id) for entry in batch]
         active, waiting = [int(n) for n in scheduler.active_requests], [int(n) for n in scheduler.waiting_requests_order]
-        assert sum(entry.query_length for entry in batch) <= self.batcher._processor.cache.max_batch_tokens
+        cache = self.batcher._processor.cache
+        assert sum(entry.query_length for entry in batch) <= cache.max_batch_tokens
+        before = [reads_of(cache, entry.state.current_len() - entry.query_length) for entry in batch]
+        assert sum(before) <= cache.max_tokens_read, "what is read by indices has room"
         assert len(active) <= self.batcher.max_requests
         assert set(numbers) <= set(active)
         alike = len({self._turn(number)[0] for number in active + waiting}) == 1

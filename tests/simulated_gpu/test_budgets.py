@@ -15,11 +15,14 @@ from transformers import PreTrainedModel
 import epslots
 from epslots.cache.cuda_engine import CudaEngine
 from epslots.device_copy import copy_to_device, prepare_uploads, to_device
+from epslots.generation.engine import Engine
+from epslots.generation.requests import Request
 from epslots.runtime import runtime_of
 from epslots.simulated_gpu import cuda_api
 from epslots.simulated_gpu.cuda_api import simulated_gpus
 from epslots.simulated_gpu.gpu_spec import GpuSpec
 from epslots.simulated_gpu.machine import SimulatedMachine
+from tests.support import zoo
 from tests.support.simulated import decode, kernels_by_line, kernels_of, load_gpu, waits_of
 
 STEPS, LAYERS = 6, 3
@@ -65,6 +68,26 @@ def test_misses_wait_for_the_counts_alone(checkpoint: Callable[[str], Path], sha
         assert {line.rpartition(":")[0] for line in uploads_of(gpu)} == {"epslots/cache/copy_engine.py"}
         assert gpu.kernels["epslots", "bitwise_or"] <= STEPS * LAYERS, "one upload"
         assert gpu.races == []
+
+
+@pytest.mark.parametrize(("slots", "most"), [("100%", 11), ("50%", 18)])
+def test_a_layer_of_a_captured_step(slots: str, most: int, checkpoint: Callable[[str], Path], shared_stores: Path):
+    """What a layer more costs an engine: four kernels are the row cache's, for keys and values, the others the experts'."""
+    kernels = []
+    for name in ("qwen3_moe_short", "qwen3_moe"):
+        with simulated_gpus("h100") as gpu:
+            model = qwen(checkpoint(name), shared_stores / name, slots)
+            engine = Engine(model, cache="rows", kv_tokens=256, max_requests=2)
+            engine.batcher.add(Request("0", tuple(zoo.random_ids(1, 7, seed=1)[0].tolist()), max_new_tokens=20))
+            for _ in range(8):
+                engine.step()
+            gpu.reset()
+            for _ in range(STEPS):
+                engine.step()
+            assert engine.batcher.stats().replayed_steps > STEPS
+            kernels.append(kernels_of(gpu)["epslots"])
+            engine.batcher.close()
+    assert 0 < kernels[1] - kernels[0] <= most * STEPS
 
 
 def test_a_complete_layer_never_waits(checkpoint: Callable[[str], Path], shared_stores: Path):

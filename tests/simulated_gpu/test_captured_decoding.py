@@ -280,6 +280,22 @@ def test_one_long_request_takes_the_usual_path(cache: str, checkpoint: Callable[
         batcher.close()
 
 
+def test_slots_that_move_free_the_graphs(checkpoint: Callable[[str], Path], shared_stores: Path):
+    """With their memory, which no other graph may share then; what they take is counted once."""
+    with simulated_gpus("h100") as gpu:
+        model = qwen(checkpoint("qwen3_moe"), shared_stores, slots=8, dtype="float32")
+        runtime, batcher = runtime_of(model), RowBatcher(model, kv_tokens=256, max_requests=2)
+        expected = run(batcher, [request(0, 8)])
+        before = batcher.stats()
+        assert before.graph_bytes > 0
+        runtime.divide([7, 9, *[8] * (len(runtime.layers) - 2)])
+        assert run(batcher, [request(0, 8)]) == expected
+        assert batcher.stats().replayed_steps > before.replayed_steps and batcher.stats().capture_obstacle is None
+        assert batcher.stats().graph_bytes < 1.5 * before.graph_bytes
+        assert gpu.races == []
+        batcher.close()
+
+
 def test_observed_routes_take_the_usual_path(checkpoint: Callable[[str], Path], shared_stores: Path):
     """An observer is called from Python."""
     with simulated_gpus("h100"):
