@@ -269,8 +269,8 @@ def _outcome(
         bytes_by_source={
             "host": total("host_fetches") * cluster.expert_bytes,
             "peers": total("peer_fetches") * cluster.expert_bytes,
-            "host_for_placements": total("host_moves") * cluster.expert_bytes,
-            "peers_for_placements": total("peer_moves") * cluster.expert_bytes,
+            "host_for_placements": total("host_migrations") * cluster.expert_bytes,
+            "peers_for_placements": total("peer_migrations") * cluster.expert_bytes,
             "from_other_nodes": total("far_fetches") * cluster.expert_bytes,
         },
         evictions=total("evictions"),
