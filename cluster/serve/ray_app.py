@@ -28,7 +28,6 @@ from epslots.errors import ConfigError
 _MOST_REQUESTS = 10_000  # at a time in a replica: the service has limits of its own, and answers at once beyond them
 _HEALTH_EVERY_S = 10.0
 _SPARE_S = 20.0  # for the ranks' end, after requests were drained
-_STARTS_WITHIN_S = 3600.0
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:
