@@ -175,7 +175,7 @@ class TraceRecorder:
             sequence.append(tuple(array[here][real_BT[row]] for array in rows))
 
     def _take_rows(self) -> _Rows:
-        """The tokens' rows; -1 where a layer has a smaller k or saw part of the tokens, and no probabilities in the latter."""
+        """The tokens' rows. -1 where a layer has a smaller k or saw part of the tokens, and no probabilities in the latter."""
         seen = {layer: ids.numpy() for layer, ids in self._layer_ids.items()}
         tokens, top_k = (max(ids.shape[axis] for ids in seen.values()) for axis in (0, 1))
         ids_TLK = np.full((tokens, len(self._experts), top_k), -1, np.int16)

@@ -66,7 +66,7 @@ class LinkContacts(msgspec.Struct, tag=True, frozen=True):
 
 
 class GoOn(msgspec.Struct, tag=True, frozen=True):
-    """Let a request whose cache was handed over go on here after all: the driver doesn't need it at the target any more."""
+    """Let a request whose cache was handed over go on here after all. The driver doesn't need it at the target any more."""
 
     id: str
 
