@@ -63,6 +63,7 @@ class ClusterControl:
                 GroupReport(number, group.role, group.epoch, group.formed, group.serving, group.router.handing_over)
                 for number, group in enumerate(supervisor.groups)
             ),
+            hand_overs=supervisor.router.hand_overs.counts,
         )
 
     def group_of(self, generation: Generation) -> int | None:

@@ -28,6 +28,8 @@ class RankStats:
         requests: number of requests that it serves now.
         memory_bytes, descriptors, threads: resident memory, open file descriptors and threads of its process.
         role: what its group serves.
+        placement: version of the placement that it follows; 0 = the default one, -1 = it has no group yet.
+        pending_migrations: copies and slots that have yet to be moved for it, over all ranks of the group.
     """
 
     group: int
@@ -41,6 +43,8 @@ class RankStats:
     descriptors: int
     threads: int
     role: Role = "mixed"
+    placement: int = -1
+    pending_migrations: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,16 @@ class GroupStats:
     @property
     def misses(self) -> int:
         return sum(rank.stats.misses for rank in self.ranks)
+
+    @property
+    def placement(self) -> int:
+        """Version of the placement that all its ranks follow; -1 if one has no group yet."""
+        return min(rank.placement for rank in self.ranks)
+
+    @property
+    def pending_migrations(self) -> int:
+        """Copies and slots that have yet to be moved for it."""
+        return max(rank.pending_migrations for rank in self.ranks)
 
 
 @dataclass(frozen=True)
@@ -156,6 +170,7 @@ class ClusterState:
         places: requests that it has room for when it is empty.
         failure: why the cluster can't go on; None if it can.
         groups: each group, by its number.
+        hand_overs: that have ended, since the start.
     """
 
     ranks: int
@@ -166,6 +181,7 @@ class ClusterState:
     places: int
     failure: str | None
     groups: tuple[GroupReport, ...] = ()
+    hand_overs: HandOverCounts = NO_HAND_OVERS
 
 
 @dataclass(frozen=True)
@@ -213,4 +229,6 @@ def rank_stats(worker: WorkerRecord, report: RankReport, requests: int, before: 
         descriptors=report.descriptors,
         threads=report.threads,
         role=role,
+        placement=report.placement,
+        pending_migrations=report.pending_migrations,
     )

@@ -261,7 +261,9 @@ class Controller:
     def _learn_speeds(self, windows: Mapping[int, LoadWindow], group: _Group) -> None:
         by_rank = [windows[rank] for rank in range(group.ranks)]
         work_ns_R = np.array([work_ns(window, group.costs) for window in by_rank])
-        if self._speeds.learn(work_ns_R, np.array([1e9 * sum(window.compute_s) for window in by_rank])):
+        taken_ns_R = np.array([1e9 * sum(window.compute_s) for window in by_rank])
+        calls = len(group.num_experts_L) * max(window.steps for window in by_rank)
+        if self._speeds.learn(work_ns_R, taken_ns_R, calls):
             self._group = replace(group, hardware=replace(group.hardware, speed_R=self._speeds.speed_R))
 
     # Placements.

@@ -31,7 +31,7 @@ class Known:
         stats: the ranks' latest; None until they have answered once.
         stats_age_s: seconds since they answered.
         recoveries: times that the group has formed anew.
-        explanation: the controller's latest; None if it has told none.
+        explanations: the controller's latest, by group; None if it has told none.
         ttft_s, per_token_s: of the requests that ended in the last minute.
     """
 
@@ -42,7 +42,7 @@ class Known:
     stats: ClusterStats | None
     stats_age_s: float | None
     recoveries: int
-    explanation: Explanation | None
+    explanations: tuple[Explanation | None, ...]
     ttft_s: Quantiles | None
     per_token_s: Quantiles | None
 
@@ -165,7 +165,7 @@ class LiveFrame(msgspec.Struct, frozen=True, kw_only=True):
         hand_overs: between groups; None if they have no roles.
         ranks: those that answered last.
         missing: a line for each rank that doesn't serve.
-        placement: the placement and the controller's last decision, in sentences.
+        placement: each group's placement and the controller's last decision about it, in sentences.
     """
 
     at: float
@@ -245,7 +245,7 @@ def frame_of(known: Known, window: LiveWindow, at: float) -> LiveFrame:
         hand_overs=None if stats is None else _hand_overs(stats),
         ranks=() if stats is None else _ranks(stats, changes, window.seconds),
         missing=() if stats is None else stats.missing,
-        placement=() if stats is None else placement_words(stats, known.explanation),
+        placement=() if stats is None else placement_words(stats, known.explanations),
     )
 
 

@@ -1,9 +1,15 @@
-"""The placement and the controller's last decision, in sentences. Pure."""
+"""Each group's placement and the controller's last decision about it, in sentences. Pure."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
+from cluster.driver.controller_client import ControllerStats
 from cluster.messages.controller import Explanation, Judgement
-from cluster.reports import ClusterStats
+from cluster.reports import ClusterStats, GroupStats
+
+T = TypeVar("T")
 
 _STATES = {
     "waiting": "The controller waits for a group of ranks.",
@@ -14,32 +20,45 @@ _STATES = {
 }
 
 
-def placement_words(stats: ClusterStats, explanation: Explanation | None) -> tuple[str, ...]:
-    """The controller's reasons in sentences, the most important first.
+def placement_words(stats: ClusterStats, explanations: Sequence[Explanation | None]) -> tuple[str, ...]:
+    """The placements, and the controller's reasons: a sentence each; of several groups, a paragraph each.
 
     Args:
         stats: the ranks' latest numbers.
-        explanation: the controller's; None if it has told none.
+        explanations: the controller's, by group; None if it has told none.
     """
+    groups = stats.by_group()
+    words = [_of_group(group, _at(stats.controllers, group.number), _at(explanations, group.number)) for group in groups]
+    if len(groups) == 1:
+        return tuple(words[0])
+    return tuple(f"{_name(group)}: {' '.join(own)}" for group, own in zip(groups, words, strict=True))
+
+
+def _name(group: GroupStats) -> str:
+    return f"Group {group.number}" if group.role == "mixed" else f"Group {group.number}, {group.role}"
+
+
+def _of_group(group: GroupStats, controller: ControllerStats | None, explanation: Explanation | None) -> list[str]:
+    """A group's sentences, the most important first."""
     found = []
-    if stats.groups > 1:
-        found.append(f"There are {stats.groups} groups of ranks, each with a placement of its own; this is the first one's.")
-    report, controller = stats.placement, stats.controller
-    if report is not None and report.placement_version >= 0:
-        name = f"placement {report.placement_version}" if report.placement_version else "the default placement"
-        left = report.pending_migrations
+    if group.placement >= 0:
+        name = f"placement {group.placement}" if group.placement else "the default placement"
+        left = group.pending_migrations
         found.append(f"The ranks follow {name}{f'; {_copies(left)} still to move' if left else ', fully'}.")
     if controller is None:
-        return (*found, "There is no controller (window_steps=0): the placement stays as it is.")
-    if explanation is None:
-        return (*found, _STATES.get(controller.state, controller.state))
-    if explanation.published is not None:
-        found.append(_published(explanation.published))
-    if (latest := explanation.latest) is not None and latest.kept:
-        found.append(_kept(latest))
-    elif latest is None:
-        found.append(f"No decision yet, after {_counted(explanation.windows, 'window')} of load.")
-    return (*found, _STATES.get(controller.state, controller.state))
+        return [*found, "There is no controller (window_steps=0): the placement stays as it is."]
+    if explanation is not None:
+        if explanation.published is not None:
+            found.append(_published(explanation.published))
+        if (latest := explanation.latest) is not None and latest.kept:
+            found.append(_kept(latest))
+        elif latest is None:
+            found.append(f"No decision yet, after {_counted(explanation.windows, 'window')} of load.")
+    return [*found, _STATES.get(controller.state, controller.state)]
+
+
+def _at(values: Sequence[T], number: int) -> T | None:
+    return values[number] if number < len(values) else None
 
 
 def _published(made: Judgement) -> str:

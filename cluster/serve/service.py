@@ -74,7 +74,8 @@ class Service:
         self._chat_threads = ThreadPoolExecutor(RENDERERS, "epslots-chats")
         self.sampler: Sampler[ClusterStats] | None = None
         """The ranks' numbers."""
-        self._explanations: Sampler[Explanation] | None = None
+        self._explanations: Sampler[tuple[Explanation | None, ...]] | None = None
+        """The controller's reasons, by group."""
         self.latencies = RecentLatencies()
         self.viewed: frozenset[int] = frozenset()
         """Numbers of the MoE layers that open pages show."""
@@ -97,7 +98,7 @@ class Service:
         model = ServedModel.of(cluster, self.config, model_type)
         self._first_epoch = cluster.state().epoch
         self.sampler = Sampler(lambda: cluster.stats(sorted(self.viewed)))
-        self._explanations = Sampler(cluster.explain, fresh_s=_EXPLAIN_EVERY_S)
+        self._explanations = Sampler(lambda: _explained(cluster), fresh_s=_EXPLAIN_EVERY_S)
         self._model = model
         if self._phase == "starting":
             self._phase = "ready"
@@ -363,10 +364,21 @@ class Service:
             stats=sample.stats,
             stats_age_s=None if self.sampler is None else self.sampler.age_s,
             recoveries=sample.recoveries,
-            explanation=None if explanations is None else explanations.latest,
+            explanations=() if explanations is None else explanations.latest or (),
             ttft_s=ttft_s,
             per_token_s=per_token_s,
         )
+
+
+def _explained(cluster: ServedCluster) -> tuple[Explanation | None, ...]:
+    """The controller's reasons for each group's placement; None for a group whose controller doesn't answer."""
+    found: list[Explanation | None] = []
+    for group in cluster.state().groups:
+        try:
+            found.append(cluster.explain(group.number))
+        except EpslotsError:  # the group came or went just now, or there is no controller
+            found.append(None)
+    return tuple(found)
 
 
 def _chars_of(prompt: str | Chat) -> int:

@@ -1,19 +1,26 @@
 """``CacheTransfers``: the ranks' side of simulated hand-overs. It answers the driver as ``rank/hand_over_threads.py`` does.
 
-The source holds its request before a step, the target makes room before one of its own, and the bytes take their time; those
-of a prompt that is being computed follow its steps. The transfers of a rank take turns on its link.
+The source holds its request between two steps, and the target makes room between two of its own. Then the bytes go as in
+``rank/cache_exchange.py``: the source reads two pieces between two steps, the target writes one between two of its own, and at
+most two are on the way. Those of a prompt that is being computed follow its steps. Pieces of a rank take turns on its link.
+Copies delay no step.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
-from cluster.messages.hand_over import HandedOver
+from cluster.messages.hand_over import BYTES_BETWEEN_STEPS, HandedOver
 from cluster.simulation.simulated_rank import SimulatedRank
 from epslots.generation.cache_image import CacheImage
 from epslots.simulation.grouped_cluster import GroupedCluster
+from epslots.transport.pair_link import BYTES_IN_FLIGHT, PIECE_BYTES
+
+_READ_TOGETHER = BYTES_BETWEEN_STEPS // PIECE_BYTES
+_IN_FLIGHT = BYTES_IN_FLIGHT // PIECE_BYTES
 
 
 @dataclass(eq=False)
@@ -24,11 +31,16 @@ class _Transfer:
         began_s: when it has begun to.
         image: of the cache at the source; of a prompt that is being computed, it grows.
         room: the place at the target.
-        sent: tokens that are on their way, or there.
-        arrives_s: when they are all there.
-        copying_s: that they have taken.
+        tokens: whose pieces were cut.
+        unread, read: bytes of the pieces that wait at the source until it reads them, and until they are sent.
+        in_flight: pieces that were sent and aren't written.
+        arrived: those of them that wait at the target.
+        asks, writes: a read of the source is due; a write of the target is.
         early: it has begun before the prompt was computed.
         held_s: since when the request makes no step.
+        waits_s: since when it waits for the prompt; None = it doesn't.
+        waited_s: how long it has.
+        ended: it has failed.
     """
 
     number: int
@@ -38,11 +50,23 @@ class _Transfer:
     began_s: float
     image: CacheImage
     room: CacheImage | None = None
-    sent: int = 0
-    arrives_s: float = 0.0
-    copying_s: float = 0.0
+    tokens: int = 0
+    unread: deque[int] = field(default_factory=deque)
+    read: deque[int] = field(default_factory=deque)
+    in_flight: int = 0
+    arrived: int = 0
+    asks: bool = False
+    writes: bool = False
     early: bool = False
-    held_s: float = 0.0
+    held_s: float | None = None
+    waits_s: float | None = None
+    waited_s: float = 0.0
+    ended: bool = False
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether there is a piece of every token."""
+        return self.tokens == self.image.layout.tokens
 
 
 class CacheTransfers:
@@ -54,6 +78,7 @@ class CacheTransfers:
         put: has a rank carry out a command before its next step.
         at: calls a function at a time, in simulated seconds.
         report: sends the driver a source's news.
+        now: returns the time, in simulated seconds.
     """
 
     def __init__(
@@ -63,12 +88,13 @@ class CacheTransfers:
         put: Callable[[int, Callable[[], None]], None],
         at: Callable[[float, Callable[[float], None]], None],
         report: Callable[[int, HandedOver], None],
+        now: Callable[[], float],
     ) -> None:
         self._cluster, self._ranks = cluster, ranks
-        self._put, self._at, self._report = put, at, report
+        self._put, self._at, self._report, self._now = put, at, report, now
         self._targets: dict[int, int] = {}
         self._growing: dict[int, list[_Transfer]] = {}
-        """By source: those whose prompts are being computed."""
+        """By source: those that wait for its prompts."""
         self._free_s = [0.0] * len(ranks)
         """When each rank's link is free."""
 
@@ -79,6 +105,11 @@ class CacheTransfers:
     def give(self, number: int, id: str, source: int, now_s: float) -> None:
         """A rank is to give a request's cache to the one that takes it."""
         self._put(source, partial(self._hold, number, id, source, now_s))
+
+    def follow(self, source: int) -> None:
+        """A source has made a step: more of its prompts may be read."""
+        for one in self._growing.pop(source, ()):
+            self._put(source, partial(self._read, one))
 
     def _hold(self, number: int, id: str, source: int, now_s: float) -> None:
         target, image = self._targets.pop(number), self._ranks[source].hold(id)
@@ -91,49 +122,109 @@ class CacheTransfers:
         one.room = None if one.image.gone else self._ranks[one.target].reserve(one.id, one.image.layout)
         if one.room is None:
             self._fail(one)
-            return
-        self._at(0.0, partial(self._send, one))
+        else:
+            self._ask(one)
 
-    def _send(self, one: _Transfer, now_s: float) -> None:
-        """Send what is computed of a cache; the rest follows the steps."""
+    # The source.
+
+    def _ask(self, one: _Transfer) -> None:
+        one.asks = True
+        self._put(one.source, partial(self._read, one))
+
+    def _read(self, one: _Transfer) -> None:
+        """Read the next pieces, between two steps; of a prompt, what is computed of it. If that was read, wait."""
+        if one.ended:
+            return
         if one.image.gone:
             self._give_up(one)
             return
-        tokens = one.image.advance()
-        self._send_part(one, tokens, now_s)
-        if tokens < one.image.layout.tokens:
-            one.early = True
-            self._growing.setdefault(one.source, []).append(one)
+        now_s, tokens = self._now(), one.image.advance()
+        if tokens == one.image.layout.tokens and one.held_s is None:
+            one.held_s = now_s if one.early else one.began_s
+        if not one.unread:
+            if tokens == one.tokens:
+                one.early, one.waits_s = True, now_s if one.waits_s is None else one.waits_s
+                self._growing.setdefault(one.source, []).append(one)
+                return
+            self._cut(one, tokens, now_s)
+        for _ in range(min(_READ_TOGETHER, len(one.unread))):
+            one.read.append(one.unread.popleft())
+        one.asks = False
+        self._at(now_s, partial(self._send, one))
+
+    def _cut(self, one: _Transfer, tokens: int, now_s: float) -> None:
+        """Cut a part into pieces: up to so many tokens."""
+        if one.waits_s is not None:
+            one.waited_s, one.waits_s = one.waited_s + now_s - one.waits_s, None
+        one.early |= tokens < one.image.layout.tokens
+        whole, rest = divmod((tokens - one.tokens) * self._cluster.kv_token_bytes, PIECE_BYTES)
+        one.unread.extend([PIECE_BYTES] * whole + [rest] * (rest > 0))
+        one.tokens = tokens
+
+    def _send(self, one: _Transfer, now_s: float) -> None:
+        """Send what was read, as far as it may be on the way; then have the source read on."""
+        if one.ended:
             return
-        one.held_s = now_s if one.early else one.began_s
-        self._at(one.arrives_s + self._cluster.hand_over.fixed_s, partial(self._complete, one))
+        while one.read and one.in_flight < _IN_FLIGHT:
+            one.in_flight += 1
+            self._at(self._carry(one, one.read.popleft(), now_s), partial(self._arrive, one))
+        if one.read or one.asks:
+            return
+        if one.unread or not one.is_cut:
+            self._ask(one)
+        elif not one.in_flight:
+            self._at(now_s + self._cluster.hand_over.fixed_s, partial(self._complete, one))
 
-    def follow(self, source: int, now_s: float) -> None:
-        """A source has made a step: more of its prompts can be sent."""
-        for one in self._growing.pop(source, ()):
-            self._send(one, now_s)
-
-    def _send_part(self, one: _Transfer, tokens: int, now_s: float) -> None:
-        """The bytes go as soon as both links are free."""
-        nbytes = (tokens - one.sent) * self._cluster.kv_token_bytes
+    def _carry(self, one: _Transfer, nbytes: int, now_s: float) -> float:
+        """When a piece is there: it goes as soon as both links are free."""
         same_node = self._cluster.node_of(one.source) == self._cluster.node_of(one.target)
         seconds = self._cluster.hand_over.transfer_s(nbytes, same_node=same_node)
-        one.arrives_s = max(now_s, self._free_s[one.source], self._free_s[one.target]) + seconds
-        self._free_s[one.source] = self._free_s[one.target] = one.arrives_s
-        one.sent, one.copying_s = tokens, one.copying_s + seconds
+        free_s = max(now_s, self._free_s[one.source], self._free_s[one.target]) + seconds
+        self._free_s[one.source] = self._free_s[one.target] = free_s
+        return free_s
+
+    # The target.
+
+    def _arrive(self, one: _Transfer, _: float) -> None:
+        one.arrived += 1
+        self._write_next(one)
+
+    def _write_next(self, one: _Transfer) -> None:
+        if one.arrived and not one.writes:
+            one.writes, one.arrived = True, one.arrived - 1
+            self._put(one.target, partial(self._write, one))
+
+    def _write(self, one: _Transfer) -> None:
+        """Write a piece, between two steps; the next one is written after another step."""
+        if one.ended:
+            return
+        assert one.room is not None
+        if one.room.gone:
+            self._give_up(one)
+            return
+        one.in_flight -= 1
+        self._at(self._now(), partial(self._go_on, one))
+
+    def _go_on(self, one: _Transfer, now_s: float) -> None:
+        one.writes = False
+        self._write_next(one)
+        self._send(one, now_s)
+
+    # The end.
 
     def _complete(self, one: _Transfer, now_s: float) -> None:
         if one.image.gone or one.room is None or one.room.gone:
             self._give_up(one)
             return
         one.room.complete()
+        assert one.held_s is not None, "all of it was read"
         done = HandedOver(
             number=one.number,
             failure=None,
             seconds=now_s - one.held_s,
-            copying_s=one.copying_s + self._cluster.hand_over.fixed_s,
-            nbytes=one.sent * self._cluster.kv_token_bytes,
-            tokens=one.sent,
+            copying_s=now_s - one.began_s - one.waited_s,
+            nbytes=one.tokens * self._cluster.kv_token_bytes,
+            tokens=one.tokens,
             prompt_token_s=self._ranks[one.source].prompt_token_s,
         )
         self._report(one.source, done)
@@ -143,5 +234,6 @@ class CacheTransfers:
         self._fail(one)
 
     def _fail(self, one: _Transfer) -> None:
+        one.ended = True
         self._put(one.source, partial(self._ranks[one.source].resume, one.id))
         self._report(one.source, HandedOver(number=one.number, failure="the target has no room, or the source no cache"))

@@ -4,8 +4,8 @@
 
 The decisions are the cluster's own: ``driver/scheduler.py``, ``driver/hand_overs.py`` with its costs, the admission and
 batches of ``simulated_rank.py``, the planner and caches of ``SimulatedGroup``, and the controller with its messages. Times are
-modelled: of steps (``epslots/simulation/timing.py``), and of hand-overs by their bytes. Messages between driver and ranks take
-none; but ranks send outputs in batches, and the driver assigns requests together, as in a cluster.
+modelled: of steps (``epslots/simulation/timing.py``), and of hand-overs by their bytes and both ranks' steps. Messages between
+driver and ranks take none; but ranks send outputs in batches, and the driver assigns requests together, as in a cluster.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush
@@ -34,6 +34,7 @@ from cluster.simulation.lockstep_group import LockstepGroup
 from cluster.simulation.simulated_rank import SimulatedRank
 from cluster.simulation.trace_counts import TraceCounts
 from epslots.generation.requests import Output
+from epslots.placement.rank_speeds import USUAL
 from epslots.rank_groups import Role
 from epslots.simulation.grouped_cluster import GroupedCluster
 from epslots.simulation.simulate import RecordedTraffic
@@ -95,10 +96,10 @@ class RequestSimulation:
         self.groups = self._open_groups(traffic)
         self.windows = GroupWindows(cluster, self.groups) if cluster.window_steps else None
         self._scheduler = Scheduler()
-        for first in range(0, cluster.ranks, cluster.group_size):
-            self._scheduler.serve({rank: self._capacity(rank) for rank in range(first, first + cluster.group_size)})
+        for group in range(len(self.groups)):
+            self._serve(group, (USUAL,) * cluster.group_size)
         self.hand_overs = HandOvers(self._scheduler, self._send, form_s=_DEADLINE_S, deadline_s=_DEADLINE_S)
-        self._transfers = CacheTransfers(cluster, self.ranks, self._put, self._at, self._report)
+        self._transfers = CacheTransfers(cluster, self.ranks, self._put, self._at, self._report, now=lambda: self.now_s)
         self._assignment_due = False
         self._busy = [False] * len(self.groups)
         """By group: a step is under way, or about to begin."""
@@ -120,12 +121,18 @@ class RequestSimulation:
             for number, experts in enumerate(cluster.expert_groups(traffic.num_experts_L))
         ]
 
-    def _capacity(self, rank: int) -> RankCapacity:
+    def _serve(self, group: int, speeds: Sequence[int]) -> None:
+        """Give a group's ranks requests by these speeds."""
+        first = group * self._cluster.group_size
+        self._scheduler.serve({first + rank: self._capacity(first + rank, speed / USUAL) for rank, speed in enumerate(speeds)})
+
+    def _capacity(self, rank: int, speed: float) -> RankCapacity:
         engine = self._cluster.engine
         return RankCapacity(
             engine.kv_tokens,
             engine.max_requests,
             self.ranks[rank].shares_prefixes,
+            speed=speed,
             role=self._cluster.role_of(rank),
             machine=f"node {self._cluster.node_of(rank)}",
         )
@@ -263,10 +270,10 @@ class RequestSimulation:
     def _end_step(self, group: int, seconds: float, now_s: float) -> None:
         one, first_rank = self.groups[group], group * self._cluster.group_size
         first, ended = one.end(now_s, seconds)
-        if self.windows is not None:
-            self.windows.step(group, seconds / self._cluster.depth)
+        if self.windows is not None and (speeds := self.windows.step(group, seconds / self._cluster.depth)) is not None:
+            self._serve(group, speeds)
         if self.role_of(first_rank) == "prefill":
-            self._follow_prompts(group, now_s)
+            self._follow_prompts(group)
         due_R = one.news_R & (now_s >= self._sent_s_GR[group] + EVENTS_EVERY_S)
         for rank in {*first, *np.flatnonzero(due_R).tolist()}:
             self._deliver(group, rank, now_s)
@@ -284,11 +291,11 @@ class RequestSimulation:
                 self.hand_overs.consider_early(number, progress)
             self._take(number, self.groups[group].outputs(rank))
 
-    def _follow_prompts(self, group: int, now_s: float) -> None:
+    def _follow_prompts(self, group: int) -> None:
         """Note how far prompts are: for the driver, and for hand-overs that have begun."""
         for rank in self.groups[group].stepped:
             number = group * self._cluster.group_size + rank
-            self._transfers.follow(number, now_s)
+            self._transfers.follow(number)
             if prompts := self.ranks[number].prompts():
                 self._progress.setdefault(number, []).extend(PromptProgress(*prompt) for prompt in prompts)
                 self.groups[group].news_R[rank] = True

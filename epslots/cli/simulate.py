@@ -100,6 +100,7 @@ class ClusterOptions:
             engine=engine.engine,
             depth=1.0 if engine.layers is None else engine.layers / len(quota_L),
             window_steps=self.window_steps if self.controller else 0,
+            speeds=engine.rank_speeds,
         )
 
     def _first_placement(self, slots: int) -> Placement | None:

@@ -102,6 +102,18 @@ class EngineOptions:
         float, typer.Option(min=0, max=1e6, help="Milliseconds of a hand-over's messages, beside its bytes.")
     ] = HAND_OVER_FIXED_S * 1e3
 
+    speeds: Annotated[
+        str, typer.Option(help="Speeds of the ranks in turn, 1 = usual: 1,1,0.5. --controller learns them, as those of CPUs.")
+    ] = "1"
+
+    @property
+    def rank_speeds(self) -> tuple[float, ...]:
+        """The speeds. ConfigError: one is no number."""
+        try:
+            return tuple(map(float, self.speeds.split(",")))
+        except ValueError as error:
+            raise ConfigError(f"--speeds {self.speeds!r}: allowed: numbers, separated by commas") from error
+
     @property
     def engine(self) -> EngineConfig:
         """The settings of each rank's engine. ConfigError: one is out of range."""

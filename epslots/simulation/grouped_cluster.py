@@ -32,6 +32,7 @@ class GroupedCluster:
         engine: of each rank; requests are kept in rows.
         depth: layers of the model for each layer of the trace: a step takes so many times as long.
         window_steps: steps of a window of load; 0 = no controller.
+        speeds: how fast ranks compute, one after the other, and again from the first; 1 = usual.
     """
 
     division: RankGroups
@@ -45,6 +46,7 @@ class GroupedCluster:
     engine: EngineConfig
     depth: float = 1.0
     window_steps: int = 0
+    speeds: tuple[float, ...] = (1.0,)
 
     @property
     def ranks(self) -> int:
@@ -70,6 +72,8 @@ class GroupedCluster:
             raise ConfigError(f"slots of {self.quota_L.tolist()}; allowed: 1 or more in each of {len(num_experts_L)} layers")
         if not 0 < self.depth < 1e6:
             raise ConfigError(f"depth={self.depth}; allowed: more than 0")
+        if not self.speeds or not all(0.01 <= speed <= 100 for speed in self.speeds):
+            raise ConfigError(f"speeds={self.speeds}; allowed: numbers from 0.01 to 100, 1 = usual")
         if self.kv_token_bytes < 0 or self.window_steps < 0:
             raise ConfigError(f"kv_token_bytes={self.kv_token_bytes}, window_steps={self.window_steps}; allowed: 0 or more")
 
@@ -78,13 +82,22 @@ class GroupedCluster:
         quota_L = np.minimum(self.quota_L, num_experts_L)
         placement = default_placement(num_experts_L.tolist(), np.repeat(quota_L[:, None], self.group_size, axis=1))
         return [
-            SimulatedGroup(placement, self.timing, self.policy, expert_bytes=self.expert_bytes, node_R=self._nodes_of(number))
+            SimulatedGroup(
+                placement,
+                self.timing,
+                self.policy,
+                expert_bytes=self.expert_bytes,
+                node_R=self._nodes_of(number),
+                speed_R=np.array([self.speeds[rank % len(self.speeds)] for rank in self._ranks_of(number)]),
+            )
             for number in range(self.division.groups)
         ]
 
+    def _ranks_of(self, group: int) -> range:
+        return range(group * self.group_size, (group + 1) * self.group_size)
+
     def _nodes_of(self, group: int) -> IntArray | None:
         """The node of each rank of a group, from 0; None if it is on one."""
-        first = group * self.group_size
-        node_R = np.array([self.node_of(rank) for rank in range(first, first + self.group_size)])
+        node_R = np.array([self.node_of(rank) for rank in self._ranks_of(group)])
         node_R -= node_R[0]
         return node_R if node_R.any() else None

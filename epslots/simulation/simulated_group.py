@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -75,6 +76,24 @@ class StepTally:
         )
 
 
+class RankWork(NamedTuple):
+    """The experts' work that each rank did in a window, int64 [L, R].
+
+    Attributes:
+        pairs: that it computed.
+        uses: of experts, by steps.
+        ns: nanoseconds that it computed.
+    """
+
+    pairs: IntArray
+    uses: IntArray
+    ns: IntArray
+
+    @classmethod
+    def none(cls, layers: int, ranks: int) -> RankWork:
+        return cls(*(np.zeros((layers, ranks), np.int64) for _ in range(3)))
+
+
 class SimulatedGroup:
     """The ranks of one expert-parallel group.
 
@@ -84,6 +103,7 @@ class SimulatedGroup:
         expert_bytes: of any layer's expert.
         node_R: the node of each rank, if there are several.
         holds_LRE: who holds what at the start, if it is otherwise.
+        speed_R: float64, how fast each rank computes; 1 = usual, by which all plan. None = all are usual.
 
     Attributes:
         model: the planners that real ranks have.
@@ -99,8 +119,10 @@ class SimulatedGroup:
         expert_bytes: int = 1,
         node_R: IntArray | None = None,
         holds_LRE: BoolArray | None = None,
+        speed_R: FloatArray | None = None,
     ) -> None:
         layers, ranks, experts = placement.wanted_LRE.shape
+        self._speed_R = np.ones(ranks) if speed_R is None else speed_R
         self._experts = placement.num_experts_L.tolist()
         self._timing, self._policy, self._node_R = timing, policy, node_R
         holds_LRE = first_residents(placement) if holds_LRE is None else holds_LRE
@@ -127,6 +149,7 @@ class SimulatedGroup:
         self.tally = StepTally.empty(layers, ranks)
         self._tokens_LE, self._uses_LE = (np.zeros((layers, experts), np.int64) for _ in range(2))
         self._reuse_LD = np.zeros((layers, experts + 1), np.int64)
+        self._work = RankWork.none(layers, ranks)
 
     def take(self) -> StepTally:
         """The counts since the last call."""
@@ -139,6 +162,11 @@ class SimulatedGroup:
         for counted in (self._tokens_LE, self._uses_LE, self._reuse_LD):
             counted[:] = 0
         return window
+
+    def take_work(self) -> RankWork:
+        """The ranks' work since the last call."""
+        work, self._work = self._work, RankWork.none(*self._work.pairs.shape)
+        return work
 
     def step(self, counts_LRE: IntArray | Sequence[IntArray], tokens_R: IntArray) -> int:
         """Run one step of all ranks; returns its nanoseconds.
@@ -157,7 +185,7 @@ class SimulatedGroup:
         for layer, experts in enumerate(self._experts):
             counts_RE = counts_LRE[layer][:, :experts]
             used_E: BoolArray = counts_RE.sum(0) > 0
-            layer_ns = timing.layer + int(tokens_R.max(initial=0)) * timing.token + header
+            layer_ns = int(self._at_speed(timing.layer + tokens_R * timing.token).max()) + header
             moving_R = np.zeros_like(self._behind_R)
             if used_E.any():
                 if self.model.complete:  # ranks exchange nothing, so no rank knows of its uses
@@ -166,7 +194,7 @@ class SimulatedGroup:
                 else:
                     self._record_uses(layer, counts_RE, used_E)
                 plan = self._plan(layer, counts_RE)
-                layer_ns += self._layer_time(plan.assignment, tokens_R, far)
+                layer_ns += self._layer_time(layer, plan.assignment, tokens_R, far)
                 if len(plan.migrations):
                     moving_R = self._fetch_time(plan.migrations.ranks, plan.migrations.sources)
             self._behind_R = np.maximum(self._behind_R - layer_ns, 0) + moving_R
@@ -213,10 +241,16 @@ class SimulatedGroup:
                 tally.far_fetches[layer] += np.bincount(target[self._is_far(target, source)], minlength=ranks)
         return plan
 
-    def _layer_time(self, work: Assignment, tokens_R: IntArray, far: int) -> int:
+    def _at_speed(self, ns_R: IntArray) -> IntArray:
+        """Nanoseconds of each rank, of what would take a usual one so many."""
+        return np.rint(ns_R / self._speed_R).astype(np.int64)
+
+    def _layer_time(self, layer: int, work: Assignment, tokens_R: IntArray, far: int) -> int:
         """``cost_model.layer_time``, with other nodes and with migrations that are still in flight."""
         costs, ranks = self._timing.costs, len(work.counts_RU)
-        busy_R = compute_cost(costs, work.computed_RU)
+        busy_R = self._at_speed(compute_cost(costs, work.computed_RU))
+        for sums_LR, done_R in zip(self._work, (work.computed_RU.sum(1), (work.computed_RU > 0).sum(1), busy_R), strict=True):
+            sums_LR[layer] += done_R
         if len(work.fetch_ranks):
             fetching_R = self._fetch_time(work.fetch_ranks, work.fetch_sources)
             busy_R = busy_R + fetching_R + np.where(fetching_R > 0, self._behind_R, 0)

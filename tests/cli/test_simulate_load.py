@@ -60,6 +60,8 @@ def test_layers_of_the_trace_stand_for_more(run: Run, trace: Path):
         (("--rate", "0"), "rate=0.0; allowed: requests a second, more than 0"),
         (("--rate", "5", "--prompt-tokens", "many"), "--prompt-tokens 'many'; allowed: a number of tokens, or the least"),
         (("--rate", "5", "--kv-tokens", "100"), "allowed: up to kv_tokens=100 together"),
+        (("--rate", "5", "--speeds", "1,slow"), "--speeds '1,slow': allowed: numbers, separated by commas"),
+        (("--rate", "5", "--speeds", "1,0"), "speeds=(1.0, 0.0); allowed: numbers from 0.01 to 100"),
         (("--rate", "5", "--groups", "3"), "groups=3 with ranks=8; allowed: a number that divides the ranks"),
         (("--rate", "5", "--decode-ranks", "3"), "decode_ranks=3; allowed with prefill_ranks"),
         (("--rate", "5", "--placement", "x.placement"), "--placement with --rate"),

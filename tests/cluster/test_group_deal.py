@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ def test_groups_grow_and_come_at_the_end():
     assert (deal.dealt, ranks, deal.size) == ([0, 0, 1, 1, 0, 1], 6, 3)
     deal, ranks = deal.changed(None, 3)
     assert (deal.dealt, ranks) == ([0, 0, 1, 1, 0, 1, 2, 2, 2], 9)
-    assert deal.group_of(9) == 3, "of the next group"
+    assert [deal.group_of(bundle) for bundle in (9, 11, 12)] == [3, 3, 4], "of further groups"
     assert deal.changed(4, 2)[0].dealt == [0, 0, 1, 1]
     assert deal.changed(3, 1)[0].dealt == [0, 0, 0]
 
@@ -104,6 +105,31 @@ def test_a_change_that_is_interrupted_is_none(interruption: BaseException):
     assert groups.deal is before
     asyncio.run(scaling.scale(6, 3))
     assert asked == [6, 6, -6] and groups.deal.groups == 3
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_places_are_given_back_once_the_others_serve(fails: bool):
+    """They are given back, too, if the others don't: nothing needs them any more."""
+    done: list[tuple[str, int]] = []
+    groups: Any = SimpleNamespace(deal=GroupDeal(3, 2))
+
+    async def note(name: str, ranks: int) -> None:
+        done.append((name, ranks))
+        if fails and name == "serve":
+            raise ClusterError("they don't")
+
+    pool = SimpleNamespace(
+        size=6,
+        shrink=lambda ranks: done.append(("shrink", ranks)),
+        wait_until_serving=lambda bundles: note("serve", len(bundles) if groups.deal.groups == 2 else -1),
+        reserve=lambda ranks: note("reserve", ranks),
+        grow=lambda ranks: note("grow", ranks),
+    )
+    scaling = Scaling(cast(WorkerPool, pool), groups, outlives=False)
+    with pytest.raises(ClusterError) if fails else nullcontext():
+        asyncio.run(scaling.scale(None, 2))
+    assert done == [("shrink", 4), ("serve", 4), ("reserve", 4), *([] if fails else [("grow", 4)])]
+    assert groups.deal.dealt == [0, 0, 1, 1]
 
 
 def test_runs_are_groups_that_follow_each_other():

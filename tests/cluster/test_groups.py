@@ -187,7 +187,7 @@ def test_groups_that_find_no_room_stay_as_they_are(open_cluster: Open, folder: P
 
 def test_slower_ranks_get_fewer_requests(open_cluster: Open):
     """As the controller has learned, until the group forms anew."""
-    cluster, _ = open_cluster(ranks=2)
+    cluster, _ = open_cluster(ranks=2, window_steps=0)  # no controller tells others meanwhile
     group, scheduler = cluster._supervisor.groups[0], cluster._supervisor.router._scheduler
 
     async def speeds(*learned: int) -> list[float]:

@@ -184,6 +184,31 @@ def test_a_group_that_does_not_come_back_hands_nothing_over(end: HandedOver):
     driver.end()
 
 
+def test_a_lost_group_reports_no_end():
+    """Of a hand-over that was given up before: nothing of it is kept."""
+    driver = Driver()
+    driver.hand_overs.take("p", FAILED)
+    driver.scheduler.add([Request("b", tuple(range(50)), 20)])
+    driver.scheduler.assign()
+    driver.scheduler._ranks.costs.token_s = driver.scheduler._ranks.costs.prompt_token_s = 0.001
+    driver.hand_overs.consider_early("p", PromptProgress("b", 30, 20))
+    driver.hand_overs.consider_early("p", PromptProgress("b", 35, 15))
+    driver.hand_overs.give_up(("p",))
+    assert driver.hand_overs._given_up
+    driver.hand_overs.lose("p")
+    assert not driver.hand_overs._given_up
+
+
+def test_a_hand_over_after_its_prompt_needs_no_steps():
+    """A group that doesn't come back gives up those that wait for its prompts alone."""
+    driver = Driver()
+    driver.hand_overs.give_up(("p",))
+    assert driver.sent == [] and len(driver.hand_overs) == 1
+    driver.hand_overs.take("p", DONE)
+    assert driver.hand_overs.counts.done == 1
+    driver.end()
+
+
 def test_a_group_that_forms_is_waited_for_once():
     """Each attempt breaks it again."""
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -117,8 +118,8 @@ def skip_silence(cluster: Cluster, stopped: int) -> None:
     )
 
 
-def pids(cluster: Cluster) -> list[int]:
-    return [int(re.findall(r"pid (\d+)", place)[0]) for place in cluster.placement().ranks]
+def pids(cluster: Cluster, group: int = 0) -> list[int]:
+    return [int(re.findall(r"pid (\d+)", place)[0]) for place in cluster.placement(group).ranks]
 
 
 def controllers(cluster: Cluster) -> ControllerStats:
@@ -249,3 +250,41 @@ def test_more_ranks_than_there_is_room_for(ray_nodes: RayNodes, folder: Path, ca
     refused = pytest.raises(ClusterError, match=r"no room for 7 ranks(.|\n)*What helps: ask for fewer ranks")
     with clusters(ray_nodes, folder, cache_dir) as make, refused:
         make(7)
+
+
+@contextmanager
+def asking(cluster: Cluster, right: list[tuple[int, ...]]) -> Iterator[None]:
+    """Requests follow each other all the while, one prompt after the other; each gets its tokens, and some did so in time."""
+    over, found = threading.Event(), list[bool]()
+
+    def ask() -> None:
+        while not over.is_set():
+            number = len(found) % len(PROMPTS)
+            found.append(cluster.submit(PROMPTS[number], max_new_tokens=NEW, stop_tokens=()).result().tokens == right[number])
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(PATIENCE_S)
+    assert found and all(found)
+
+
+def test_groups_grow_and_shrink_while_requests_go_on(ray_nodes: RayNodes, folder: Path, cache_dir: Path):
+    """Two groups of one rank, then of two, on a further node; what came last goes first. Each rank is a process of its own."""
+    right = expected(folder, PROMPTS, NEW)
+    with ray_nodes.further(2), clusters(ray_nodes, folder, cache_dir) as make:
+        cluster = make(2, groups=2, costs=COPIES_TRAVEL)
+        first = [pids(cluster, group) for group in range(2)]
+        with asking(cluster, right):
+            cluster.scale(ranks=4, groups=2)
+        grown = [pids(cluster, group) for group in range(2)]
+        assert [group.ranks for group in cluster.state().groups] == [2, 2]
+        assert [set(before) < set(after) for before, after in zip(first, grown, strict=True)] == [True, True]
+        assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=NEW, stop_tokens=())) == right
+        assert all(rank.engine.new_tokens for rank in cluster.stats().ranks), "each of the four serves"
+        with asking(cluster, right):
+            cluster.scale(ranks=2, groups=2)
+        assert [pids(cluster, group) for group in range(2)] == first

@@ -270,7 +270,10 @@ def test_a_full_decode_rank_takes_none(open_cluster: Open, folder: Path):
 def test_ranks_of_two_machines_meet_by_gloo(open_cluster: Open, folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cluster.rank.rank_reports, "machine_of_this", lambda: "")
     opened, backend = open_cluster(ranks=2, prefill_ranks=1)
-    assert tokens_of(opened.generate(LONG, max_new_tokens=NEW)) == expected(folder, LONG, NEW)
+    for _ in range(20):
+        assert tokens_of(opened.generate(LONG, max_new_tokens=40)) == expected(folder, LONG, 40)
+        if counts(opened)[0]:  # else the requests ended while their ranks met, as they may on a busy machine
+            break
     assert counts(opened)[0] > 0
     check_empty(opened, backend)
 

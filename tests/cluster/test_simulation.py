@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from cluster.driver.hand_over_costs import HandOverCosts
 from cluster.simulation.arrivals import arrivals_of
+from cluster.simulation.cache_transfers import CacheTransfers
 from cluster.simulation.counted_rows import CountedRows
 from cluster.simulation.figures import simulate_load
 from cluster.simulation.request_simulation import RequestSimulation
@@ -19,12 +22,14 @@ from cluster.simulation.trace_counts import TraceCounts
 from epslots.config import EngineConfig
 from epslots.errors import ConfigError
 from epslots.generation.cell_table import CellTable
+from epslots.placement.rank_speeds import USUAL
 from epslots.planner.cache_policy import DEFAULT_POLICY, POLICIES
 from epslots.rank_groups import divide_ranks
 from epslots.simulation.grouped_cluster import GroupedCluster
 from epslots.simulation.load import Workload
 from epslots.simulation.simulate import RecordedTraffic
-from epslots.simulation.timing import DEVICES, hand_over_of, timing_of
+from epslots.simulation.timing import DEVICES, HandOverTiming, hand_over_of, timing_of
+from epslots.transport.pair_link import PIECE_BYTES
 
 LOAD = Workload(rate=60.0, requests=60, prompt_tokens=(20, 90), new_tokens=(1, 40), shared_tokens=20, shared_prompts=3)
 
@@ -136,15 +141,51 @@ def test_hand_overs_fail_and_go_on_where_they_were():
     assert counts.nbytes % 10**5 == 0 and counts.nbytes > 0
 
 
-def test_hand_overs_begin_before_prompts_end():
+def test_hand_overs_begin_before_prompts_end(monkeypatch: pytest.MonkeyPatch):
     """Where a cache takes long to copy: most of it is there when the prompt is done, and texts stand still for less."""
-    cluster = replace(cluster_of(ranks=4, groups=2, prefill_ranks=2, kv_tokens=2000), kv_token_bytes=10**7)
+    cluster = replace(cluster_of(ranks=4, groups=2, prefill_ranks=2, kv_tokens=2000), kv_token_bytes=3 * 10**5)
     load = replace(LOAD, rate=4.0, requests=30, prompt_tokens=(400, 600), new_tokens=(20, 40))
-    simulation = served(cluster, load)
-    counts = simulation.hand_overs.counts
-    assert counts.early > 0 and counts.failed == 0
-    whole_s = cluster.hand_over.fixed_s + cluster.hand_over.transfer_s(400 * 10**7, same_node=True)
-    assert min(simulation.hand_over_s) < whole_s, "no hand-over after its prompt takes less"
+    early = served(cluster, load)
+    counts = early.hand_overs.counts
+    assert counts.early > counts.done / 2 and counts.failed == 0
+    monkeypatch.setattr(HandOverCosts, "begins_early", lambda *_: False)
+    late = served(cluster, load)
+    assert late.hand_overs.counts.early == 0
+    assert np.median(early.hand_over_s) < 0.4 * np.median(late.hand_over_s)
+
+
+def test_sources_read_and_targets_write_between_steps(monkeypatch: pytest.MonkeyPatch):
+    """Over a link that takes no time: two pieces before a source's step, and one before a target's."""
+    cluster = cluster_of(ranks=4, groups=2, prefill_ranks=2, kv_tokens=2000)
+    free_link, traffic = HandOverTiming(0.0, host_bytes_s=1e18, network_bytes_s=1e18), traffic_of()
+    simulation = RequestSimulation(replace(cluster, kv_token_bytes=PIECE_BYTES // 25, hand_over=free_link), traffic)
+    calls: dict[str, list[tuple[int, int]]] = {"_read": [], "_write": []}
+    """By a hand-over's number and its group's steps; of a group without work, which makes none, not all."""
+
+    def note(name: str, end: str) -> None:
+        do = getattr(CacheTransfers, name)
+
+        def noted(transfers: CacheTransfers, one: Any) -> None:
+            group = simulation.groups[getattr(one, end) // 2]
+            if group._tokens_R.any():
+                calls[name].append((one.number, group.steps))
+            do(transfers, one)
+            assert one.in_flight <= 2
+
+        monkeypatch.setattr(CacheTransfers, name, noted)
+
+    note("_read", "source")
+    note("_write", "target")
+    load = replace(LOAD, rate=200.0, requests=30, prompt_tokens=(200, 300), new_tokens=(30, 40))
+    simulation.run(arrivals_of(load, traffic.starts))
+    simulation.check()
+    assert simulation.hand_overs.counts.done > 15
+    for found in calls.values():
+        assert len(found) == len(set(found)) > 60
+    pieces = -(-200 // 25)
+    written = Counter(number for number, _ in calls["_write"])
+    assert np.median([*written.values()]) >= pieces, "but for the first ones, whose targets had no texts to go on with"
+    assert np.median(simulation.hand_over_s) > pieces * min(group.take().seconds / group.steps for group in simulation.groups)
 
 
 def test_a_controller_places_experts():
@@ -155,6 +196,22 @@ def test_a_controller_places_experts():
     assert max(versions) > 0
     controllers = simulation.windows._controllers.by_group.values()
     assert all(one._windows > 0 and not one._refused for one in controllers)
+
+
+def test_slower_ranks_get_fewer_requests():
+    """As the controller learns from the time of their work: the speeds are those that they have."""
+    timing = timing_of(DEVICES["cpu"], 10**7, 4096, layer_ns=400_000, token_ns=1000)
+    cluster = replace(
+        cluster_of(ranks=4, groups=2, max_requests=16), timing=timing, window_steps=8, speeds=(1.0, 1.0, 1.0, 0.25)
+    )
+    load = replace(LOAD, rate=5.0, requests=40, new_tokens=(20, 30))
+    learned, blind = served(cluster, load), served(replace(cluster, window_steps=0), load)
+    assert learned.windows is not None
+    level, apart = learned.windows._speeds
+    assert level == (USUAL, USUAL)
+    assert apart[0] / apart[1] == pytest.approx(4, rel=0.01)
+    assert learned.ranks[3].served < 0.8 * learned.ranks[2].served
+    assert blind.ranks[3].served > 0.8 * blind.ranks[2].served
 
 
 def test_figures_tell_a_load_that_is_too_much(monkeypatch: pytest.MonkeyPatch):

@@ -42,7 +42,7 @@ class Shown:
         if self.bug is not None:
             raise self.bug
         stats = self.sampler.latest
-        return Known("ready", "m", True, None, stats, self.sampler.age_s, 0, None, None, None)
+        return Known("ready", "m", True, None, stats, self.sampler.age_s, 0, (), None, None)
 
 
 @pytest.fixture(scope="module")
@@ -307,6 +307,7 @@ def test_groups_and_roles_are_shown_as_measured():
     assert (second["role"], second["formed"], second["handing_over"], second["placement"]) == ("decode", False, 1, 8)
     assert (second["serving"], second["requests"], second["controller"]) == (2, 8, "watching")
     assert frame["hand_overs"] == {"done": 9, "failed": 2, "mean_s": pytest.approx(0.03), "mean_bytes": 2**20}
+    assert [text.partition(":")[0] for text in frame["placement"]] == ["Group 0, prefill", "Group 1, decode"]
     prefill, decode = " group=0 role=prefill", " group=1 role=decode"
     assert (found[f"epslots:group_formed{prefill}"], found[f"epslots:group_formed{decode}"]) == (1, 0)
     assert (found[f"epslots:group_ranks{decode}"], found[f"epslots:group_hand_overs_running{decode}"]) == (2, 1)

@@ -40,7 +40,7 @@ def busy() -> Any:
 
 def known_of(stats: Any, **changes: Any) -> Known:
     state = changes.pop("state", None)
-    return Known("ready", "m", True, state, stats, 0.0, 0, None, (0.1, 0.2), None)
+    return Known("ready", "m", True, state, stats, 0.0, 0, (), (0.1, 0.2), None)
 
 
 def test_a_window_has_its_seconds():
@@ -172,24 +172,37 @@ def test_a_frame_without_ranks(busy: BusyCluster):
 )
 def test_the_placement_in_words(busy: BusyCluster, version: int, left: int, words: str):
     stats = busy.stats()
-    assert stats.placement is not None
-    stats = replace(stats, placement=replace(stats.placement, placement_version=version, pending_migrations=left))
-    assert placement_words(stats, None) == (words, "The controller watches the load.")
+    ranks = tuple(replace(rank, placement=version, pending_migrations=left) for rank in stats.ranks)
+    assert placement_words(replace(stats, ranks=ranks), ()) == (words, "The controller watches the load.")
 
 
 def test_decisions_in_words(busy: BusyCluster):
     stats, explanation = busy.stats(), busy.explain()
-    text = " ".join(placement_words(stats, explanation))
+    text = " ".join(placement_words(stats, [explanation]))
     assert "Placement 7 was published because it pays: balance 0.71 to 0.94, for 38 copies" in text
     assert "save 182.0 ms and to cost 41.0 ms" in text
     assert "Last decision: keep the placement. Balance is 0.93" in text
     from msgspec.structs import replace as changed
 
-    asked = changed(
-        explanation, published=judgement(asked=True, copies=1, gain_s=2.0, migration_s=5e-6), latest=None, windows=1
-    )
-    text = " ".join(placement_words(stats, asked))
+    made = judgement(asked=True, copies=1, gain_s=2.0, migration_s=5e-6)
+    asked = changed(explanation, published=made, latest=None, windows=1)
+    text = " ".join(placement_words(stats, [asked]))
     assert "on request" in text
     assert "for 1 copy; expected to save 2.0 s and to cost 5 us" in text
     assert "No decision yet, after 1 window of load." in text
-    assert placement_words(replace(stats, controllers=()), None)[-1].startswith("There is no controller")
+    assert placement_words(replace(stats, controllers=()), ())[-1].startswith("There is no controller")
+
+
+def test_each_group_has_a_paragraph():
+    """With its role, the placement of its own ranks, and its own controller's words; also where one has told nothing."""
+    with BusyCluster((4, 1, 8), roles=("prefill", "decode")) as cluster:
+        stats = cluster.stats()
+        late = tuple(replace(rank, placement=6, pending_migrations=3) if rank.rank == 3 else rank for rank in stats.ranks)
+        prefill, decode = placement_words(replace(stats, ranks=late), [None, cluster.explain(1)])
+    assert prefill == "Group 0, prefill: The ranks follow placement 7, fully. The controller watches the load."
+    assert decode.startswith("Group 1, decode: The ranks follow placement 6; 3 copies still to move. Placement 8 was")
+    assert decode.endswith("The controller watches the load.")
+    with BusyCluster((2, 1, 8), roles=("mixed", "mixed")) as cluster:
+        words = placement_words(replace(cluster.stats(), controllers=()), ())
+    assert [text.partition(":")[0] for text in words] == ["Group 0", "Group 1"]
+    assert all(text.endswith("the placement stays as it is.") for text in words)

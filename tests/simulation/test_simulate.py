@@ -89,6 +89,24 @@ def test_the_clock_is_the_planners(costs: str, monkeypatch: pytest.MonkeyPatch):
             assert step_ns == expected + gathers
 
 
+def test_a_slow_rank_takes_longer():
+    """For the experts that it computes, and for the rest of a layer; decisions are those of usual ranks."""
+    timing = msgspec.structs.replace(plain(CHEAP), layer=1000, token=10)
+    counts_RE, tokens_R = np.full((2, 4), 3), np.array([6, 6])
+
+    def run(*speeds: float) -> tuple[SimulatedGroup, int]:
+        group = SimulatedGroup(default_placement([4], np.array([[4, 4]])), timing, LRFU, speed_R=np.array(speeds))
+        return group, group.step(counts_RE[None], tokens_R)
+
+    (usual, usual_ns), (slow, slow_ns) = run(1, 1), run(1, 0.5)
+    fixed = CHEAP.gather
+    assert slow_ns - fixed == 2 * (usual_ns - fixed)
+    (before, after) = usual.take_work(), slow.take_work()
+    assert after.ns[0].tolist() == [before.ns[0, 0], 2 * before.ns[0, 1]]
+    assert after.pairs.tolist() == before.pairs.tolist() == [[12, 12]] and after.uses.tolist() == [[4, 4]]
+    assert not slow.take_work().pairs.any()
+
+
 def placement_that_wants(experts: list[int], ranks: int, quota: int, wanted: list[tuple[int, int, int]]) -> Placement:
     """Version 1: wanted (layer, rank, expert), homes where they are wanted."""
     dealt = default_placement(experts, np.full((len(experts), ranks), quota))

@@ -153,6 +153,7 @@ class BusyCluster(ScriptedCluster):
             memory_bytes=int((6.2 + rank % 3 / 10) * GIB),
             descriptors=90,
             threads=20,
+            placement=7 + rank // self._size,
         )
 
     def stats(self, layers: Sequence[int] = ()) -> ClusterStats:
@@ -183,13 +184,13 @@ class BusyCluster(ScriptedCluster):
             placement=PlacementReport(3, tuple(rank.where for rank in ranks), placed, 7, 0),
         )
 
-    def explain(self) -> Explanation:
+    def explain(self, group: int = 0) -> Explanation:
         return Explanation(
             state=ControllerState.WATCHING,
-            epoch=3,
-            role="mixed",
-            placement=7,
-            adopted=7,
+            epoch=3 + group,
+            role=self._roles[group],
+            placement=7 + group,
+            adopted=7 + group,
             pending_migrations=0,
             windows=31,
             pooled=1,
@@ -200,6 +201,6 @@ class BusyCluster(ScriptedCluster):
             refusals=(),
             step_s=0.02,
             bytes_per_step=2**20,
-            published=judgement(),
+            published=judgement(placement=7 + group),
             latest=judgement(kept=True, balance_now=0.93),
         )

@@ -185,7 +185,7 @@ class ScriptedCluster:
             failure=self.failure,
         )
 
-    def explain(self) -> Explanation:
+    def explain(self, group: int = 0) -> Explanation:
         raise ConfigError("window_steps=0, says the test")
 
     def stats(self, layers: Sequence[int] = ()) -> ClusterStats:

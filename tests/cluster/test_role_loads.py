@@ -1,0 +1,39 @@
+"""Which ranks a prompt may go to, by role: prompts wait only for ranks that compute prompts, and move only if they can."""
+
+from __future__ import annotations
+
+from cluster.driver.hand_over_costs import FIRST_SHORT_TOKENS
+from cluster.driver.rank_loads import RankCapacity
+from cluster.driver.role_loads import RoleLoads
+from cluster.driver.scheduled_request import MoveClaim
+from epslots.rank_groups import Role
+
+
+def loads_of(**roles: Role) -> RoleLoads:
+    loads = RoleLoads()
+    for worker, role in roles.items():
+        loads.serve(worker, RankCapacity(1000, 16, role=role))
+    return loads
+
+
+def test_prompts_wait_for_no_decode_rank():
+    """One that forms anew will not compute them before the others do."""
+    loads = loads_of(d="decode", e="decode")
+    loads.pause("d", soon=True)
+    assert loads.for_prompt(MoveClaim(50, 60), lambda _: 0) is loads._decoding
+    loads = loads_of(p="prefill", d="decode")
+    loads.pause("p", soon=True)
+    assert loads.for_prompt(MoveClaim(50, 60), lambda _: 0) is loads._prompts
+
+
+def test_a_prompt_stays_where_most_of_it_is_cached():
+    loads, request = loads_of(p="prefill", d="decode"), MoveClaim(10 * FIRST_SHORT_TOKENS, 60)
+    assert loads.for_prompt(request, lambda _: 8 * FIRST_SHORT_TOKENS) is loads._prompts
+    assert loads.for_prompt(request, lambda _: 9 * FIRST_SHORT_TOKENS) is loads._decoding
+
+
+def test_requests_are_handed_over_where_another_rank_decodes():
+    loads = loads_of(p="prefill", d="decode", m="mixed")
+    assert [loads.hands_over(worker) for worker in ("p", "d", "m", "gone")] == [True, False, False, False]
+    loads.pause("d")
+    assert not loads.hands_over("p")
