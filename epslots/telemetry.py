@@ -332,8 +332,6 @@ class WindowMeter:
         self._last = now
         counts = {name: total - last[name] for name, total in now.items()}
         counts["steps"] = now["steps"].max() - last["steps"].max()
-        # A prefetch that was counted in the last window may have been cancelled in this one.
-        counts["host_bytes"] = np.maximum(counts["host_bytes"], 0)
         return LoadWindow(seconds=seconds, **{name: _encode(count) for name, count in counts.items()})
 
 
