@@ -207,7 +207,7 @@ class Cluster(ClusterControl):
         return self._submit(prompt, read_settings(settings), places)
 
     def hold(self, requests: int) -> HeldPlaces | None:
-        """Take places in the queue for requests that are yet to be made: a service does so before it reads a long prompt.
+        """Take places in the queue for requests that are yet to be made. A service does so before it reads a long prompt.
 
         Returns:
             The places, which are to be closed in the end; None if there aren't as many now.

@@ -30,9 +30,6 @@ class LoadWindow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         uses: [L, E], steps in which any rank used the expert; equal on all ranks.
         reuse: [L, E + 1], a sample of the experts' stack distances over all ranks (``reuse_distance.py``); equal on all ranks.
         hits, misses: uses of experts that this rank computed, by layer.
-        host_bytes, peer_bytes: bytes fetched from the host and from peers, by layer.
-        layer_s: seconds in each layer.
-        wait_s: seconds of these spent waiting for other ranks' counts.
         pairs_sent, pairs_received: own pairs that other ranks computed, and theirs that this rank did, by layer.
         compute_s: seconds in which this rank computed experts, by layer; 0 where that isn't known.
         placement: version of the placement that is followed at the end.
@@ -47,10 +44,6 @@ class LoadWindow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reuse: bytes
     hits: tuple[int, ...]
     misses: tuple[int, ...]
-    host_bytes: tuple[int, ...]
-    peer_bytes: tuple[int, ...]
-    layer_s: tuple[float, ...]
-    wait_s: tuple[float, ...]
     pairs_sent: tuple[int, ...]
     pairs_received: tuple[int, ...]
     compute_s: tuple[float, ...]

@@ -140,7 +140,7 @@ class StartDisplay:
 
 
 class LoggedProgress:
-    """Progress of counted work: a bar in a terminal; in a log a line every 10 s, and after each tenth of the work.
+    """Progress of counted work. In a terminal it is a bar; in a log a line every 10 s, and after each tenth of the work.
 
     Args:
         title: of the bar.

@@ -42,7 +42,7 @@ class LayerStats(msgspec.Struct, frozen=True):
     """Uses that had to fetch it first."""
     passes: int
     """Passes over part of the layer's experts; equal to ``steps`` when the slots suffice."""
-    hosted: int
+    cpu_misses: int
     """Misses that weren't fetched, but computed on the host's CPU."""
     evictions: int
     """Experts that lost their slot to a fetch."""
@@ -62,11 +62,11 @@ class LayerStats(msgspec.Struct, frozen=True):
     """Hits on prefetched experts whose fetch was still in flight."""
     stall_s: float
     """Seconds the host spent on demand fetches (on CUDA: queueing them; the copies run beside it)."""
-    moves: int
+    migrations: int
     """Experts fetched by migrations, at the end of a step. Their bytes count above."""
-    move_s: float
+    migration_s: float
     """Seconds the host spent on migrations."""
-    hosted_s: float
+    cpu_s: float
     """Seconds the host's CPU spent computing experts."""
     layer_s: float
     """Seconds the host spent in the layer (on CUDA: queueing its work, and waiting for counts)."""
@@ -336,8 +336,6 @@ class WindowMeter:
         self._last = now
         counts = {name: total - last[name] for name, total in now.items()}
         counts["steps"] = now["steps"].max() - last["steps"].max()
-        # A prefetch that was counted in the last window may have been cancelled in this one.
-        counts["host_bytes"] = np.maximum(counts["host_bytes"], 0)
         return LoadWindow(seconds=seconds, **{name: _encode(count) for name, count in counts.items()})
 
 

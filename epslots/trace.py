@@ -29,7 +29,7 @@ from epslots.given_files import write_whole
 from epslots.models.experts import experts_modules
 from epslots.npz import read_arrays
 from epslots.placement.placement import check_size
-from epslots.prefetch.routers import Router, find_routers
+from epslots.prefetch.routers import LinearRouter, find_routers
 from epslots.runtime import Runtime, runtime_of
 
 MOST_EXPERTS = 2**15  # of a layer: ids are int16
@@ -132,7 +132,7 @@ class TraceRecorder:
         routers: of all layers, to record their probabilities; None where a layer has no linear router. None: record none.
     """
 
-    def __init__(self, runtime: Runtime, routers: Sequence[Router | None] | None = None) -> None:
+    def __init__(self, runtime: Runtime, routers: Sequence[LinearRouter | None] | None = None) -> None:
         self._runtime = runtime
         self._routers = routers
         self._experts = [layer.num_experts for layer in runtime.layers]
@@ -175,7 +175,7 @@ class TraceRecorder:
             sequence.append(tuple(array[here][real_BT[row]] for array in rows))
 
     def _take_rows(self) -> _Rows:
-        """The tokens' rows; -1 where a layer has a smaller k or saw part of the tokens, and no probabilities in the latter."""
+        """The tokens' rows. -1 where a layer has a smaller k or saw part of the tokens, and no probabilities in the latter."""
         seen = {layer: ids.numpy() for layer, ids in self._layer_ids.items()}
         tokens, top_k = (max(ids.shape[axis] for ids in seen.values()) for axis in (0, 1))
         ids_TLK = np.full((tokens, len(self._experts), top_k), -1, np.int16)

@@ -1,4 +1,4 @@
-"""Four ranks as one group, and as two groups of two: tokens a second and hit rate, with as many slots on each rank.
+"""Four ranks as one group, and as two groups of two. Tokens a second and hit rate, with as many slots on each rank.
 
 A fetch takes as long as that of a large expert, on an emulated link, as the costs say that the ranks plan with.
 """

@@ -282,7 +282,7 @@ class Controller:
             balance_now=float(proposal.balance_now),
             balance_then=float(proposal.balance_then),
             gain_s=proposal.gain_ns / 1e9,
-            move_s=proposal.move_ns / 1e9,
+            migration_s=proposal.migration_ns / 1e9,
             copies=int(proposal.copies),
             trust=float(expected.trust),
             windows=float(expected.windows),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from epslots.placement.forecast import Forecast
 from epslots.placement.pooled_forecast import GroupForecast, PooledForecast
 
 MakeForecast = Callable[[str, tuple[int, ...]], GroupForecast]
@@ -12,14 +11,9 @@ MakeForecast = Callable[[str, tuple[int, ...]], GroupForecast]
 
 
 class RoleForecasts:
-    """The forecasts of a cluster, made as groups ask for them.
+    """The forecasts of a cluster, made as groups ask for them."""
 
-    Args:
-        make: makes a forecast.
-    """
-
-    def __init__(self, make: Callable[[], Forecast] = Forecast) -> None:
-        self._make = make
+    def __init__(self) -> None:
         self._pooled: dict[tuple[str, tuple[int, ...]], PooledForecast] = {}
 
     def of(self, group: int, role: str, num_experts: tuple[int, ...]) -> GroupForecast:
@@ -30,5 +24,5 @@ class RoleForecasts:
         """
         key = role, num_experts
         if key not in self._pooled:
-            self._pooled[key] = PooledForecast(self._make)
+            self._pooled[key] = PooledForecast()
         return self._pooled[key].of(group)

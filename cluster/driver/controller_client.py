@@ -93,7 +93,7 @@ class ControllerStats:
 
 
 @dataclass(eq=False)
-class _Question:
+class _OpenOrder:
     """An order whose reply a caller waits for."""
 
     order: Order
@@ -129,7 +129,7 @@ class ControllerClient:
         self._started = self._failures = 0
         self._attached = -1
         """Epoch of the group that the controller serves."""
-        self._questions: deque[_Question] = deque()
+        self._orders: deque[_OpenOrder] = deque()
         self._waiting: dict[int, list[LoadReport]] = {}
         """Load reports for the controller, by the window's number."""
         self._dropped = self._dropped_before = self._refused = 0
@@ -183,10 +183,10 @@ class ControllerClient:
 
     def fail(self, error: ClusterError) -> None:
         """Raise an error in all calls that wait for a reply."""
-        questions, self._questions = self._questions, deque()
-        for question in questions:
-            if not question.answer.done():
-                question.answer.set_exception(error)
+        orders, self._orders = self._orders, deque()
+        for asked in orders:
+            if not asked.answer.done():
+                asked.answer.set_exception(error)
 
     def stats(self) -> ControllerStats:
         """The present state and counters."""
@@ -225,14 +225,14 @@ class ControllerClient:
                 await self._ask(Freeze(frozen))
 
     async def _ask(self, order: Order) -> Reply:
-        question = _Question(order, asyncio.get_running_loop().create_future())
-        self._questions.append(question)
+        asked = _OpenOrder(order, asyncio.get_running_loop().create_future())
+        self._orders.append(asked)
         self._changes.notify()
         try:
-            return await question.answer
+            return await asked.answer
         finally:
-            if question in self._questions:
-                self._questions.remove(question)
+            if asked in self._orders:
+                self._orders.remove(asked)
 
     # The controller.
 
@@ -279,12 +279,12 @@ class ControllerClient:
         """Send a controller one order after the other: first ``Attach``, then users' orders, then load reports."""
         while True:
             await self._changes.wait_for(
-                lambda: self._ranks.formed and bool(self._must_attach() or self._questions or self._waiting)
+                lambda: self._ranks.formed and bool(self._must_attach() or self._orders or self._waiting)
             )
             if self._must_attach():
                 await self._attach(handle)
-            elif self._questions:
-                await self._answer(handle, self._questions[0])
+            elif self._orders:
+                await self._answer(handle, self._orders[0])
             else:
                 await self._send_reports(handle)
 
@@ -308,12 +308,12 @@ class ControllerClient:
         order = Attach(group=state, offered=offered, published=self._newest, frozen=self.frozen, role=self._ranks.role)
         await self._call(handle, order, attaches=epoch)
 
-    async def _answer(self, handle: ControllerHandle, question: _Question) -> None:
-        reply = await self._call(handle, question.order)
-        if question in self._questions:  # else its caller gave up
-            self._questions.remove(question)
-            if not question.answer.done():  # its caller is giving up just now
-                question.answer.set_result(reply)
+    async def _answer(self, handle: ControllerHandle, asked: _OpenOrder) -> None:
+        reply = await self._call(handle, asked.order)
+        if asked in self._orders:  # else its caller gave up
+            self._orders.remove(asked)
+            if not asked.answer.done():  # its caller is giving up just now
+                asked.answer.set_result(reply)
 
     async def _send_reports(self, handle: ControllerHandle) -> None:
         waiting, self._waiting = self._waiting, {}

@@ -1,4 +1,4 @@
-"""An asyncio loop in a thread of its own; how other threads call into it, and how its coroutines wait for each other."""
+"""An asyncio loop in a thread of its own. How other threads call into it, and how its coroutines wait for each other."""
 
 from __future__ import annotations
 

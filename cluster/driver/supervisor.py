@@ -300,7 +300,7 @@ class Supervisor:
                 if epoch == group.epoch:
                     group.break_up(f"{worker.name} reports: {cause}", in_step=stood)
             case Failed():
-                raise _failure_of(worker, event)
+                raise worker.failure(event)
             case RankReport(number=number) if number in self._reports:  # else its caller gave up
                 self._reports[number] = event
             case RankStopped():
@@ -394,11 +394,3 @@ class Supervisor:
         """Note the end of a stage of the start."""
         if _LAST_STAGE not in self.timeline:
             self.timeline[stage] = time.monotonic() - self._began_s
-
-
-def _failure_of(worker: WorkerRecord, event: Failed) -> RankFailed:
-    """The error of a worker that failed by itself; for a bug, with its traceback."""
-    error = RankFailed(f"{worker.name} failed while {event.doing}: {event.kind}: {event.message}", event.kind)
-    if not event.deliberate:
-        error.add_note(event.traceback)
-    return error

@@ -16,7 +16,7 @@ from cluster.driver.group_deal import GroupDeal
 from cluster.driver.worker_group import WorkerGroup
 from cluster.driver.workers import WorkerRecord
 from cluster.errors import ClusterError
-from epslots.rank_groups import Role
+from epslots.rank_groups import RankGroups, Role, check_division
 
 logger = logging.getLogger("epslots.cluster")
 
@@ -31,7 +31,7 @@ class WorkerGroups:
 
     Attributes:
         deal: the groups of bundles, those included that are yet to come.
-        prefill_groups: groups that compute prompts, the first ones; the others decode. 0 = every group does both.
+        division: the ranks, groups and roles at the start.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class WorkerGroups:
     ) -> None:
         self._make, self._end, self._spawn = make, end, spawn
         self.deal = GroupDeal(1, None)
-        self.prefill_groups = 0
+        self.division = RankGroups(1)
         self._groups: list[WorkerGroup] = []
 
     def __iter__(self) -> Iterator[WorkerGroup]:
@@ -61,22 +61,15 @@ class WorkerGroups:
             prefill_ranks: ranks of groups that compute prompts; 0 = every group computes its own.
 
         Raises:
-            ClusterError: it can't be done.
+            ConfigError: the numbers don't go together.
         """
-        if ranks % groups:
-            raise ClusterError(f"groups={groups} with {ranks} ranks; allowed: a number that divides the ranks")
-        size = ranks // groups
-        if prefill_ranks % size or (prefill_ranks and prefill_ranks >= ranks):
-            raise ClusterError(
-                f"prefill_ranks={prefill_ranks} with {ranks} ranks in {groups} groups; allowed: multiples of {size}, and at "
-                f"least one group that decodes"
-            )
-        self.deal = GroupDeal(groups, None if groups == 1 else size)
-        self.prefill_groups = prefill_ranks // size
+        check_division(ranks, groups, prefill_ranks, 0)
+        self.division = RankGroups(ranks, groups, prefill_ranks)
+        self.deal = GroupDeal(groups, None if groups == 1 else self.division.group_size)
 
     def role_of(self, number: int) -> Role:
-        """What a group serves."""
-        return "mixed" if not self.prefill_groups else "prefill" if number < self.prefill_groups else "decode"
+        """What a group serves, one that was added later, too."""
+        return self.division.role_of(number)
 
     def number_of(self, bundle: int) -> int:
         """The number of a bundle's group."""

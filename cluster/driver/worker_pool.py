@@ -55,7 +55,6 @@ class WorkerPool:
         listen: takes the events of a new worker until that is lost, with its ``cause`` set.
         spawn: runs a coroutine in the background.
         give_up_s: seconds after which a failing place, or a lost backend, is given up; None = never.
-        clock: seconds, from any origin.
 
     Attributes:
         size: number of ranks that there are to be.
@@ -71,10 +70,9 @@ class WorkerPool:
         listen: Callable[[WorkerRecord], Coroutine[Any, Any, None]],
         spawn: Callable[[Callable[[], Coroutine[Any, Any, None]]], asyncio.Task[None]],
         give_up_s: float | None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._backend, self._workers, self._groups = backend, workers, groups
-        self._listen, self._spawn, self._give_up_s, self._clock = listen, spawn, give_up_s, clock
+        self._listen, self._spawn, self._give_up_s = listen, spawn, give_up_s
         self.size = 0
         self.started = False
         self._places: dict[int, _Place] = {}
@@ -241,7 +239,7 @@ class WorkerPool:
 
     async def _wait_to_retry(self, bundle: int, place: _Place, error: ClusterError, *, logged: bool) -> bool:
         """Wait for the next attempt; returns False if there is to be none. ``logged``: the error is in the log already."""
-        verdict = place.retries.failed(self._clock())
+        verdict = place.retries.failed(time.monotonic())
         failures = place.retries.failures
         hopeless = failures >= MOST_FAILURES and (not place.grouped or getattr(error, "kind", "") in _INCURABLE)
         if verdict.give_up or hopeless:
@@ -254,7 +252,7 @@ class WorkerPool:
             return False
         if verdict.tell and (failures > 1 or not logged):
             logger.warning("%s. It is tried again in %.3g s (failures in a row: %d)", error, verdict.wait_s, failures)
-        place.next_s = self._clock() + verdict.wait_s
+        place.next_s = time.monotonic() + verdict.wait_s
         self._workers.changes.notify()
         await self._workers.changes.wait_for(lambda: not place.retries.failures, verdict.wait_s)
         place.next_s = None
@@ -272,7 +270,7 @@ class WorkerPool:
             reason = await self._backend.lost()
             if not self.started:
                 raise ClusterError(reason)
-            began_s = self._clock()
+            began_s = time.monotonic()
             self._lost = reason
             self._losses += 1
             logger.warning("%s. All ranks end with it, and are started again when Ray is back; requests wait", reason)
@@ -290,7 +288,7 @@ class WorkerPool:
                 place.retries.reset()
                 self._keep(bundle)
             self._workers.changes.notify()
-            logger.warning("Ray is back after %.1f s, and ranks are being started", self._clock() - began_s)
+            logger.warning("Ray is back after %.1f s, and ranks are being started", time.monotonic() - began_s)
 
     async def _reopen(self) -> None:
         """Reopen the backend, in as many attempts as it takes.
@@ -306,7 +304,7 @@ class WorkerPool:
                         await self._backend.reopen(self.size, [self._groups.number_of(bundle) for bundle in range(self.size)])
                         return
                     except ClusterError as error:
-                        verdict = retries.failed(self._clock())
+                        verdict = retries.failed(time.monotonic())
                         if verdict.tell:
                             logger.warning("no places for the ranks could be reserved yet: %s. It is tried again", error)
                         await asyncio.sleep(verdict.wait_s)
@@ -321,7 +319,7 @@ class WorkerPool:
         for bundle, place in sorted(self._places.items()):
             worker = self._workers.on(bundle)
             if worker is None and place.next_s is not None:
-                lines.append(f"{place.error}; it is tried again in {max(0.0, place.next_s - self._clock()):.0f} s")
+                lines.append(f"{place.error}; it is tried again in {max(0.0, place.next_s - time.monotonic()):.0f} s")
             elif worker is None:
                 lines.append(f"rank {bundle}: its process is being started")
             elif worker.state is WorkerState.LOADING:

@@ -11,8 +11,8 @@ from typing import Any
 
 from cluster.driver.backend import WorkerDied, WorkerHandle
 from cluster.driver.loop_thread import Notifier
-from cluster.errors import ClusterError, Superseded
-from cluster.messages.rank import Command, Loaded, Ping, decode_pong, encode
+from cluster.errors import ClusterError, RankFailed, Superseded
+from cluster.messages.rank import Command, Failed, Loaded, Ping, decode_pong, encode
 
 _PROVEN_S = 60.0
 _SECOND_LOOK_S = 0.1
@@ -84,6 +84,13 @@ class WorkerRecord:
     def proven(self) -> bool:
         """It has worked, or lived, long enough that its end isn't taken for a failed start."""
         return self.served or time.monotonic() - self.since_s > _PROVEN_S
+
+    def failure(self, event: Failed) -> RankFailed:
+        """The error of a worker that failed by itself; for a bug, with its traceback."""
+        error = RankFailed(f"{self.name} failed while {event.doing}: {event.kind}: {event.message}", event.kind)
+        if not event.deliberate:
+            error.add_note(event.traceback)
+        return error
 
 
 class Workers:

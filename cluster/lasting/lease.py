@@ -7,10 +7,9 @@ orphan    a rank whose driver is gone: dead, silent for as long as a lease lasts
 adopt     claim the next term, and serve on with the ranks as they are
 doom      a rank or placement group that a driver is about to end is on record as doomed; the next driver doesn't adopt it
 
-A paused driver is silent as a dead one is. It finds the newer claim when it goes on, and leaves the ranks alone. It may be
-paused at any place, also after it has looked at the claims and before it ends a rank. So it dooms the rank, then looks, then
-ends the rank; and the next driver claims, then reads what is doomed, then adopts. In either order one sees the other
-(Dekker's rule): the first finds the claim, or the second finds the rank doomed.
+A paused driver is silent as a dead one is, and may go on at any place, also just before it ends a rank. So it dooms the rank,
+then looks at the claims, then ends the rank; the next driver claims, then reads what is doomed, then adopts. In either order
+one sees the other (Dekker's rule): the first finds the claim and leaves the rank alone, or the second finds the rank doomed.
 """
 
 from __future__ import annotations
@@ -126,8 +125,8 @@ class Fate(Enum):
 class OrphanWatch:
     """Decides when a rank is an orphan, and when it ends: after the time that its last driver has set."""
 
-    def __init__(self, lease_s: float = LEASE_S) -> None:
-        self._lease = LeaseWatch(lease_s)
+    def __init__(self) -> None:
+        self._lease = LeaseWatch(LEASE_S)
         self._orphan_s = math.inf
         self._waited_s: float | None = None
         self._looked_s: float | None = None

@@ -92,7 +92,7 @@ class Judgement(msgspec.Struct, frozen=True, kw_only=True):
         asked: planned for ``rebalance``, not after a window.
         balance_now, balance_then: mean load of the ranks / largest load, averaged over layers: at present, and as planned.
         gain_s: seconds that it is expected to save over the next windows.
-        move_s: seconds that its migrations cost.
+        migration_s: seconds that its migrations cost.
         copies: number of its migrations.
         trust: in the forecast, 0 to 1.
         windows: number of windows that the forecast is expected to hold.
@@ -106,7 +106,7 @@ class Judgement(msgspec.Struct, frozen=True, kw_only=True):
     balance_now: float
     balance_then: float
     gain_s: float
-    move_s: float
+    migration_s: float
     copies: int
     trust: float
     windows: float
@@ -122,8 +122,8 @@ class Judgement(msgspec.Struct, frozen=True, kw_only=True):
             )
         return (
             f"{why}: placement {self.placement}; balance {self.balance_now:.3f} -> {self.balance_then:.3f}, saves "
-            f"{self.gain_s * 1e6:.3g} us in the coming windows for {self.move_s * 1e6:.3g} us of moving {self.copies} copies"
-            f"{', which need not pay when asked' if self.asked else ''} (trust {self.trust:.2f}, for {self.windows:.1f} "
+            f"{self.gain_s * 1e6:.3g} us in the coming windows for {self.migration_s * 1e6:.3g} us of moving {self.copies} "
+            f"copies{', which need not pay when asked' if self.asked else ''} (trust {self.trust:.2f}, for {self.windows:.1f} "
             "windows)"
         )
 

@@ -7,12 +7,9 @@
     target -> source           CacheAnswer; CacheAnswer once more, after the last piece
     source -> driver           HandedOver
 
-A hand-over that begins before the prompt is computed sends a part after each step; one that begins later sends everything as
-one part. The source holds the request from the offer on, or from the end of its prompt: it makes no step then. After a failure
-it lets it go on by itself, before it reports. After a success
-the driver submits the request to the target, and cancels it on the source; if it doesn't need it there any more, it sends
-``GoOn`` to the source. The target drops what it has when its link breaks; after its second answer it waits for the request, or
-for ``Release``.
+A hand-over that begins before the prompt is computed sends a part after each step; a later one sends one part. The source
+makes no step of the request from the offer on, or from its prompt's end. After a failure it goes on, then reports. After a
+success the driver submits the request to the target, which waits for it, and cancels it on the source.
 """
 
 from __future__ import annotations
@@ -69,13 +66,13 @@ class LinkContacts(msgspec.Struct, tag=True, frozen=True):
 
 
 class GoOn(msgspec.Struct, tag=True, frozen=True):
-    """Let a request whose cache was handed over go on here after all."""
+    """Let a request whose cache was handed over go on here after all. The driver doesn't need it at the target any more."""
 
     id: str
 
 
 class Release(msgspec.Struct, tag=True, frozen=True):
-    """Drop a cache that was taken, or is being taken: its request doesn't come."""
+    """Drop a cache that was taken, or is being taken: its request doesn't come. So does a target whose link breaks."""
 
     id: str
 

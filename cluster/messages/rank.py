@@ -1,17 +1,15 @@
-"""Messages between the driver and a worker, as msgpack.
+"""Messages between the driver and a worker, as msgpack. A command's call returns at once; events follow in batches.
 
-    driver -> worker   command          answer, as an event (worker -> driver)
-                       Load             LoadProgress, then Loaded
-                       Form             Contact; then, after Contacts, Formed
-                       Submit, Cancel   Outputs
-                       Wake             Asleep, when no rank has work any more
-                       GetReport        RankReport
-                       HandOver, ...    HandedOver, ...: see ``hand_over.py``
-                       Adopt            Adopted: the worker serves another driver from now on
-                       Stop             RankStopped
-
-A command's call returns at once, even from a busy worker (``Ping`` returns a ``Pong``); events follow in batches. Unasked
-events: ``Broken`` (the group lost a rank), ``Failed`` (the worker's last). Messages about placements are in ``placement.py``.
+driver -> worker   command          answer, as an event (worker -> driver)
+                   Load             LoadProgress, then Loaded
+                   Form             Contact; then, after Contacts, Formed
+                   Submit, Cancel   Outputs
+                   Wake             Asleep, when no rank has work any more
+                   GetReport        RankReport
+                   HandOver, ...    HandedOver, ...: see ``hand_over.py``
+                   Adopt            Adopted: the worker serves another driver from now on
+                   Stop             RankStopped
+unasked                             Broken: the group lost a rank; Failed: the worker's last event
 """
 
 from __future__ import annotations

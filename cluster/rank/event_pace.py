@@ -11,14 +11,9 @@ after one another share it. Readers of a stream see its tokens at most this much
 
 
 class EventPace:
-    """Sends at once what a reader waits for: a request's first tokens, and the news of a hand-over. Others go in batches.
+    """Sends a request's first tokens and the news of a hand-over at once, because a reader waits; others in batches."""
 
-    Args:
-        every_s: from one batch to the next, unless a first token has come.
-    """
-
-    def __init__(self, every_s: float = EVENTS_EVERY_S) -> None:
-        self._every_s = every_s
+    def __init__(self) -> None:
         self._due_s = 0.0
         self._urgent = False
         self._silent: set[str] = set()
@@ -43,4 +38,4 @@ class EventPace:
 
     def sent(self, now_s: float) -> None:
         """All noted events were sent."""
-        self._urgent, self._due_s = False, now_s + self._every_s
+        self._urgent, self._due_s = False, now_s + EVENTS_EVERY_S

@@ -66,7 +66,7 @@ def find_running(address: str) -> str:
 
 
 def _check_file(file: Path) -> None:
-    """Refuse Ray's note of the running cluster if it is no file: in a folder for all users, a FIFO would make Ray wait."""
+    """Refuse Ray's note of the running cluster if it is no file. In a folder for all users, a FIFO would make Ray wait."""
     with suppress(FileNotFoundError):
         if not stat.S_ISREG(file.stat().st_mode):
             raise ClusterError(f'address="auto": {file} is no file; remove it, or give the "host:port" of the Ray to join')

@@ -12,24 +12,24 @@ from pydantic import BaseModel, ConfigDict
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 
-class _Answer(BaseModel):
+class _AnswerBody(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-class ErrorDetail(_Answer):
+class ErrorDetail(_AnswerBody):
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-class ErrorAnswer(_Answer):
+class ErrorAnswer(_AnswerBody):
     """A refusal or a failure."""
 
     error: ErrorDetail
 
 
-class TokenUsage(_Answer):
+class TokenUsage(_AnswerBody):
     """Tokens of a request; each prompt counts once, for any n."""
 
     prompt_tokens: int
@@ -37,7 +37,7 @@ class TokenUsage(_Answer):
     total_tokens: int
 
 
-class CompletionLogprobs(_Answer):
+class CompletionLogprobs(_AnswerBody):
     """Log-probabilities of a text's tokens; the first token of a prompt has none."""
 
     tokens: list[str]
@@ -46,7 +46,7 @@ class CompletionLogprobs(_Answer):
     text_offset: list[int]
 
 
-class PromptToken(_Answer):
+class PromptToken(_AnswerBody):
     logprob: float
     rank: int | None
     decoded_token: str
@@ -56,7 +56,7 @@ PromptLogprobs = list[dict[str, PromptToken] | None]
 """Of a prompt's tokens, the first of which has none: its own, and those of the likeliest ones, by token id (vLLM's)."""
 
 
-class CompletionChoice(_Answer):
+class CompletionChoice(_AnswerBody):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
@@ -64,7 +64,7 @@ class CompletionChoice(_Answer):
     prompt_logprobs: PromptLogprobs | None = None
 
 
-class Completion(_Answer):
+class Completion(_AnswerBody):
     """The continuations of prompts; in a stream, a part of them."""
 
     id: str
@@ -75,25 +75,25 @@ class Completion(_Answer):
     usage: TokenUsage | None = None
 
 
-class CalledFunction(_Answer):
+class CalledFunction(_AnswerBody):
     name: str | None = None
     arguments: str | None = None
 
 
-class ToolCallAnswer(_Answer):
+class ToolCallAnswer(_AnswerBody):
     id: str
     type: Literal["function"]
     function: CalledFunction
 
 
-class ToolCallDelta(_Answer):
+class ToolCallDelta(_AnswerBody):
     index: int
     id: str | None = None
     type: Literal["function"] | None = None
     function: CalledFunction
 
 
-class ChatMessageAnswer(_Answer):
+class ChatMessageAnswer(_AnswerBody):
     role: Literal["assistant"]
     content: str | None
     refusal: None = None
@@ -102,7 +102,7 @@ class ChatMessageAnswer(_Answer):
     tool_calls: list[ToolCallAnswer] | None = None
 
 
-class ChatDelta(_Answer):
+class ChatDelta(_AnswerBody):
     role: Literal["assistant"] | None = None
     content: str | None = None
     reasoning: str | None = None
@@ -110,7 +110,7 @@ class ChatDelta(_Answer):
     tool_calls: list[ToolCallDelta] | None = None
 
 
-class LikelyToken(_Answer):
+class LikelyToken(_AnswerBody):
     token: str
     logprob: float
     bytes: list[int] | None
@@ -120,19 +120,19 @@ class ChatToken(LikelyToken):
     top_logprobs: list[LikelyToken]
 
 
-class ChatLogprobs(_Answer):
+class ChatLogprobs(_AnswerBody):
     content: list[ChatToken]
     refusal: None = None
 
 
-class ChatChoice(_Answer):
+class ChatChoice(_AnswerBody):
     index: int
     message: ChatMessageAnswer
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
 
 
-class ChatCompletion(_Answer):
+class ChatCompletion(_AnswerBody):
     """Answers to a chat."""
 
     id: str
@@ -144,14 +144,14 @@ class ChatCompletion(_Answer):
     prompt_logprobs: PromptLogprobs | None = None
 
 
-class ChatChunkChoice(_Answer):
+class ChatChunkChoice(_AnswerBody):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
 
 
-class ChatChunk(_Answer):
+class ChatChunk(_AnswerBody):
     """A part of the answers to a chat, in a stream."""
 
     id: str
@@ -162,7 +162,7 @@ class ChatChunk(_Answer):
     usage: TokenUsage | None = None
 
 
-class ModelCard(_Answer):
+class ModelCard(_AnswerBody):
     id: str
     object: Literal["model"]
     created: int
@@ -171,28 +171,28 @@ class ModelCard(_Answer):
     max_model_len: int
 
 
-class ModelList(_Answer):
+class ModelList(_AnswerBody):
     object: Literal["list"]
     data: list[ModelCard]
 
 
-class Tokenized(_Answer):
+class Tokenized(_AnswerBody):
     count: int
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None = None
 
 
-class Detokenized(_Answer):
+class Detokenized(_AnswerBody):
     prompt: str
 
 
-class Readiness(_Answer):
+class Readiness(_AnswerBody):
     """Whether requests are served now."""
 
     status: Literal["starting", "ready", "draining", "failed"]
     ranks: int
 
 
-class Version(_Answer):
+class Version(_AnswerBody):
     version: str

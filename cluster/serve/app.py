@@ -147,13 +147,19 @@ def _add_errors(app: FastAPI, most_bytes: int) -> None:
 def _add_endpoints(app: FastAPI, service: Service) -> None:
     """The endpoints of OpenAI's API."""
 
-    @app.post("/v1/completions", responses=_ERRORS | _stream_of(answers.Completion), response_model=answers.Completion)
+    @app.post(
+        "/v1/completions",
+        responses=_ERRORS | _answer_of(answers.Completion, answers.Completion),
+        response_model=answers.Completion,
+    )
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Continue prompts."""
         return await complete(service, body, request)
 
     @app.post(
-        "/v1/chat/completions", responses=_ERRORS | _stream_of(answers.ChatCompletion), response_model=answers.ChatCompletion
+        "/v1/chat/completions",
+        responses=_ERRORS | _answer_of(answers.ChatCompletion, answers.ChatChunk),
+        response_model=answers.ChatCompletion,
     )
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         """Answer a chat."""
@@ -198,9 +204,10 @@ def _add_endpoints(app: FastAPI, service: Service) -> None:
     began = int(time.time())
 
 
-def _stream_of(model: type[Any]) -> dict[int | str, dict[str, Any]]:
-    """The documentation of an answer that may be a stream."""
-    return {200: {"model": model, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+def _answer_of(model: type[Any], event: type[Any]) -> dict[int | str, dict[str, Any]]:
+    """The documentation of an answer that may be a stream of events."""
+    text = f"Events. The data of each is a {event.__name__}; of the last one, [DONE]."
+    return {200: {"model": model, "content": {"text/event-stream": {"schema": {"type": "string", "description": text}}}}}
 
 
 def _model_card(service: Service, name: str, began: int) -> dict[str, Any]:
@@ -255,6 +262,8 @@ def _describe(app: FastAPI, *, has_keys: bool) -> None:
         schemas = page["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
+        event = answers.ChatChunk.model_json_schema(mode="serialization", ref_template="#/components/schemas/{model}")
+        page["components"]["schemas"] = event.pop("$defs") | {"ChatChunk": event} | schemas
         for path in page["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)

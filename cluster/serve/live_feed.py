@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Protocol
 
@@ -79,18 +79,12 @@ class LiveFeed:
     Args:
         service: what they see.
         every_s: seconds from a frame to the next.
-        clock: seconds since 1970.
     """
 
-    def __init__(self, service: Watched, every_s: float = EVERY_S, clock: Callable[[], float] = time.time) -> None:
-        self._service, self._every_s, self._clock = service, every_s, clock
+    def __init__(self, service: Watched, every_s: float = EVERY_S) -> None:
+        self._service, self._every_s = service, every_s
         self._viewers: set[Viewer] = set()
         self._making: asyncio.Task[None] | None = None
-
-    @property
-    def viewers(self) -> int:
-        """Pages that are open now."""
-        return len(self._viewers)
 
     def join(self, layer: int) -> Viewer:
         """A new viewer; it gets a frame within a second.
@@ -133,7 +127,7 @@ class LiveFeed:
                     await sampler.sample(self._every_s)
                 known, layers = self._service.known(), self._service.viewed
                 at_s = None if sampler is None else sampler.latest_s
-                frames = await asyncio.to_thread(make_frames, known, window, layers, at_s, self._clock())
+                frames = await asyncio.to_thread(make_frames, known, window, layers, at_s, time.time())
                 for viewer in self._viewers:
                     if viewer.layer in frames:
                         viewer.show(frames[viewer.layer])

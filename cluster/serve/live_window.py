@@ -82,14 +82,9 @@ class LayerLoads:
 
 
 class LiveWindow:
-    """The samples of the last seconds, oldest first.
+    """The samples of the last ``SPAN_S`` seconds, oldest first; two are kept in any case."""
 
-    Args:
-        span_s: seconds between the oldest and the newest; two samples are kept in any case.
-    """
-
-    def __init__(self, span_s: float = SPAN_S) -> None:
-        self._span_s = span_s
+    def __init__(self) -> None:
         self._samples: deque[LiveSample] = deque()
 
     def add(self, sample: LiveSample) -> None:
@@ -98,7 +93,7 @@ class LiveWindow:
         if samples and sample.at_s <= samples[-1].at_s:
             return
         samples.append(sample)
-        while len(samples) > 2 and samples[-1].at_s - samples[0].at_s > self._span_s:
+        while len(samples) > 2 and samples[-1].at_s - samples[0].at_s > SPAN_S:
             samples.popleft()
 
     @property

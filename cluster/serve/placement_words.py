@@ -65,7 +65,7 @@ def _published(made: Judgement) -> str:
     why = "on request" if made.asked else "because it pays"
     return (
         f"Placement {made.placement} was published {why}: balance {made.balance_now:.2f} to {made.balance_then:.2f}, for "
-        f"{_copies(made.copies)}; expected to save {_seconds(made.gain_s)} and to cost {_seconds(made.move_s)}."
+        f"{_copies(made.copies)}; expected to save {_seconds(made.gain_s)} and to cost {_seconds(made.migration_s)}."
     )
 
 

@@ -7,10 +7,8 @@
         import_path: cluster.serve.ray_app:build
         args: {model: /models/Qwen3-30B-A3B, ranks: 8, slots: 25%, service: {names: [qwen]}}
 
-A replica holds the driver of a cluster of its own in the Ray that it runs in; its ranks take the devices. They outlive a
-replica that is killed, and the one that Serve starts in its place adopts them (``orphan_s``: within 10 minutes by default).
-The same application as ``epslots serve``, behind Serve's proxy: that costs more for each token, and Ray's tools deploy and
-restart it.
+The application of ``epslots serve``, deployed and restarted by Ray's tools; Serve's proxy costs more for each token. A replica
+drives a cluster of its own, in the Ray that it runs in. Its ranks outlive it; the next replica adopts them (``orphan_s``).
 """
 
 from __future__ import annotations
@@ -30,7 +28,6 @@ from epslots.errors import ConfigError
 _MOST_REQUESTS = 10_000  # at a time in a replica: the service has limits of its own, and answers at once beyond them
 _HEALTH_EVERY_S = 10.0
 _SPARE_S = 20.0  # for the ranks' end, after requests were drained
-_STARTS_WITHIN_S = 3600.0
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:

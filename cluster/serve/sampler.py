@@ -24,51 +24,42 @@ class Sampler(Generic[Answer]):
     Args:
         ask: returns the answer; may wait.
         fresh_s: seconds in which an answer counts as new.
-        answer_s: seconds after which the last answer is returned instead.
-        clock: seconds.
 
     Attributes:
         latest: the last answer; None before the first.
-        latest_s: when it came, by the clock.
+        latest_s: when it came, by ``time.monotonic``.
     """
 
-    def __init__(
-        self,
-        ask: Callable[[], Answer],
-        *,
-        fresh_s: float = FRESH_S,
-        answer_s: float = ANSWER_S,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._ask, self._fresh_s, self._answer_s, self._clock = ask, fresh_s, answer_s, clock
+    def __init__(self, ask: Callable[[], Answer], *, fresh_s: float = FRESH_S) -> None:
+        self._ask, self._fresh_s = ask, fresh_s
         self._thread = ThreadPoolExecutor(1, "epslots-sampler")
         self._asking: asyncio.Future[Answer] | None = None
         self._asked_s = float("-inf")
         self.latest: Answer | None = None
         self.latest_s = float("-inf")
 
-    async def sample(self, answer_s: float | None = None) -> Answer | None:
+    async def sample(self, answer_s: float = ANSWER_S) -> Answer | None:
         """The answer, new if it comes in time; None before the first.
 
         Args:
-            answer_s: seconds to wait for it instead of the usual ones.
+            answer_s: seconds to wait for it.
         """
         self.refresh()
         if self._asking is not None:
-            await asyncio.wait({self._asking}, timeout=self._answer_s if answer_s is None else answer_s)
+            await asyncio.wait({self._asking}, timeout=answer_s)
         return self.latest
 
     def refresh(self) -> None:
         """Ask, unless the answer is new or awaited already; ``latest`` has it when it comes."""
-        if self._asking is None and self._clock() - self._asked_s >= self._fresh_s:
-            self._asked_s = self._clock()
+        if self._asking is None and time.monotonic() - self._asked_s >= self._fresh_s:
+            self._asked_s = time.monotonic()
             self._asking = asyncio.get_running_loop().run_in_executor(self._thread, self._ask)
             self._asking.add_done_callback(self._take)
 
     @property
     def age_s(self) -> float | None:
         """Seconds since the last answer came; None before the first."""
-        return None if self.latest is None else self._clock() - self.latest_s
+        return None if self.latest is None else time.monotonic() - self.latest_s
 
     def _take(self, asked: asyncio.Future[Answer]) -> None:
         self._asking = None
@@ -76,7 +67,7 @@ class Sampler(Generic[Answer]):
             return
         error = asked.exception()
         if error is None:
-            self.latest, self.latest_s = asked.result(), self._clock()
+            self.latest, self.latest_s = asked.result(), time.monotonic()
         elif not isinstance(error, EpslotsError):
             logger.error("the cluster can't be asked", exc_info=error)
 

@@ -34,13 +34,13 @@ class Arrival:
     first_row: int
 
 
-def arrivals_of(workload: Workload, starts: IntArray, seed: int = 0) -> Iterator[Arrival]:
-    """The requests in the order of their arrival, the same ones for a seed.
+def arrivals_of(workload: Workload, starts: IntArray) -> Iterator[Arrival]:
+    """The requests in the order of their arrival, the same ones every time.
 
     Args:
         starts: first rows of the trace's sequences, int64 [N]; requests take them in turn.
     """
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     count, at_s = workload.requests, 0.0
     prompt_N = random.integers(*workload.prompt_tokens, count, endpoint=True).tolist()
     new_N = random.integers(*workload.new_tokens, count, endpoint=True).tolist()

@@ -15,8 +15,8 @@ from cluster.simulation.request_simulation import RequestSimulation, RequestTime
 from epslots.arrays import FloatArray, IntArray
 from epslots.errors import ConfigError
 from epslots.simulation.grouped_cluster import GroupedCluster
-from epslots.simulation.load import LoadFigures, Quartet, Workload
-from epslots.simulation.simulate import RecordedTraffic
+from epslots.simulation.load import LoadFigures, Workload
+from epslots.simulation.simulate import RecordedTraffic, TimeStats
 
 # Requests that come before and after the measured ones: the cluster fills, and is still as full at the end.
 _BEFORE, _AFTER = 0.3, 0.1
@@ -109,10 +109,10 @@ class _Meter:
         return LoadFigures(
             rate=rate,
             requests=len(requests),
-            ttft_ms=_quartet([one.first_s - one.at_s for one in requests]),
-            tpot_ms=_quartet([(one.last_s - one.first_s) / (one.tokens - 1) for one in several]),
-            gap_ms=_quartet(_joined([gap_R for gap_R, _ in gaps]), _joined([streams_R for _, streams_R in gaps])),
-            hand_over_ms=_quartet(simulation.hand_over_s) if simulation.hand_over_s else None,
+            ttft_ms=_time_stats([one.first_s - one.at_s for one in requests]),
+            tpot_ms=_time_stats([(one.last_s - one.first_s) / (one.tokens - 1) for one in several]),
+            gap_ms=_time_stats(_joined([gap_R for gap_R, _ in gaps]), _joined([streams_R for _, streams_R in gaps])),
+            hand_over_ms=_time_stats(simulation.hand_over_s) if simulation.hand_over_s else None,
             tokens_per_s=(tokens_after - tokens_before) / (ended_s - began_s),
             reused=simulation.reused_of_prompts / max(1, self._prompt_tokens),
             hand_overs=moved.done,
@@ -139,13 +139,13 @@ def _mean_step_ms(tallies: Sequence[GroupTally]) -> float:
     return 1e3 * sum(one.seconds for one in tallies) / max(1, sum(one.steps for one in tallies))
 
 
-def _quartet(seconds: Sequence[float] | FloatArray, weights: IntArray | None = None) -> Quartet:
+def _time_stats(seconds: Sequence[float] | FloatArray, weights: IntArray | None = None) -> TimeStats:
     """Statistics of some times; of none, zeros. With ``weights``, each counts so often."""
     values = np.asarray(seconds, np.float64) * 1e3
     if not len(values):
-        return Quartet(0.0, 0.0, 0.0, 0.0)
+        return TimeStats(0.0, 0.0, 0.0, 0.0)
     counts = np.ones(len(values), np.int64) if weights is None else weights
     order = np.argsort(values)
     before = np.cumsum(counts[order])
     p50, p99 = (float(values[order][np.searchsorted(before, share * before[-1])]) for share in (0.5, 0.99))
-    return Quartet(float(np.average(values, weights=counts)), p50, p99, float(values.max()))
+    return TimeStats(float(np.average(values, weights=counts)), p50, p99, float(values.max()))

@@ -24,7 +24,7 @@ ARRIVAL_ROWS = 4
 
 
 @dataclass
-class _Times:
+class _TokenGaps:
     """Seconds between tokens of a running request, and until the first token of a newcomer."""
 
     gaps_s: list[float] = field(default_factory=list)
@@ -49,7 +49,7 @@ def measure_arrivals(cache_dir: Path, rounds: int, advance: Advance) -> Tables:
                 for model, (kind, target) in zip(models, targets.items(), strict=True)
             }
             models.clear()
-            times = {kind: _Times() for kind in engines}
+            times = {kind: _TokenGaps() for kind in engines}
             for number in range(rounds):
                 for kind, engine in engines.items():
                     _arrive(engine, number, times[kind])
@@ -75,7 +75,7 @@ def _decoding_alone(engine: Engine) -> float:
     return seconds
 
 
-def _arrive(engine: Engine, number: int, times: _Times) -> None:
+def _arrive(engine: Engine, number: int, times: _TokenGaps) -> None:
     """Count the gaps between tokens of 8 running requests while prompts are computed, each after the one before."""
     running = Decoding(engine, random_requests(engine.model, DECODING, PAST, PROMPTS * PROMPT, seed=number))
     left = [Request(f"new{i}", random_prompt(engine.model, PROMPT, 77_000 + 100 * number + i), 1) for i in range(PROMPTS)]

@@ -82,12 +82,11 @@ def measure_latents(cache_dir: Path, rounds: int, advance: Advance) -> Tables:
     }
 
 
-def cache_bytes(config: Any, tokens: int = 2**16) -> dict[str, float]:
+def cache_bytes(config: Any) -> dict[str, float]:
     """Bytes for each token: what an engine allocates, on the meta device; what its plan says; and those of keys and values.
 
     Args:
         config: of a model whose layers all keep latents.
-        tokens: by which the cache is made larger.
     """
     shape = shape_of_config(config, "bench", torch.bfloat16)
     with torch.device("meta"):
@@ -98,5 +97,5 @@ def cache_bytes(config: Any, tokens: int = 2**16) -> dict[str, float]:
 
     numbers = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
     expanded = 2 * config.num_hidden_layers * config.num_attention_heads * numbers
-    kept = (allocated(2 * tokens) - allocated(tokens)) / tokens
+    kept = (allocated(2**17) - allocated(2**16)) / 2**16
     return {"engine": kept, "plan": shape.token_bytes, "expanded": expanded, "expanded / engine": expanded / kept}

@@ -117,7 +117,7 @@ def _whole(engines: dict[int, Engine], rounds: int) -> dict[str, Any]:
     return rates | ratio_columns(together, alone)
 
 
-class _BetweenSteps(StoppingCriteria):
+class _Interleaving(StoppingCriteria):
     """Runs something else after each step of ``generate``; stops nothing.
 
     Attributes:
@@ -139,7 +139,7 @@ class _BetweenSteps(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-def _generate(model: PreTrainedModel, ids: torch.Tensor, new: int, between: _BetweenSteps) -> list[list[int]]:
+def _generate(model: PreTrainedModel, ids: torch.Tensor, new: int, between: _Interleaving) -> list[list[int]]:
     """The new tokens of each row."""
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "stopping_criteria": [between]}
     found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **settings)
@@ -175,7 +175,7 @@ def _over_generate(plain: PreTrainedModel, engine: Engine, batch: int, rounds: i
     for number in range(max(1, rounds // 2)):
         requests = requests_of(number)
         decoding = Decoding(engine, requests)
-        between = _BetweenSteps(decoding.step)
+        between = _Interleaving(decoding.step)
         tokens = _generate(plain, torch.tensor([request.prompt for request in requests]), NEW, between)
         different += sum(mine[:NEW] != yours for mine, yours in zip(decoding.tokens.values(), tokens, strict=True))
         decoding.stop()
@@ -190,7 +190,7 @@ def _fastest_experts(plain: PreTrainedModel, ids: torch.Tensor) -> str:
     speeds: dict[str, float] = {}
     for implementation in IMPLEMENTATIONS:
         plain.set_experts_implementation(implementation)
-        between = _BetweenSteps(lambda: None)
+        between = _Interleaving(lambda: None)
         _generate(plain, ids, 12, between)
         speeds[implementation] = median(between.seconds["generate"])
     fastest = min(speeds, key=lambda implementation: speeds[implementation])

@@ -34,6 +34,7 @@ PROMPT = 32
 # Zipf's exponent of the experts' popularity in each layer. Which ones are popular differs from layer to layer.
 SKEW = 1.0
 TIMED_RECORDS = 8  # copied at a time
+LINK_ROUNDS = 20
 RESIDENT = "transformers, resident"
 CAPTURED = "engine, captured"
 
@@ -211,7 +212,7 @@ def _seconds(step: Callable[[torch.Tensor], object], tokens: torch.Tensor) -> fl
     return time.perf_counter() - began
 
 
-def _link_rows(model: PreTrainedModel, device: torch.device, rounds: int = 20) -> list[dict[str, Any]]:
+def _link_rows(model: PreTrainedModel, device: torch.device) -> list[dict[str, Any]]:
     """Records into slots by the device's kernel and by plain copies, against one large copy of pinned memory: GB/s."""
     loader = runtime_of(model).loaders[0]
     pool = loader.pool
@@ -236,7 +237,7 @@ def _link_rows(model: PreTrainedModel, device: torch.device, rounds: int = 20) -
         "a copy for each record": one_by_one,
         "the device's kernel": lambda: kernels.copy(layer, missing),
     }
-    seconds = alternate(candidates, rounds, device=device)
+    seconds = alternate(candidates, LINK_ROUNDS, device=device)
     speeds = {what: source.nbytes / median(taken) / 1e9 for what, taken in seconds.items()}
     return [
         {"what": what, "records": count, "GB/s": speed, "of ceiling": speed / speeds[one_copy]}

@@ -144,7 +144,7 @@ def _bare_collectives(way: str, shared: LayerPlanner, counts_RE: IntArray, token
 
 
 def plan_times(rounds: int) -> list[dict[str, Any]]:
-    """The plan of a layer for 8 ranks x 128 experts and 64 x 384, on Zipf(1) loads, in several states of the caches."""
+    """The plan of a layer for 8 ranks x 128 experts and 64 x 384. Loads are Zipf(1), in several states of the caches."""
     rows = []
     for ranks, experts, top_k in GROUPS:
         for state, (tokens, share, spare) in STATES.items():

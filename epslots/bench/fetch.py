@@ -1,4 +1,4 @@
-"""Speed of one expert's way from the host store into a slot, by form of record; and computing it on the host instead."""
+"""Speed of one expert's way from the host store into a slot, by form of record. Also of computing it on the host instead."""
 
 from __future__ import annotations
 

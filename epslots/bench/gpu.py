@@ -66,18 +66,13 @@ def ended_in_time(kit: GpuKit, report: BenchReport, end: Callable[[int], object]
         timer.cancel()
 
 
-def run_kit(kit: GpuKit, report: BenchReport, *, apart: bool = True) -> None:
-    """Make the kit's steps, and report them; the page is beside the JSON.
-
-    Args:
-        apart: whether predictions and ranks run in processes of their own; tests leave ranks out.
-    """
+def run_kit(kit: GpuKit, report: BenchReport) -> None:
+    """Make the kit's steps, and report them; the page is beside the JSON."""
     check(kit)
     measure_costs(kit)
     measure_decoding(kit)
-    if apart:
-        measure_ranks(kit)
-    predict(kit, apart=apart)
+    measure_ranks(kit)
+    predict(kit, apart=True)
     run_tests(kit)
     _report(kit, report)
 

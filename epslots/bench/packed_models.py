@@ -66,7 +66,7 @@ def measure_memory(advance: Advance) -> Tables:
 
 
 def measure_quality(cache_dir: Path, rounds: int, advance: Advance) -> Tables:
-    """The shipped model in bf16, with the slot memory of a quarter of its experts in bf16: what each format makes of it.
+    """The shipped model in each format, with the slot memory of a quarter of its experts in bf16.
 
     Greedy text after four prompts, which each format writes by itself: after quantising it is another text. Hits count the
     first round. Loss is of held-out text.

@@ -81,8 +81,8 @@ def known_loads(rounds: int) -> list[dict[str, Any]]:
     """Balance, and milliseconds of the best round, on the very loads that were planned for."""
     sure = ExpectedLoad(GOLDEN * 10**6, np.full_like(GOLDEN, 100), 100, 1.0, 8.0)
     start = start_placement(1, 8, 8, 2)
-    fleet = RankHardware(np.zeros(8, np.int64), np.full(8, 1000), replay_costs(sure.tokens_LE[None], 8, 0.0))
-    ours = rank_loads(holders(propose(start, sure, fleet).placement), GOLDEN).max()
+    hardware = RankHardware(np.zeros(8, np.int64), np.full(8, 1000), replay_costs(sure.tokens_LE[None], 8, 0.0))
+    ours = rank_loads(holders(propose(start, sure, hardware).placement), GOLDEN).max()
     theirs = rank_loads(copies_held(eplb(GOLDEN, 8, 2), 8, 8), GOLDEN).max()
     rows: list[dict[str, Any]] = [_row("golden: largest load", float(ours), float(theirs))]
     for layers, experts, slots, ranks in (*ZIPF, LARGE):
@@ -126,10 +126,10 @@ def next_window(loads_WLE: IntArray, ranks: int, slots: int) -> dict[str, Any]:
     """
     layers, experts = loads_WLE.shape[1:]
     start = start_placement(layers, experts, ranks, slots)
-    fleet = RankHardware(np.zeros(ranks, np.int64), np.full(ranks, 1000), replay_costs(loads_WLE, ranks))
-    free = RankHardware(fleet.node_R, fleet.speed_R, replay_costs(loads_WLE, ranks, 0.0))
+    hardware = RankHardware(np.zeros(ranks, np.int64), np.full(ranks, 1000), replay_costs(loads_WLE, ranks))
+    free = RankHardware(hardware.node_R, hardware.speed_R, replay_costs(loads_WLE, ranks, 0.0))
     planners: dict[str, Any] = {
-        "ours": Planner(start, fleet),
+        "ours": Planner(start, hardware),
         "EPLB": lambda tokens_LE: copies_held(eplb(tokens_LE, ranks, slots), ranks, experts),
     }
     ours, theirs = (replay(loads_WLE, start, planner, time.perf_counter) for planner in planners.values())

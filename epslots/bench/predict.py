@@ -31,7 +31,7 @@ from epslots.prefetch.predictor import Estimator, Predictor
 from epslots.prefetch.predictor_file import PREDICTOR_FILE_NAME, load_predictor, router_predictor
 from epslots.prefetch.predictor_kernel import USAGE_SCALE
 from epslots.prefetch.recording import LayerRecording, cut_windows, record
-from epslots.prefetch.routers import Router, find_routers
+from epslots.prefetch.routers import LinearRouter, find_routers
 from epslots.progress import counting
 from epslots.runtime import predictor_of, runtime_of
 
@@ -85,7 +85,7 @@ def windows_of(model: PreTrainedModel, texts: Sequence[str], tokens: int) -> tor
 
 
 def recalls(
-    seen: dict[int, LayerRecording], routers: Sequence[Router], fits: Sequence[Estimator | None], distance: int
+    seen: dict[int, LayerRecording], routers: Sequence[LinearRouter], fits: Sequence[Estimator | None], distance: int
 ) -> list[dict[str, Any]]:
     """A row for each layer, and their mean: recall of its own router on earlier hidden states, and of the estimator."""
     rows: list[dict[str, Any]] = []

@@ -52,7 +52,7 @@ def _compare(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "steps with": int(moving.sum()),
         "steps without": int((~moving).sum()),
-        "experts moved": sum(rank["moves"] for rank in ranks),
+        "experts moved": sum(rank["migrated"] for rank in ranks),
         "P50": float(np.percentile(with_, 50) / np.percentile(without, 50)),
         "P99": float(np.percentile(with_, 99) / np.percentile(without, 99)),
         "worst": float(with_.max() / without.max()),
@@ -64,7 +64,7 @@ def _serve(transport: TorchTransport, folder: str, cache_dir: str, slots: int, s
     model = load_fp32(Path(folder), cache_dir, slots=slots, group=transport)
     group = group_of(model)
     assert group is not None
-    decode = _Decoding(model, transport.rank)
+    decode = _EndlessDecoding(model, transport.rank)
     for _ in range(CONTEXT // 4):
         decode.step()
     # All ranks must have the same budget; the first one's clock decides.
@@ -85,11 +85,11 @@ def _serve(transport: TorchTransport, folder: str, cache_dir: str, slots: int, s
         for _ in range(max(60, steps_with)):
             seconds.append(decode.step())
             moving.append(False)
-    moves = sum(layer.moves for layer in epslots.stats(model).layers)
-    return {"seconds": seconds, "moving": moving, "moves": moves}
+    migrated = sum(layer.migrations for layer in epslots.stats(model).layers)
+    return {"seconds": seconds, "moving": moving, "migrated": migrated}
 
 
-class _Decoding:
+class _EndlessDecoding:
     """A batch of sequences that grow by a token a step, and start again when they are long."""
 
     def __init__(self, model: PreTrainedModel, rank: int) -> None:

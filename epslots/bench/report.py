@@ -59,15 +59,15 @@ def alternate(
     return seconds
 
 
-def contenders(candidates: Candidates, always: str, within: float = 2.5) -> Candidates:
-    """``always``, and the other candidates that are at most ``within`` times slower than the fastest of them.
+def contenders(candidates: Candidates, always: str) -> Candidates:
+    """``always``, and the other candidates that are at most 2.5 times slower than the fastest of them.
 
     The second run of each decides. Otherwise most of a bench's time would go to one slow candidate.
     """
     others = {name: run for name, run in candidates.items() if name != always}
     look = {name: seconds[0] for name, seconds in alternate(others, 1, 1).items()}
     fastest = min(look.values())
-    return {always: candidates[always]} | {name: others[name] for name in others if look[name] <= within * fastest}
+    return {always: candidates[always]} | {name: others[name] for name in others if look[name] <= 2.5 * fastest}
 
 
 def synchronise(device: torch.device | None) -> None:

@@ -113,7 +113,7 @@ class ScriptedRouting:
         return misses
 
     def _resident(self, runner: MoELayer) -> BoolArray:
-        """The experts in a slot of any rank, or on their way: by the host's table, or by the device's where that decides."""
+        """The experts in a slot of any rank, or on their way. By the host's table, or by the device's where that decides."""
         if not runner.planner.alone:
             held_E: BoolArray = np.any(runner.planner.state.holds_RE, axis=0)
             return held_E

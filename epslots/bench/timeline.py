@@ -140,7 +140,7 @@ def _tables_of_ranks(spec: GpuSpec, model: str, run: RankRun) -> Tables:
 
 
 def _cases(share: float, *, captured: bool) -> list[tuple[str, tuple[float, float]]]:
-    """Origin of the hit rate, and hit rate and bits of a weight in the records, of each run with a share of slots.
+    """Each run with a share of slots: its hit rate and where that is from, and bits of a weight in the records.
 
     The usual path is run by one of the hit rates, and with records as they are.
     """

@@ -123,11 +123,9 @@ def pairs_of_passages(trace: Trace) -> IntArray:
     return np.stack(rows).reshape(-1, layers, experts)
 
 
-def switching_windows(
-    pairs_of_kinds: Mapping[str, IntArray], windows: int, passages: int, pace: int, seed: int = 0
-) -> IntArray:
+def switching_windows(pairs_of_kinds: Mapping[str, IntArray], windows: int, passages: int, pace: int) -> IntArray:
     """Windows of passages of one kind, another kind every ``pace`` windows: int64 [windows, L, E]."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     kinds, kind, found = list(pairs_of_kinds), "", []
     for window in range(windows):
         if window % pace == 0:
@@ -136,9 +134,9 @@ def switching_windows(
     return np.stack(found)
 
 
-def mixed_windows(pairs_of_kinds: Mapping[str, IntArray], windows: int, passages: int, seed: int = 0) -> IntArray:
+def mixed_windows(pairs_of_kinds: Mapping[str, IntArray], windows: int, passages: int) -> IntArray:
     """Windows of passages of all kinds: int64 [windows, L, E]."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     every = np.concatenate(list(pairs_of_kinds.values()))
     return np.stack([every[random.integers(len(every), size=passages)].sum(0) for _ in range(windows)])
 

@@ -46,11 +46,11 @@ class RecordLease:
 
     record: torch.Tensor
     read: Future[None] | None
-    cells: _Cells
+    cells: _RecordCells
     cell: int
 
 
-class _Cells:
+class _RecordCells:
     """The cells of one layout: their memory, who is in them, and the reads under way."""
 
     def __init__(self, layout: RecordLayout, cells: int, slot_of: IntArray) -> None:
@@ -79,9 +79,9 @@ class DiskStore(HostStore):
         self._digests = self._digests.copy()  # a look at the mapping would read pages around it into the page cache
         self.cells_pinned = False
         self._lock = threading.Lock()
-        self._place: list[tuple[_Cells, int]] = []
+        self._place: list[tuple[_RecordCells, int]] = []
         """Of each layer: its cells, and its number among their layers."""
-        self._cells: dict[RecordLayout, _Cells] = {}
+        self._cells: dict[RecordLayout, _RecordCells] = {}
         try:
             self._reader = RecordReader(fd, where, self.shape, self._digests)  # not self, which it would keep alive
             closing.callback(self._reader.close)
@@ -99,7 +99,7 @@ class DiskStore(HostStore):
         for layout in seen:
             of_layout = [layer.num_experts for layer in layers if layer.layout == layout]
             count = cells.get(layout, 1)  # a store of something else, which ``checked`` refuses, has other layouts
-            self._cells[layout] = _Cells(layout, count, np.full((len(of_layout), max(of_layout)), -1))
+            self._cells[layout] = _RecordCells(layout, count, np.full((len(of_layout), max(of_layout)), -1))
         for layer in layers:
             self._place.append((self._cells[layer.layout], seen[layer.layout]))
             seen[layer.layout] += 1
@@ -173,7 +173,7 @@ class DiskStore(HostStore):
         with self._lock:
             lease.cells.tier.release(lease.cell)
 
-    def _read(self, cells: _Cells, cell: int, key: RecordKey) -> None:
+    def _read(self, cells: _RecordCells, cell: int, key: RecordKey) -> None:
         """Read a record into its cell; in a thread."""
         try:
             self._reader.read(key.layer, key.expert, cells.memory[cell])

@@ -119,7 +119,7 @@ def holder_files(path: Path) -> list[Path]:
 
 
 def _open_held(file: Path, path: Path) -> int | None:
-    """The memory of the process that made a holder file; None if it has ended, even if another has its process id now."""
+    """The memory of the process that made a holder file. None if it has ended, even if another has its process id now."""
     pid, _, number = file.name.removesuffix(".holder").rpartition(".")[2].partition("-")
     held = f"/proc/{pid}/fd/{number}"
     try:

@@ -1,4 +1,4 @@
-"""The host store of a node: the first process that asks for it builds it, as a file or in shared memory; all others open it.
+"""The host store of a node. The first process that asks for it builds it, as a file or in shared memory; all others open it.
 
     file     ``<cache>/<model>-<key>.experts``, mapped. It outlives its processes, so the second start is quick. Where RAM is
              smaller than the model, the operating system keeps in memory what it will; with ``host_memory`` each rank keeps

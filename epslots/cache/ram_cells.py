@@ -1,4 +1,4 @@
-"""How many records a rank keeps in RAM where the node's RAM holds a part of the host store: arithmetic, for plan and load.
+"""Number of records that a rank keeps in RAM, where that holds a part of the host store. Arithmetic, for plan and load.
 
 A node's ranks have equal shares of its RAM. A rank's share is cut into cells (``ram_tier.py``), some for each size of record.
 """

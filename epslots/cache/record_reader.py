@@ -80,7 +80,7 @@ class RecordReader:
 
 
 def measure_read_speed(path: Path, nbytes: int = 64 << 20, piece: int = 1 << 20) -> float | None:
-    """Bytes a second that a store's file is read with, as a ``DiskStore`` reads: several pieces at a time, all over the file.
+    """Bytes a second that a store's file is read with. As a ``DiskStore`` reads: several pieces at a time, all over the file.
 
     Args:
         nbytes: to read; no more than the file has.

@@ -7,6 +7,9 @@ one by one. Blocks have a multiple of ``LANES`` columns, or there is one of any 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -82,31 +85,22 @@ def scale_e2m1(codes: U8, scale: F32, zero: F32, width: int, values: F32) -> Non
                 values[row, 32 * block + 16 + lane] = _e2m1(codes[row, 16 * block + lane] >> 4) * high
 
 
-@compiled(_SIGNATURE)
-def scale_e4m3(codes: U8, scale: F32, zero: F32, width: int, values: F32) -> None:
-    """8-bit floats; ``zero`` isn't read."""
-    columns = codes.shape[1]
-    for row in range(codes.shape[0]):
-        for block in range(scale.shape[1]):
-            factor, begin = scale[row, block], block * width
-            end = columns if block == scale.shape[1] - 1 else begin + width
-            source, target = codes[row, begin:end], values[row, begin:end]
-            for lane in range(len(source)):
-                target[lane] = _e4m3(source[lane]) * factor
+def _scale_bytes(value_of: Callable[..., Any]) -> Callable[..., None]:
+    """The loop for codes of one byte each; ``zero`` isn't read."""
+
+    @compiled(_SIGNATURE)
+    def scale_bytes(codes: U8, scale: F32, zero: F32, width: int, values: F32) -> None:
+        columns = codes.shape[1]
+        for row in range(codes.shape[0]):
+            for block in range(scale.shape[1]):
+                factor, begin = scale[row, block], block * width
+                end = columns if block == scale.shape[1] - 1 else begin + width
+                source, target = codes[row, begin:end], values[row, begin:end]
+                for lane in range(len(source)):
+                    target[lane] = value_of(source[lane]) * factor
+
+    return scale_bytes
 
 
-@compiled(_SIGNATURE)
-def scale_int8(codes: U8, scale: F32, zero: F32, width: int, values: F32) -> None:
-    """Signed bytes; ``zero`` isn't read."""
-    columns = codes.shape[1]
-    for row in range(codes.shape[0]):
-        for block in range(scale.shape[1]):
-            factor, begin = scale[row, block], block * width
-            end = columns if block == scale.shape[1] - 1 else begin + width
-            source, target = codes[row, begin:end], values[row, begin:end]
-            for lane in range(len(source)):
-                target[lane] = _signed(source[lane]) * factor
-
-
-SCALE = {"int4": scale_int4, "e2m1": scale_e2m1, "e4m3": scale_e4m3, "int8": scale_int8}
+SCALE = {"int4": scale_int4, "e2m1": scale_e2m1, "e4m3": _scale_bytes(_e4m3), "int8": _scale_bytes(_signed)}
 """The loop of each kind of codes: (codes as bytes, scale and zero [rows, blocks], columns of a block, float32 values)."""

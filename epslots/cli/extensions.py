@@ -1,4 +1,4 @@
-"""Commands of other packages, by entry points:
+"""Commands of other packages, and other parts that they provide, by entry points:
 
 [project.entry-points."epslots.commands"]
 serve = "cluster.serve.command:serve"
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from typing import Any
 
 import typer
 
@@ -27,6 +28,26 @@ def add_commands(app: typer.Typer) -> None:
         except ImportError as error:
             command = _broken(entry.name, str(error))
         app.command(name=entry.name)(command)
+
+
+def load_extension(group: str, name: str, options: str, does: str) -> Any:
+    """What another package provides for some options, by its entry point.
+
+    Args:
+        options: as the user names them: "--ranks, --address".
+        does: completes "nothing here ...".
+
+    Raises:
+        ConfigError: there is none, or it can't be imported; the message says how to install it.
+    """
+    advice = f"install epslots again, with Ray (pip install epslots), or leave {options.replace(', ', ' and ')} off"
+    found = entry_points(group=group, name=name)
+    if not found:
+        raise ConfigError(f"{options}: nothing here {does}; {advice}")
+    try:
+        return next(iter(found)).load()
+    except ImportError as error:
+        raise ConfigError(f"{options}: the package that {does} can't be imported ({error}); {advice}") from error
 
 
 def _broken(name: str, reason: str) -> Callable[[], None]:

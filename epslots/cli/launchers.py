@@ -7,14 +7,13 @@ ray = "cluster.api:Cluster"
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, Unpack, cast
 
+from epslots.cli.extensions import load_extension
 from epslots.cli.tables import RanksStats
 from epslots.config import LoadSettings
-from epslots.errors import ConfigError
 from epslots.generation.portions import Portion
 
 GROUP = "epslots.launchers"
@@ -94,15 +93,6 @@ def find_launcher() -> Launcher:
     """The installed launcher.
 
     Raises:
-        ConfigError: there is none, or it can't be imported; the message says how to install it.
+        ConfigError: there is none, or it can't be imported.
     """
-    advice = "install epslots again, with Ray (pip install epslots), or leave --ranks and --address off"
-    found = entry_points(group=GROUP, name=NAME)
-    if not found:
-        raise ConfigError(f"--ranks, --address: nothing here can start several ranks; {advice}")
-    try:
-        return cast(Launcher, next(iter(found)).load())
-    except ImportError as error:
-        raise ConfigError(
-            f"--ranks, --address: the launcher of several ranks can't be imported ({error}); {advice}"
-        ) from error
+    return cast(Launcher, load_extension(GROUP, NAME, "--ranks, --address", "starts several ranks"))

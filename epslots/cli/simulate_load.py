@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Annotated, ClassVar, Optional, cast
 
 import typer
 
+from epslots.cli.extensions import load_extension
 from epslots.cli.options import DecodeRanksOption, PrefillRanksOption
 from epslots.cli.record_table import Columns, record_table
 from epslots.config import DEFAULT_BATCH_TOKENS, DEFAULT_REQUESTS, EngineConfig
@@ -135,14 +135,7 @@ def find_simulator() -> SimulateLoad:
     Raises:
         ConfigError: there is none, or it can't be imported.
     """
-    advice = "install epslots again, with Ray (pip install epslots), or leave --rate off"
-    found = entry_points(group=GROUP, name=NAME)
-    if not found:
-        raise ConfigError(f"--rate: nothing here simulates requests; {advice}")
-    try:
-        return cast(SimulateLoad, next(iter(found)).load())
-    except ImportError as error:
-        raise ConfigError(f"--rate: the simulator of requests can't be imported ({error}); {advice}") from error
+    return cast(SimulateLoad, load_extension(GROUP, NAME, "--rate", "simulates requests"))
 
 
 def _rate(given: str) -> float:

@@ -156,7 +156,7 @@ def _attend(
     parts_BHTV = []
     for first in range(0, heads, at_a_time):
         part = slice(first, first + at_a_time)
-        scores = _Scores(scaling, mask_B1TL, None if sinks is None else sinks[part])
+        scores = _Softmax(scaling, mask_B1TL, None if sinks is None else sinks[part])
         parts_BHTV.append(attend(query_BHTD[:, part], latent_BLC, rotary_BLR, weight_HPC[part], scores))
     result_BHTV = parts_BHTV[0] if len(parts_BHTV) == 1 else torch.cat(parts_BHTV, dim=1)
     return result_BHTV.transpose(1, 2).contiguous(), None
@@ -180,7 +180,7 @@ def _select(
 
 
 @dataclass(frozen=True)
-class _Scores:
+class _Softmax:
     """From scores to weights, for some heads."""
 
     scale: float
@@ -207,7 +207,7 @@ class _Scores:
 
 
 def _absorbed(
-    query_BHTD: torch.Tensor, latent_BLC: torch.Tensor, rotary_BLR: torch.Tensor, weight_HPC: torch.Tensor, scores: _Scores
+    query_BHTD: torch.Tensor, latent_BLC: torch.Tensor, rotary_BLR: torch.Tensor, weight_HPC: torch.Tensor, scores: _Softmax
 ) -> torch.Tensor:
     """Some heads' attention [B, H, T, V] on latents as they are: queries go into their space, and results come back."""
     (rows, heads, queries, _), nope = query_BHTD.shape, query_BHTD.shape[3] - rotary_BLR.shape[2]
@@ -228,7 +228,7 @@ def _absorbed(
 
 
 def _expanded(
-    query_BHTD: torch.Tensor, latent_BLC: torch.Tensor, rotary_BLR: torch.Tensor, weight_HPC: torch.Tensor, scores: _Scores
+    query_BHTD: torch.Tensor, latent_BLC: torch.Tensor, rotary_BLR: torch.Tensor, weight_HPC: torch.Tensor, scores: _Softmax
 ) -> torch.Tensor:
     """Some heads' attention [B, H, T, V] on their keys and values, as the model computes it by itself."""
     (_, heads, queries, _), nope = query_BHTD.shape, query_BHTD.shape[3] - rotary_BLR.shape[2]

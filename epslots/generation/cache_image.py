@@ -8,11 +8,8 @@
     target.add(request.after(tokens))          # goes on from there
     batcher.cancel("a")
 
-The image of a prompt that is still being computed has the layout of the whole prompt: ``advance`` says how many of its tokens
-can be read. The request pauses when the last one is computed.
-
-Pages and rows make their images in ``page_images.py`` and ``row_images.py``. An image doesn't keep its place: it is ``gone``
-when the batcher needs the place for something else, or the request has ended.
+``page_images.py`` and ``row_images.py`` make them. An image is ``gone`` when its place is needed, or its request has ended.
+That of an unfinished prompt has the whole prompt's layout; ``advance`` says how many of its tokens can be read.
 """
 
 from __future__ import annotations

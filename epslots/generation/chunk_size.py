@@ -43,7 +43,7 @@ _LEAST_S = 1e-9  # a clock may have stood still
 
 
 @dataclass(eq=False)
-class _Step:
+class _TimedStep:
     """A step in memory; ``ratio`` is its time over the expected one, if any was expected."""
 
     prompt_tokens: int
@@ -70,9 +70,9 @@ class ChunkSize:
 
     def __init__(self, most: int, target_s: float | None) -> None:
         self._most, self._target_s = most, target_s
-        self._prompts: deque[_Step] = deque(maxlen=_MEMORY_STEPS)
-        self._decodes: deque[_Step] = deque(maxlen=_MEMORY_STEPS)
-        self._latest: deque[_Step] = deque(maxlen=_FASTER_OF)
+        self._prompts: deque[_TimedStep] = deque(maxlen=_MEMORY_STEPS)
+        self._decodes: deque[_TimedStep] = deque(maxlen=_MEMORY_STEPS)
+        self._latest: deque[_TimedStep] = deque(maxlen=_FASTER_OF)
         self._costs_3: FloatArray = np.zeros(3)
         """Seconds of a step, of a prompt token, and of a decoding request, by the latest fit."""
         self._fitted: set[bool] = set()
@@ -121,19 +121,19 @@ class ChunkSize:
 
     def observe(self, prompt_tokens: int, decoding: int, seconds: float) -> None:
         """Note a step that has passed as a whole, and its duration."""
-        step = _Step(prompt_tokens, decoding, max(seconds, _LEAST_S))
+        step = _TimedStep(prompt_tokens, decoding, max(seconds, _LEAST_S))
         if step.has_prompt in self._fitted and self._is_like_others(step):
             step.ratio = step.seconds / self._expected(step)
         (self._prompts if step.has_prompt else self._decodes).append(step)
         self._latest.append(step)
         self._adapt()
 
-    def _is_like_others(self, step: _Step) -> bool:
+    def _is_like_others(self, step: _TimedStep) -> bool:
         """Whether the fit knows steps of about this size: of others, a wrong time says more of the fit than of the machine."""
         known = [other.prompt_tokens for other in self._prompts] if step.has_prompt else [0]
         return min(known) <= GROWTH * step.prompt_tokens and step.prompt_tokens <= GROWTH * max(known)
 
-    def _expected(self, step: _Step) -> float:
+    def _expected(self, step: _TimedStep) -> float:
         """Seconds of a step by the latest fit."""
         return max(float(self._costs_3 @ (1, step.prompt_tokens, step.decoding)), _LEAST_S)
 
@@ -153,7 +153,7 @@ class ChunkSize:
 
     def _fit(self) -> FloatArray:
         """The costs by the steps in memory: float64 [3], none negative. The latest odd ones wait: they may be chance."""
-        steps, ages = list[_Step](), list[int]()
+        steps, ages = list[_TimedStep](), list[int]()
         for kind in (self._decodes, self._prompts):
             kept_steps = [step for step in kind if not (step.is_odd and step in self._latest)]
             steps += kept_steps

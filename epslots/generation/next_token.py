@@ -191,7 +191,7 @@ class _Filters:
 
 
 def _draw(logits_RV: torch.Tensor, settings_5R1: torch.Tensor, filters: _Filters) -> torch.Tensor:
-    """A token of each row, int64 [R], by inverse transform sampling; -1 if none is allowed, -2 if its nucleus is too wide.
+    """A token of each row, int64 [R], by inverse transform sampling. -1 if none is allowed, -2 if its nucleus is too wide.
 
     The tokens share an interval in the order of their ids, each in proportion to its probability; the random number picks one.
     The logits of a sequence differ in their last bits with the shape of its batch. In this order that moves the borders by as
@@ -221,7 +221,7 @@ def _draw(logits_RV: torch.Tensor, settings_5R1: torch.Tensor, filters: _Filters
 def _floor(
     logits_RV: torch.Tensor, weights_RV: torch.Tensor, top_k_R1: torch.Tensor, top_p_R1: torch.Tensor, filters: _Filters
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logit that a token needs to be kept, [R, 1]; and whether that is lower than can be told, bool [R, 1].
+    """The logit that a token needs to be kept, [R, 1]. Also whether that is lower than can be told, bool [R, 1].
 
     Tokens that ``min_p`` dropped weigh nothing.
 

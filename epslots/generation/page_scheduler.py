@@ -275,7 +275,7 @@ class PageScheduler(Scheduler):
         return {n: a.needs_new_blocks(state.request_id, state.current_len(), tokens) for n, a in allocators.items()}
 
     def _allocate(self, state: RequestState, tokens: int, batch: _StepBatch) -> bool:
-        """Allocate pages for a request's next tokens, if need be those of later ones in turn; False if it is the last one."""
+        """Allocate pages for a request's next tokens, if need be those of later ones in turn. False if it is the last one."""
         while not self.cache.can_store_request_tokens(state, tokens):
             if self._evict([self._blocks(state, tokens)]):
                 continue

@@ -73,7 +73,7 @@ class PackedAttention:
         assert processor.inputs_and_outputs.attention_mask is None
         processor.cache.epslots_attention = self
         self._spans: Sequence[Span] = ()
-        self._parts: dict[tuple[int | None, int, int], list[_Part]] = {}
+        self._parts: dict[tuple[int | None, int, int], list[_QueryBlocks]] = {}
 
     def prepare(self, spans: Sequence[Span]) -> None:
         """Set the requests of the next forward passes, in the batch's order."""
@@ -113,13 +113,13 @@ class PackedAttention:
             result_THE[part.query_IB[part.valid_IB]] = part_IBHE[part.valid_IB].to(result_THE.dtype)
         return result_THE
 
-    def _parts_for(self, window: int | None, queries: int, numbers: int, device: torch.device) -> list[_Part]:
+    def _parts_for(self, window: int | None, queries: int, numbers: int, device: torch.device) -> list[_QueryBlocks]:
         """The batch in parts that fit into memory; the same for all layers of a kind."""
         kind = window, queries, numbers
         if kind not in self._parts:
             max_blocks = max(1, _GATHERED_NUMBERS // (numbers * KEYS))
             blocks = _query_blocks(self._spans, window, queries)
-            self._parts[kind] = [_Part(rows, queries, window, device) for rows in _cut(blocks, max_blocks)]
+            self._parts[kind] = [_QueryBlocks(rows, queries, window, device) for rows in _cut(blocks, max_blocks)]
         return self._parts[kind]
 
 
@@ -158,7 +158,7 @@ def _cut(rows_I7: IntArray, max_blocks: int) -> Iterator[IntArray]:
         start = end
 
 
-class _Part:
+class _QueryBlocks:
     """Some blocks of queries, with the places of their keys.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""The plan of a node's RAM where it holds a part of the host store: bytes in RAM and on disk, and what is read for a token.
+"""The plan of a node's RAM where it holds a part of the host store. Bytes in RAM, on disk, and read for a token.
 
 Pure arithmetic, beside ``memory_plan.py``, which plans the device's memory.
 """

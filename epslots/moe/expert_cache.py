@@ -172,7 +172,7 @@ class ExpertCache:
             slots = self.slot_of_E[evicted] if plan.displaced >= 0 else empty
         began = time.perf_counter()
         self._loader.fetch(self.pool_layer, experts, slots, evicted, plan.migration_copies, agreed=agreed, urgent=False)
-        self._telemetry.count(self._index, moves=len(experts), move_s=time.perf_counter() - began)
+        self._telemetry.count(self._index, migrations=len(experts), migration_s=time.perf_counter() - began)
 
     def pass_slot(self, taker: ExpertCache, evicted: int) -> None:
         """Pass a slot to a neighbouring layer of the pool; both layers' ranges change.

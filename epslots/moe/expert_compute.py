@@ -104,7 +104,7 @@ class ExpertCompute:
         assert self.cpu is not None
         began = time.perf_counter()
         self.cpu.finish(cpu_rows, results_MH)
-        self._telemetry.count(self._index, hosted=len(cpu_rows.experts), hosted_s=time.perf_counter() - began)
+        self._telemetry.count(self._index, cpu_misses=len(cpu_rows.experts), cpu_s=time.perf_counter() - began)
 
     def count(self, ids_N: torch.Tensor, tokens_X: torch.Tensor, uses: torch.Tensor) -> None:
         """Add a step's pairs to totals on the device (``PairKernels.add_counts``)."""

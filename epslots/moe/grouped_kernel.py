@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from epslots.cache.unpacking import Weight
-from epslots.moe.kernel_gemm import Gate, Tiles, tile_rows, tiles_at_most
+from epslots.moe.kernel_gemm import Gate, Tiles
 from epslots.moe.kernel_parts import FEW_ROWS, gated
 from epslots.moe.packed_kernel import multiply_packed
 
@@ -142,10 +142,9 @@ class TritonProducts:
 
     def list_tiles(self, ends_Q: torch.Tensor, rows: int) -> Tiles:
         slots = ends_Q.shape[0]
-        size = tile_rows(rows, slots)
-        tiles = Tiles.empty(ends_Q, size, tiles_at_most(rows, slots, size))
+        tiles = Tiles.empty(ends_Q, rows)
         block_Q = triton.next_power_of_2(slots)
-        _list_tiles[(1,)](ends_Q, tiles.slot_T, tiles.row_T, tiles.count, slots, ROWS=size, BLOCK_Q=block_Q)
+        _list_tiles[(1,)](ends_Q, tiles.slot_T, tiles.row_T, tiles.count, slots, ROWS=tiles.size, BLOCK_Q=block_Q)
         return tiles
 
     def multiply(

@@ -61,8 +61,10 @@ class Tiles:
     count: torch.Tensor
 
     @classmethod
-    def empty(cls, ends_Q: torch.Tensor, size: int, most: int) -> Tiles:
-        """Room for ``most`` tiles, still to be listed."""
+    def empty(cls, ends_Q: torch.Tensor, rows: int) -> Tiles:
+        """Room for the tiles of so many rows, still to be listed."""
+        size = tile_rows(rows, len(ends_Q))
+        most = tiles_at_most(rows, len(ends_Q), size)
         numbers = torch.empty(2 * most + 1, dtype=torch.int32, device=ends_Q.device)
         return cls(ends_Q, size, numbers[:most], numbers[most:-1], numbers[-1:])
 
@@ -112,14 +114,13 @@ class TorchProducts:
 
     def list_tiles(self, ends_Q: torch.Tensor, rows: int) -> Tiles:
         slots = ends_Q.shape[0]
-        size = tile_rows(rows, slots)
-        tiles = Tiles.empty(ends_Q, size, tiles_at_most(rows, slots, size))
+        tiles = Tiles.empty(ends_Q, rows)
         start_Q = torch.nn.functional.pad(ends_Q, (1, 0))[:-1]
-        tiles_Q = (ends_Q - start_Q + size - 1) // size
+        tiles_Q = (ends_Q - start_Q + tiles.size - 1) // tiles.size
         number_T, first_Q = torch.arange(tiles.slot_T.shape[0]), tiles_Q.cumsum(0) - tiles_Q
         slot_T = torch.searchsorted(first_Q + tiles_Q, number_T, right=True).clamp(max=slots - 1)
         tiles.slot_T.copy_(slot_T)
-        tiles.row_T.copy_(start_Q[slot_T] + (number_T - first_Q[slot_T]) * size)
+        tiles.row_T.copy_(start_Q[slot_T] + (number_T - first_Q[slot_T]) * tiles.size)
         tiles.count.copy_(tiles_Q.sum())
         return tiles
 

@@ -68,7 +68,7 @@ class WeightForm(Protocol):
         ...
 
     def store_looked_up(self, b: Any, table: Any, codes: Value, address: Value) -> None:
-        """Write the 32 weights whose codes of 4 bits lie at an address: the first half's in the low bits of 16 bytes."""
+        """Write the 32 weights whose codes of 4 bits lie at an address. The first half's are in the low bits of 16 bytes."""
         ...
 
 

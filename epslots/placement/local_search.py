@@ -9,8 +9,7 @@ where a rank's row ``a`` is the share of each expert that it computes (1 / copie
 that its change of F follows from G and the products a G, for all moves at once. The largest of R normal numbers of variance v
 exceeds their mean by about k(R) sqrt(v) (order statistics), which turns F into an imbalance. Pure; all layers at once.
 
-Legend of shape suffixes: L layers, R ranks, E experts, S slots of all ranks, P and Q slots of the
-ranks that are searched.
+Legend of shape suffixes: L layers, R ranks, E experts, S slots of all ranks, P and Q slots of the ranks that are searched.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class Proposal:
         placement: the next version; or the current placement itself.
         keep: whether the current placement stays.
         gain_ns: expected time saved over the horizon.
-        move_ns: the cost of the copies.
+        migration_ns: the cost of the copies.
         copies: the number of copies to fetch.
         balance_now, balance_then: mean / largest rank load of the expected window, pairs split equally over copies.
         reasons: the numbers behind it.
@@ -96,7 +96,7 @@ class Proposal:
     placement: Placement
     keep: bool
     gain_ns: int
-    move_ns: int
+    migration_ns: int
     copies: int
     balance_now: float
     balance_then: float
@@ -372,7 +372,7 @@ def _complete(holds_LRE: BoolArray, own_LE: BoolArray, quota_LR: IntArray, load_
 
 
 def _homes(current: Placement, home_LE: IntArray, wanted_LRE: BoolArray, before_LRE: BoolArray) -> IntArray:
-    """Homes, int64 [L, E]: the given one, unless copies are wanted and none there; then a rank with one, an old one first."""
+    """Homes, int64 [L, E]. The given one, unless copies are wanted and none there; then a rank with one, an old one first."""
     own_LE = np.arange(wanted_LRE.shape[2]) < current.num_experts_L[:, None]
     at_home_LE = np.take_along_axis(wanted_LRE, home_LE[:, None], 1)[:, 0]
     moved_LE = wanted_LRE.any(1) & ~at_home_LE

@@ -67,7 +67,7 @@ def improve_quotas(
     most_L: IntArray | None = None,
     move_misses: float = 1.0,
 ) -> IntArray:
-    """Better slots of each layer of the same sum, int64 [L]; a slot moves only for a significant gain that exceeds its cost.
+    """Better slots of each layer of the same sum, int64 [L]. A slot moves only for a significant gain that exceeds its cost.
 
     Args:
         current_L: slots of each layer now.

@@ -26,7 +26,7 @@ import numpy as np
 from msgspec.structs import astuple
 
 from epslots.arrays import BoolArray, IntArray
-from epslots.planner.assignment_kernels import CHEAPEST, HOLDERS, HOME, OWN, divide_work
+from epslots.planner.assignment_kernels import CHEAPEST, HOLDERS, OWN, divide_work
 from epslots.planner.cost_model import Costs
 from epslots.planner.evictions import spare_replicas
 from epslots.planner.plan import Assignment
@@ -83,8 +83,6 @@ class Assign:
 assign = Assign(CHEAPEST)
 """The cheapest plan."""
 # Others, to compare it with.
-home_only = Assign(HOME)
-"""The simplest plan: tokens go home, home fetches."""
 holder_only = Assign(HOLDERS)
 """Tokens always travel to a rank that holds the expert, and only experts on no rank are fetched."""
 own_only = Assign(OWN)

@@ -128,12 +128,15 @@ class CpuShare:
         ranks, experts: R and E.
         costs: the same on all ranks.
         concurrent: whether CPU and link run at the same time; the same on all ranks.
+
+    Attributes:
+        cpu_ns_RE: nanoseconds that each expert has lately cost on each rank's CPU, int64 [R, E]; all 0 in a new group.
     """
 
     def __init__(self, ranks: int, experts: int, costs: Costs, *, concurrent: bool) -> None:
         self.costs = costs
         self.concurrent = concurrent
-        self._cpu_ns_RE = np.zeros((ranks, experts), np.int64)
+        self.cpu_ns_RE = np.zeros((ranks, experts), np.int64)
         self._halvings = 0
 
     def choose(
@@ -152,19 +155,14 @@ class CpuShare:
             displaces_F: whether each displaces an expert with a higher score.
         """
         halvings = step // HALVING_STEPS
-        self._cpu_ns_RE >>= min(halvings - self._halvings, 62)
+        self.cpu_ns_RE >>= min(halvings - self._halvings, 62)
         self._halvings = halvings
-        accumulated_ns_F = self._cpu_ns_RE[rank_F, expert_F]
+        accumulated_ns_F = self.cpu_ns_RE[rank_F, expert_F]
         on_cpu_F = computed_on_cpu(self.costs, rank_F, pairs_F, accumulated_ns_F, displaces_F, concurrent=self.concurrent)
         # A fetch resets the account.
         added_ns_F = _added_cost(self.costs, pairs_F)
-        self._cpu_ns_RE[rank_F, expert_F] = np.where(on_cpu_F, accumulated_ns_F + added_ns_F, 0)
+        self.cpu_ns_RE[rank_F, expert_F] = np.where(on_cpu_F, accumulated_ns_F + added_ns_F, 0)
         return on_cpu_F
-
-    @property
-    def cpu_ns_RE(self) -> IntArray:
-        """Nanoseconds that each expert has lately cost on each rank's CPU, int64 [R, E]; all 0 in a new group."""
-        return self._cpu_ns_RE
 
 
 def _added_cost(costs: Costs, pairs_F: IntArray) -> IntArray:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from epslots.models.experts import experts_modules, num_weighted_experts
 from epslots.prefetch.predictor import FittedEstimator
 from epslots.prefetch.recording import LayerRecording, held_out_windows, plan_recordings, record
-from epslots.prefetch.routers import Router, agreement, find_routers
+from epslots.prefetch.routers import LinearRouter, agreement, find_routers
 from epslots.progress import Advance
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class FitQuality(msgspec.Struct, frozen=True):
 class _EstimatorNetwork(nn.Module):
     """A ``FittedEstimator`` in training."""
 
-    def __init__(self, inputs: int, choices: int, hidden: int, router: Router | None) -> None:
+    def __init__(self, inputs: int, choices: int, hidden: int, router: LinearRouter | None) -> None:
         super().__init__()
         self.linear = nn.Linear(inputs, choices)
         nn.init.zeros_(self.linear.weight)
@@ -237,7 +237,7 @@ def _next_token_pair(
     return _TrainingPair(source, first_SWK[:, 1:].flatten(0, 1), choices, window - 1, device, trained // window * (window - 1))
 
 
-def _verified(router: Router | None, recording: LayerRecording, name: str, device: torch.device) -> Router | None:
+def _verified(router: LinearRouter | None, recording: LayerRecording, name: str, device: torch.device) -> LinearRouter | None:
     """The router if it makes the layer's own choices, else None."""
     if router is not None:
         hidden_TH, index_TK = (t[:_EVALUATED_ROWS].to(device) for t in (recording.hidden_NH, recording.index_NK))
@@ -248,7 +248,7 @@ def _verified(router: Router | None, recording: LayerRecording, name: str, devic
 
 
 def _fit_pair(
-    pair: _TrainingPair, router: Router | None, settings: FitSettings, advance: Advance
+    pair: _TrainingPair, router: LinearRouter | None, settings: FitSettings, advance: Advance
 ) -> tuple[FittedEstimator, FitQuality]:
     """Fit one estimator; a calibrated router instead, if the fit is no better than the router. Depends on the seed alone."""
     with torch.random.fork_rng(devices=[]):
@@ -268,7 +268,7 @@ def _fit_pair(
 
 def _train(
     pair: _TrainingPair,
-    router: Router | None,
+    router: LinearRouter | None,
     settings: FitSettings,
     history: bool,
     advance: Advance,
@@ -301,7 +301,7 @@ def _one_cycle(done: float) -> float:
     return done / 0.1 if done < 0.1 else 0.5 * (1 + math.cos(math.pi * min(1.0, (done - 0.1) / 0.9)))
 
 
-def _calibrate(router: Router, pair: _TrainingPair) -> FittedEstimator:
+def _calibrate(router: LinearRouter, pair: _TrainingPair) -> FittedEstimator:
     """The router itself, its logits scaled and shifted so that they are calibrated: the order of the experts stays."""
     which_B = torch.arange(min(pair.trained, _TRIAL_TOKENS))
     with torch.inference_mode():

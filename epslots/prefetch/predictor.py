@@ -25,7 +25,7 @@ from torch.nn import functional
 from epslots.arrays import Float32Array
 from epslots.errors import ConfigError
 from epslots.prefetch.predictor_kernel import KERNEL_MULTIPLICATIONS, predict_usage
-from epslots.prefetch.routers import Router
+from epslots.prefetch.routers import LinearRouter
 from epslots.prefetch.usage import quantised, usage_kernel_for
 
 # Choices of a step per expert from which on nearly all experts are used: their usual shares then predict as well as tokens do.
@@ -135,7 +135,7 @@ class RouterEstimator:
         top_k: experts that a token chooses in the next layer.
     """
 
-    router: Router
+    router: LinearRouter
     top_k: int
     history: bool = False
 

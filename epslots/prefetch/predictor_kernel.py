@@ -27,6 +27,28 @@ KERNEL_MULTIPLICATIONS = 1 << 18
 ROUTER_LOGIT_STEP = 0.25
 
 
+@compiled("UniTuple(float64, 2)(float32[::1], int64)")
+def _scale_of_scores(score_E: Float32Array, top_k: int) -> tuple[float, float]:
+    """A router's scores as logits: the score of the k-th expert, whose logit is 0, and the scores' difference of one logit."""
+    left_E = score_E.copy()
+    least = 0.0
+    for _ in range(top_k):
+        best = 0
+        for expert in range(len(left_E)):
+            if left_E[expert] > left_E[best]:
+                best = expert
+        least = float(left_E[best])
+        left_E[best] = -np.inf
+    mean = 0.0
+    for score in score_E:
+        mean += score
+    mean /= len(score_E)
+    square = 0.0
+    for score in score_E:
+        square += (score - mean) ** 2
+    return least, math.sqrt(square / len(score_E)) * ROUTER_LOGIT_STEP + 1e-9
+
+
 @compiled(
     "void(float32[:, ::1], float32[:, ::1], float32[:, ::1], float32[::1], float32[:, ::1], int64, int32[::1])",
 )
@@ -72,24 +94,7 @@ def predict_usage(
             row_E = second_ME[unit]
             for expert in range(experts):
                 logit_E[expert] += factor * row_E[expert]
-        least, unit_of_logit = 0.0, 1.0
-        if top_k:
-            left_E = logit_E.copy()
-            for _ in range(top_k):
-                best = 0
-                for expert in range(experts):
-                    if left_E[expert] > left_E[best]:
-                        best = expert
-                least = float(left_E[best])
-                left_E[best] = -np.inf
-            mean = 0.0
-            for expert in range(experts):
-                mean += logit_E[expert]
-            mean /= experts
-            square = 0.0
-            for expert in range(experts):
-                square += (logit_E[expert] - mean) ** 2
-            unit_of_logit = math.sqrt(square / experts) * ROUTER_LOGIT_STEP + 1e-9
+        least, unit_of_logit = _scale_of_scores(logit_E, top_k) if top_k else (0.0, 1.0)
         for expert in range(len(usage_U)):
             unused_U[expert] /= 1 + math.exp(min((logit_E[expert] - least) / unit_of_logit, 700.0))
     for expert in range(len(usage_U)):

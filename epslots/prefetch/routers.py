@@ -30,7 +30,7 @@ _CORRECTIONS = {"e_score_correction_bias", "expert_bias"}
 
 
 @dataclass(frozen=True)
-class Router:
+class LinearRouter:
     """A linear router, and how its top k is chosen.
 
     Attributes:
@@ -81,7 +81,7 @@ class Router:
 
 def find_routers(
     model: PreTrainedModel, modules: Mapping[str, nn.Module], dtype: torch.dtype = torch.float32
-) -> tuple[Router | None, ...]:
+) -> tuple[LinearRouter | None, ...]:
     """The router of each layer; None where it is no linear map of the experts' input.
 
     Args:
@@ -91,13 +91,13 @@ def find_routers(
     return tuple(_find(model.get_submodule(path.rpartition(".")[0]), module, dtype) for path, module in modules.items())
 
 
-def agreement(router: Router, hidden_TH: torch.Tensor, index_TK: torch.Tensor) -> float:
+def agreement(router: LinearRouter, hidden_TH: torch.Tensor, index_TK: torch.Tensor) -> float:
     """The share of the model's own choices, ``index_TK``, that ``router`` makes from the experts' input."""
     top_TK = router.top(hidden_TH, index_TK.shape[1])
     return float((top_TK[:, :, None] == index_TK[:, None, :]).any(1).float().mean())
 
 
-def _find(block: nn.Module, experts: nn.Module, dtype: torch.dtype) -> Router | None:
+def _find(block: nn.Module, experts: nn.Module, dtype: torch.dtype) -> LinearRouter | None:
     """The router beside ``experts`` in ``block``."""
     found = [module for name, module in block.named_children() if name in _ROUTER_NAMES]
     if len(found) != 1:
@@ -112,7 +112,7 @@ def _find(block: nn.Module, experts: nn.Module, dtype: torch.dtype) -> Router | 
         return None  # a table of each token's experts
     weight_EH = matrices[0].detach().to(dtype)
     bias_E = next((p.detach().to(dtype) for name, p in named.items() if name.rpartition(".")[2] == "bias"), None)
-    router = Router(
+    router = LinearRouter(
         weight_EH,
         torch.zeros(choices, dtype=dtype, device=weight_EH.device) if bias_E is None else bias_E,
         _correction(module, block),
@@ -150,7 +150,7 @@ def _groups(module: nn.Module) -> dict[str, int]:
     return {"groups": groups, "top_groups": top} if limited and groups and top and top < groups else {}
 
 
-def _through_norms(router: Router, module: nn.Module, block: nn.Module) -> Router | None:
+def _through_norms(router: LinearRouter, module: nn.Module, block: nn.Module) -> LinearRouter | None:
     """The router as a map of the experts' input; None if a norm prevents that.
 
     Gemma4 normalises the residual once for its router and once for its experts: these differ by a factor per channel.

@@ -22,7 +22,7 @@ from epslots.simulated_gpu.tensors import tensors_in
 
 
 @dataclass(frozen=True, eq=False)
-class _Node:
+class _GraphNode:
     """One operation of a graph; ``compute`` returns ``results`` in new memory.
 
     Attributes:
@@ -47,7 +47,7 @@ class StepCapture:
     """
 
     def __init__(self, stream: SimulatedStream) -> None:
-        self.nodes: list[_Node] = []
+        self.nodes: list[_GraphNode] = []
         self.streams = {stream.stream_id}
         self._origin = stream.stream_id
         self._last: dict[int, int] = {}  # by stream: the number of its last operation
@@ -72,7 +72,7 @@ class StepCapture:
         self._made.update(t.untyped_storage()._cdata for t in results)
         after = tuple(sorted(self._waits.pop(stream, ())))
         number = 0 if stream == self._origin else stream
-        self.nodes.append(_Node(work, compute, tuple(results), call_site().owner, number, after))
+        self.nodes.append(_GraphNode(work, compute, tuple(results), call_site().owner, number, after))
         self._last[stream] = len(self.nodes) - 1
 
     def reached(self, stream: int) -> frozenset[int]:
@@ -137,7 +137,7 @@ class SimulatedGraph:
     """``torch.cuda.CUDAGraph``."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        self.nodes: list[_Node] = []
+        self.nodes: list[_GraphNode] = []
         self._forked: dict[int, SimulatedStream] = {}
 
     def replay(self) -> None:
@@ -163,7 +163,7 @@ class SimulatedGraph:
                 machine.kernels[node.owner, work.name] += 1
 
     @staticmethod
-    def _compute(node: _Node) -> float:
+    def _compute(node: _GraphNode) -> float:
         """Compute an operation's values; returns its seconds."""
         with current_machine().computing_kernel():
             computed = node.compute()

@@ -124,7 +124,7 @@ def _with_index(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (args[0], *map(_indexed, args[1:]))
 
 
-class _Device:
+class _CurrentDevice:
     """``torch.cuda.device``."""
 
     def __init__(self, device: Any) -> None:
@@ -165,7 +165,7 @@ class _OnStream:
                 machine.current_streams[self._stream.device_index] = stream
 
 
-class _Runtime:
+class _Cudart:
     """``torch.cuda.cudart()``: the calls that pin memory."""
 
     def __init__(self) -> None:
@@ -209,16 +209,15 @@ def _properties(machine: SimulatedMachine) -> SimpleNamespace:
     )
 
 
-def _replacements(machine: SimulatedMachine) -> list[tuple[Any, str, Any]]:
-    """(owner, name, value) of everything that stands in torch while GPUs are simulated."""
-    cuda, accelerator = torch.cuda, torch.accelerator
+def _cuda_replacements(machine: SimulatedMachine) -> dict[str, Any]:
+    """What stands in ``torch.cuda`` while GPUs are simulated, by name."""
 
     def free(device: Any = None) -> tuple[int, int]:
         number = device_number(device)
         machine.contexts.add(number)
         return machine.memory_bytes - machine.allocated[number], machine.memory_bytes
 
-    plain = {
+    return {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "_lazy_init": lambda: None,
@@ -242,8 +241,8 @@ def _replacements(machine: SimulatedMachine) -> list[tuple[Any, str, Any]]:
         "current_stream": current_stream,
         "default_stream": default_stream,
         "synchronize": _synchronize,
-        "device": _Device,
-        "cudart": _Runtime,
+        "device": _CurrentDevice,
+        "cudart": _Cudart,
         "CUDAGraph": SimulatedGraph,
         "graph": CapturingStep,
         "graph_pool_handle": lambda: (0, len(machine.graph_pools) + 1),
@@ -253,23 +252,26 @@ def _replacements(machine: SimulatedMachine) -> list[tuple[Any, str, Any]]:
         "manual_seed": lambda seed: None,
         "manual_seed_all": lambda seed: None,
     }
-    found: list[tuple[Any, str, Any]] = [(cuda, name, value) for name, value in plain.items()]
-    found += [
+
+
+def _replacements(machine: SimulatedMachine) -> list[tuple[Any, str, Any]]:
+    """(owner, name, value) of everything that stands in another place while GPUs are simulated."""
+    return [
+        *((torch.cuda, name, value) for name, value in _cuda_replacements(machine).items()),
         (threading.Thread, "run", _run_thread),
         (device_copy, "_by_device", {}),
         (lent_slots, "kernels_for", lambda loader: _own(loader.pool.device, SimulatedKernels, TorchKernels)(loader)),
         (product_choice, "kernel_products", SimulatedProducts),
         (expert_compute, "pair_kernels_for", _pair_kernels_for),
         (predictor, "usage_kernel_for", lambda device: _own(device, simulated_usage, usage_by_torch)),
-        (accelerator, "is_available", lambda: True),
-        (accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda")),
+        (torch.accelerator, "is_available", lambda: True),
+        (torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda")),
         # ``Module.to`` puts new parameters in the place of a device's, whose Python objects can't become plain.
         (torch.__future__, "_overwrite_module_params_on_conversion", True),
         (torch, "get_device_module", lambda device=None: torch.cuda),
         (torch.Tensor, "pin_memory", _pin_memory),
         (torch.Tensor, "is_pinned", lambda tensor, *_: machine.is_pinned(tensor)),
     ]
-    return found
 
 
 def _own(device: torch.device, on_gpu: Any, on_cpu: Any) -> Any:

@@ -10,7 +10,7 @@ from epslots.cache.expert_loader import ExpertLoader
 from epslots.cache.unpacking import Weight
 from epslots.cuda_graph.device_slots import DeviceLayer, Missing
 from epslots.cuda_graph.torch_kernels import TorchKernels
-from epslots.moe.kernel_gemm import Gate, Tiles, TorchProducts, tile_rows, tiles_at_most
+from epslots.moe.kernel_gemm import Gate, Tiles, TorchProducts
 from epslots.moe.pair_kernels import Keys, SortedPairs, TorchPairKernels
 from epslots.prefetch.usage import usage_by_torch
 from epslots.simulated_gpu.launching import LinkRead, launch_kernel
@@ -27,8 +27,7 @@ class SimulatedProducts:
         self._torch = TorchProducts()
 
     def list_tiles(self, ends_Q: torch.Tensor, rows: int) -> Tiles:
-        size = tile_rows(rows, len(ends_Q))
-        tiles = Tiles.empty(ends_Q, size, tiles_at_most(rows, len(ends_Q), size))
+        tiles = Tiles.empty(ends_Q, rows)
         writes = [tiles.slot_T, tiles.row_T, tiles.count]
 
         def enter(ends: torch.Tensor, *into: torch.Tensor) -> None:

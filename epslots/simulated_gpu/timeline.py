@@ -29,7 +29,7 @@ class Operation:
         owner: whose line that is: "epslots", "transformers" or "other".
         after: operations of other streams that it waits for.
         over_link: whether a kernel reads the host's memory by the link.
-        ready_s, start_s, end_s: its times; None until the clock has come there.
+        start_s, end_s: its times; None until the clock has come there.
     """
 
     name: str
@@ -42,7 +42,6 @@ class Operation:
     owner: str = ""
     after: tuple[Operation, ...] = ()
     over_link: bool = False
-    ready_s: float | None = None
     start_s: float | None = None
     end_s: float | None = None
 
@@ -114,7 +113,7 @@ class Timeline:
 
     def _serve(self, ready_s: float, operation: Operation) -> None:
         self._waiting[operation.stream].popleft()
-        operation.ready_s = operation.start_s = ready_s
+        operation.start_s = ready_s
         if operation.engine:
             operation.start_s = max(ready_s, self._engine_free_s.get(operation.engine, 0.0))
         operation.end_s = self._stream_free_s[operation.stream] = operation.start_s + operation.duration_s

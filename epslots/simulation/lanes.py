@@ -19,7 +19,7 @@ _GOLDEN = 0.6180339887498949
 
 
 def deal_once(starts: IntArray, tokens: int, lanes: int) -> IntArray:
-    """Every token of a trace once, int64 [S, B]: the trace's row in each step and lane, -1 = the lane is idle.
+    """Every token of a trace once, int64 [S, B]. The trace's row in each step and lane, -1 = the lane is idle.
 
     Args:
         starts: each sequence's first row.

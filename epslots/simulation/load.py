@@ -13,7 +13,7 @@ import msgspec
 
 from epslots.errors import ConfigError
 from epslots.simulation.grouped_cluster import GroupedCluster
-from epslots.simulation.simulate import RecordedTraffic
+from epslots.simulation.simulate import RecordedTraffic, TimeStats
 
 _MOST_TOKENS = 10**6
 _MOST_REQUESTS = 10**7
@@ -59,15 +59,6 @@ class Workload:
         return self.prompt_tokens[1] + self.new_tokens[1] - 1
 
 
-class Quartet(msgspec.Struct, frozen=True):
-    """Statistics of times, in milliseconds."""
-
-    mean: float
-    p50: float
-    p99: float
-    max: float
-
-
 class LoadFigures(msgspec.Struct, frozen=True):
     """A simulated cluster under a load. Times are those of the requests in the middle, as their readers see them.
 
@@ -91,10 +82,10 @@ class LoadFigures(msgspec.Struct, frozen=True):
 
     rate: float
     requests: int
-    ttft_ms: Quartet
-    tpot_ms: Quartet
-    gap_ms: Quartet
-    hand_over_ms: Quartet | None
+    ttft_ms: TimeStats
+    tpot_ms: TimeStats
+    gap_ms: TimeStats
+    hand_over_ms: TimeStats | None
     tokens_per_s: float
     reused: float
     hand_overs: int

@@ -94,8 +94,8 @@ class SimulatedCluster:
         return np.array_split(np.arange(self.ranks), -(-self.ranks // self.group_size))
 
 
-class Quantiles(msgspec.Struct, frozen=True):
-    """Statistics of step times, in milliseconds."""
+class TimeStats(msgspec.Struct, frozen=True):
+    """Statistics of times, in milliseconds."""
 
     mean: float
     p50: float
@@ -123,7 +123,7 @@ class Outcome(msgspec.Struct, frozen=True):
     nodes: int
     groups: int
     steps: int
-    step_ms: Quantiles
+    step_ms: TimeStats
     tokens_per_s: float
     balance: float
     hit_rate: float
@@ -156,7 +156,7 @@ def simulate(
         raise ConfigError(f"batch={batch}, steps={steps}, warm_up={warm_up}: allowed: from 1, 1 and 0")
     cluster.check(traffic.num_experts_L)
     groups = [_SimulatedRanks(cluster, traffic, ranks, batch) for ranks in cluster.groups()]
-    controllers = {group.size: _Controller(cluster, group) for group in groups} if cluster.window_steps else {}
+    controllers = {group.size: _SimulatedController(cluster, group) for group in groups} if cluster.window_steps else {}
     lanes = read_on(traffic.starts, len(traffic.expert_ids), cluster.ranks * batch)
     for step, row_B in zip(range(warm_up + steps), lanes, strict=False):
         if step == warm_up:
@@ -208,7 +208,7 @@ class _SimulatedRanks:
         self.simulated.step(counts.reshape(layers, self.size, experts), self._tokens_R)
 
 
-class _Controller:
+class _SimulatedController:
     """The cluster's controller for groups of one size, which all follow the same placements."""
 
     def __init__(self, cluster: SimulatedCluster, group: _SimulatedRanks) -> None:
@@ -257,7 +257,7 @@ def _outcome(
         nodes=cluster.nodes,
         groups=len(tallies),
         steps=steps,
-        step_ms=Quantiles(
+        step_ms=TimeStats(
             mean=float(step_ms.mean()),
             p50=float(np.percentile(step_ms, 50)),
             p99=float(np.percentile(step_ms, 99)),
@@ -269,8 +269,8 @@ def _outcome(
         bytes_by_source={
             "host": total("host_fetches") * cluster.expert_bytes,
             "peers": total("peer_fetches") * cluster.expert_bytes,
-            "host_for_placements": total("host_moves") * cluster.expert_bytes,
-            "peers_for_placements": total("peer_moves") * cluster.expert_bytes,
+            "host_for_placements": total("host_migrations") * cluster.expert_bytes,
+            "peers_for_placements": total("peer_migrations") * cluster.expert_bytes,
             "from_other_nodes": total("far_fetches") * cluster.expert_bytes,
         },
         evictions=total("evictions"),

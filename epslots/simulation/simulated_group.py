@@ -38,7 +38,7 @@ class StepTally:
     Attributes:
         hits, misses: uses of experts by the rank that computes them.
         host_fetches, peer_fetches: experts fetched on demand.
-        host_moves, peer_moves: experts migrated, from the host and from peers.
+        host_migrations, peer_migrations: experts migrated, from the host and from peers.
         evictions: experts evicted for any of them, or for a slot's change of layer.
         computed: pairs that each rank computed.
         far_fetches: experts, migrations included, that came from another node.
@@ -52,8 +52,8 @@ class StepTally:
     misses: IntArray
     host_fetches: IntArray
     peer_fetches: IntArray
-    host_moves: IntArray
-    peer_moves: IntArray
+    host_migrations: IntArray
+    peer_migrations: IntArray
     evictions: IntArray
     computed: IntArray
     far_fetches: IntArray
@@ -227,8 +227,8 @@ class SimulatedGroup:
         tally.misses[layer] += misses_R
         tally.host_fetches[layer] += np.bincount(work.fetch_ranks[~from_peer], minlength=ranks)
         tally.peer_fetches[layer] += np.bincount(work.fetch_ranks[from_peer], minlength=ranks)
-        tally.host_moves[layer] += np.bincount(migrations.ranks[migrations.sources < 0], minlength=ranks)
-        tally.peer_moves[layer] += np.bincount(migrations.ranks[migrations.sources >= 0], minlength=ranks)
+        tally.host_migrations[layer] += np.bincount(migrations.ranks[migrations.sources < 0], minlength=ranks)
+        tally.peer_migrations[layer] += np.bincount(migrations.ranks[migrations.sources >= 0], minlength=ranks)
         # Fetches take the empty slots first; in a step of several passes even fetched experts are evicted.
         tally.evictions[layer] += np.maximum(misses_R - free_R, 0)
         tally.evictions[layer] += np.bincount(migrations.ranks[migrations.evicted >= 0], minlength=ranks)

@@ -108,10 +108,10 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor
 
 
 @torch.no_grad()
-def held_out_loss(model: Qwen3MoeForCausalLM, tokens: torch.Tensor, batches: int = 24) -> float:
+def held_out_loss(model: Qwen3MoeForCausalLM, tokens: torch.Tensor) -> float:
     """Mean next-token loss in nats over evenly spaced windows, without the auxiliary loss."""
     model.eval()
-    starts = torch.linspace(0, len(tokens) - CONTEXT - 1, batches * 8).long()
+    starts = torch.linspace(0, len(tokens) - CONTEXT - 1, 24 * 8).long()
     losses = []
     for group in starts.split(8):
         window = torch.stack([tokens[s : s + CONTEXT + 1] for s in group])

@@ -25,7 +25,7 @@ import epslots
 from cluster.api import Cluster
 from cluster.job.command import app as job_app
 from epslots import UnsupportedModelError, cli
-from epslots.cli import launchers, main
+from epslots.cli import extensions, launchers, main
 from epslots.cli.find_model import FoundModel
 from epslots.cli.generate import read_prompts
 from epslots.config import EngineConfig, LoadConfig
@@ -33,6 +33,7 @@ from epslots.example import example_model
 from epslots.generation.end_tokens import end_tokens
 from epslots.models.known_shapes import known_shape
 from tests.support import ROOT, zoo
+from tests.support.entry_points import named_only
 from tests.support.fake_backend import FakeBackend, one_load_at_a_time
 from tests.support.grouped_ranks import TOKENS_TRAVEL
 
@@ -186,7 +187,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch, one_load_at_a_time: None) -> list[
 
             return start
 
-    monkeypatch.setattr(launchers, "entry_points", lambda **_: [Threads("ray", "x:y", launchers.GROUP)])
+    monkeypatch.setattr(extensions, "entry_points", named_only(Threads("ray", "x:y", launchers.GROUP)))
     return started
 
 
@@ -233,12 +234,12 @@ def test_a_text_that_fails_ends_no_other(run: Callable[..., Run], cache_dir: Pat
 
 
 def test_ranks_without_a_launcher_are_told_what_to_install(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(launchers, "entry_points", lambda **_: [])
+    monkeypatch.setattr(extensions, "entry_points", lambda **_: [])
     got = run("generate", "--ranks", 2, "x")
     assert (got.code, got.out) == (2, "")
-    assert "error: --ranks, --address: nothing here can start several ranks; install epslots again" in got.err
+    assert "error: --ranks, --address: nothing here starts several ranks; install epslots again" in got.err
     missing = EntryPoint("ray", "no_such_package.api:Cluster", launchers.GROUP)
-    monkeypatch.setattr(launchers, "entry_points", lambda **_: [missing])
+    monkeypatch.setattr(extensions, "entry_points", named_only(missing))
     got = run("generate", "--address", "auto", "x")
     assert got.code == 2
     assert "can't be imported (No module named 'no_such_package'); install epslots again" in got.err

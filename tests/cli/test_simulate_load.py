@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from epslots.cli import simulate_load
+from epslots.cli import extensions, simulate_load
 from epslots.trace import Trace
+from tests.support.entry_points import named_only
 
 Run = Callable[..., tuple[int, str, str]]
 FEW = ("--requests", 40, "--prompt-tokens", "20-60", "--new-tokens", "10-20", "--slots", 4, "--kv-tokens", 500)
@@ -73,10 +74,10 @@ def test_loads_that_can_not_be(run: Run, trace: Path, options: tuple[str, ...], 
 
 
 def test_a_simulator_that_is_missing_is_named(run: Run, trace: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(simulate_load, "entry_points", lambda **_: [])
+    monkeypatch.setattr(extensions, "entry_points", lambda **_: [])
     code, _, err = run("simulate", trace, "--rate", 5)
     assert code == 2 and "--rate: nothing here simulates requests" in err
     broken = EntryPoint(simulate_load.NAME, "nowhere:nothing", simulate_load.GROUP)
-    monkeypatch.setattr(simulate_load, "entry_points", lambda **_: [broken])
+    monkeypatch.setattr(extensions, "entry_points", named_only(broken))
     code, _, err = run("simulate", trace, "--rate", 5)
     assert code == 2 and "can't be imported" in err

@@ -316,7 +316,7 @@ def test_a_worker_that_does_not_come_up(open_cluster: Any, folder: Path, monkeyp
     assert not backend.refuse[1]
 
 
-def test_scaling_tells_of_a_seat_that_has_never_served(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
+def test_scaling_tells_of_a_place_that_has_never_served(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("cluster.driver.worker_pool._PACE", AT_ONCE)
     cluster, backend = open_cluster(1)
     backend.refuse[1] = ["still"] * 5
@@ -329,7 +329,7 @@ def test_scaling_tells_of_a_seat_that_has_never_served(open_cluster: Any, monkey
 
 
 @pytest.mark.parametrize("kind", [ConfigError, RankMismatchError])
-def test_what_time_does_not_cure_ends_a_seat(open_cluster: Any, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]):
+def test_what_time_does_not_cure_ends_a_place(open_cluster: Any, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]):
     monkeypatch.setattr("cluster.driver.worker_pool._PACE", AT_ONCE)
     cluster, backend = open_cluster(2)
 
@@ -345,7 +345,7 @@ def test_what_time_does_not_cure_ends_a_seat(open_cluster: Any, monkeypatch: pyt
     assert "never, says the test" in line
 
 
-def test_a_seat_that_waits_is_tried_at_once_when_it_is_asked_for(
+def test_a_waiting_place_is_tried_at_once_when_it_is_asked_for(
     open_cluster: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("cluster.driver.worker_pool._PACE", Pace(first_s=3600.0, most_s=3600.0))
@@ -361,7 +361,7 @@ def test_a_seat_that_waits_is_tried_at_once_when_it_is_asked_for(
     assert cluster.ranks == 2
 
 
-def test_a_seat_that_waits_when_the_fleet_is_lost_waits_no_more(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
+def test_a_place_that_waits_when_ray_is_lost_waits_no_more(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("cluster.driver.worker_pool._PACE", Pace(first_s=3600.0, most_s=3600.0))
     cluster, backend = open_cluster(2)
     places = cluster._supervisor.pool._places
@@ -423,7 +423,7 @@ def test_a_fleet_is_lost_while_ranks_load_and_while_scaling(open_cluster: Any, f
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=5, stop_tokens=())) == expected(folder, PROMPTS, 5)
 
 
-def test_a_seat_is_reserved_again_if_the_fleet_is_lost_meanwhile(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
+def test_a_place_is_reserved_again_if_ray_is_lost_meanwhile(open_cluster: Any, monkeypatch: pytest.MonkeyPatch):
     cluster, backend = open_cluster(1)
     resize = backend.resize
     asked: list[int] = []

@@ -97,7 +97,7 @@ def test_experts_move_while_tokens_flow(open_cluster: Open, folder: Path, ranks:
     assert stats.controller.placement > 1
     assert stats.controller.refused == 0
     assert stats.controller.started == len(backend.controllers) == 1
-    assert sum(layer.moves for layer in stats.total.layers) > 0
+    assert sum(layer.migrations for layer in stats.total.layers) > 0
     placement = cluster.placement()
     assert 1 < placement.placement_version <= stats.controller.placement
     assert placement.pending_migrations >= 0

@@ -256,7 +256,7 @@ def test_asked_it_counts_any_gain():
     published = asked.explanation.published
     assert published is not None
     assert published.balance_then > published.balance_now
-    assert 0 < published.gain_s < published.move_s  # as believed, it would not pay
+    assert 0 < published.gain_s < published.migration_s  # as believed, it would not pay
 
 
 def test_nothing_to_plan_from():
@@ -349,7 +349,7 @@ def test_uneven_traffic_is_levelled_once_and_then_kept():
     found = explained(there)
     assert found.published is not None
     assert found.published.balance_then > found.published.balance_now
-    assert found.published.gain_s > found.published.move_s
+    assert found.published.gain_s > found.published.migration_s
     assert found.latest is not None
     assert found.latest.kept
     assert found.latest.placement == version

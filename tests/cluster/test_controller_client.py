@@ -13,7 +13,7 @@ import pytest
 
 from cluster.controller.controller import Controller
 from cluster.controller.role_forecasts import MakeForecast
-from cluster.driver import controller_client as steering_module
+from cluster.driver import controller_client as client_module
 from cluster.driver.backend import Backend, WorkerHandle
 from cluster.driver.controller_client import ControllerClient
 from cluster.driver.shared_controller import SharedController
@@ -94,10 +94,10 @@ async def pass_turns(count: int) -> None:
 
 
 @asynccontextmanager
-async def steered(
+async def controlled(
     backend: FakeBackend | None = None, *, formed: bool = True
 ) -> AsyncIterator[tuple[ControllerClient, FakeRankCalls, FakeBackend]]:
-    """A group with controller_client; nothing of it is left afterwards."""
+    """A group with a controller client; nothing of it is left afterwards."""
     before = asyncio.all_tasks()
     backend = backend or FakeBackend(make_controller=lambda _: controller(Planner(moves=True)))
     ranks = FakeRankCalls()
@@ -121,7 +121,7 @@ async def steered(
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a coroutine on a ``ClockLoop``, where another controller starts at once."""
-    monkeypatch.setattr(steering_module, "_BACKOFF_S", 0.0)
+    monkeypatch.setattr(client_module, "_BACKOFF_S", 0.0)
 
     def run(scenario: Coroutine[Any, Any, None]) -> None:
         with asyncio.Runner(loop_factory=ClockLoop) as runner:
@@ -130,9 +130,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     return run
 
 
-def test_a_controller_is_hired_when_a_group_stands(run: Run):
+def test_a_controller_is_started_when_a_group_has_formed(run: Run):
     async def scenario() -> None:
-        async with steered(formed=False) as (controller_client, ranks, backend):
+        async with controlled(formed=False) as (controller_client, ranks, backend):
             await asyncio.sleep(0)
             assert not backend.controllers
             assert controller_client.stats().state == "absent"
@@ -146,7 +146,7 @@ def test_a_controller_is_hired_when_a_group_stands(run: Run):
 
 def test_what_is_decided_is_taken_to_all_ranks(run: Run):
     async def scenario() -> None:
-        async with steered() as (controller_client, ranks, _):
+        async with controlled() as (controller_client, ranks, _):
             ranks.tell(1)
             await until(lambda: ranks.places)
             assert ranks.places == [(0, 1), (1, 1)]
@@ -160,7 +160,7 @@ def test_learned_speeds_reach_the_ranks_requests(run: Run):
     """Those of this epoch alone."""
 
     async def scenario() -> None:
-        async with steered(FakeBackend(make_controller=lambda _: controller(Planner()))) as (client, ranks, _):
+        async with controlled(FakeBackend(make_controller=lambda _: controller(Planner()))) as (client, ranks, _):
             for rank, seconds in enumerate((0.05, 0.2)):
                 one = window(compute_s=(seconds, 0.0, 0.0))
                 client.take_report(LoadReport(ranks.epoch, rank, 1, one))
@@ -179,7 +179,7 @@ def test_one_that_fails_is_replaced_and_versions_grow(
     run: Run, fault: ControllerFault, order: int, caplog: pytest.LogCaptureFixture
 ):
     async def scenario() -> None:
-        async with steered() as (controller_client, ranks, backend):
+        async with controlled() as (controller_client, ranks, backend):
             ranks.tell(1)
             await until(lambda: ranks.places)
             backend.controller_at(order, fault)
@@ -207,11 +207,11 @@ def test_one_that_fails_is_replaced_and_versions_grow(
     assert "another is started" in record.message
 
 
-def test_hiring_is_tried_again_and_again(run: Run):
+def test_starting_a_controller_is_tried_again_and_again(run: Run):
     async def scenario() -> None:
         backend = FakeBackend(make_controller=lambda _: controller(Planner()))
         backend.refuse_controllers = ["no room"] * 3
-        async with steered(backend, formed=False) as (controller_client, ranks, _):
+        async with controlled(backend, formed=False) as (controller_client, ranks, _):
             ranks.form()
             with pytest.raises(ClusterError, match="there is no controller, 3 times in a row; the last time: no room"):
                 await controller_client.explain()
@@ -230,8 +230,8 @@ def test_a_planner_that_always_fails_is_tried_later_and_later(run: Run, monkeypa
         await sleep(0)
 
     async def scenario() -> None:
-        async with steered() as (_, ranks, backend):
-            monkeypatch.setattr(steering_module.asyncio, "sleep", count)
+        async with controlled() as (_, ranks, backend):
+            monkeypatch.setattr(client_module.asyncio, "sleep", count)
             number = 0
             while len(backend.controllers) < 9:
                 backend.controller_at(1, "bug")
@@ -239,7 +239,7 @@ def test_a_planner_that_always_fails_is_tried_later_and_later(run: Run, monkeypa
                 ranks.tell(number)
                 await sleep(0.001)
 
-    monkeypatch.setattr(steering_module, "_BACKOFF_S", 1.0)
+    monkeypatch.setattr(client_module, "_BACKOFF_S", 1.0)
     run(scenario())
     waited = [seconds for seconds in slept if seconds]
     assert waited[:7] == [1, 2, 4, 8, 16, 30, 30]
@@ -272,7 +272,7 @@ class GatedBackend(FakeBackend):
 def test_while_it_is_busy_windows_are_dropped_on_all_ranks_alike(run: Run):
     async def scenario() -> None:
         backend = GatedBackend(lambda _: controller(Planner()))
-        async with steered(backend) as (controller_client, ranks, _):
+        async with controlled(backend) as (controller_client, ranks, _):
             backend.gate.clear()
             ranks.tell(1)
             await until(lambda: not controller_client._waiting)  # the controller is at it
@@ -299,18 +299,18 @@ def test_while_it_is_busy_windows_are_dropped_on_all_ranks_alike(run: Run):
 def test_an_answer_that_meets_the_end_does_not_prevent_it(run: Run, turns: int):
     async def scenario() -> None:
         backend = GatedBackend(lambda _: controller(Planner()))
-        async with steered(backend) as (controller_client, ranks, _):
+        async with controlled(backend) as (controller_client, ranks, _):
             backend.gate.clear()
             ranks.tell(1)
             await until(lambda: not controller_client._waiting)
-            (steering_task,) = [each for each in asyncio.all_tasks() if "keep_controller" in repr(each.get_coro())]
+            (client_task,) = [each for each in asyncio.all_tasks() if "keep_controller" in repr(each.get_coro())]
             backend.gate.set()
             await pass_turns(turns)
-            steering_task.cancel()
+            client_task.cancel()
             await pass_turns(50)
-            ended = steering_task.done()
-            while not steering_task.done():  # or nothing of this would
-                steering_task.cancel()
+            ended = client_task.done()
+            while not client_task.done():  # or nothing of this would
+                client_task.cancel()
                 await asyncio.sleep(0)
             assert ended
             raise asyncio.CancelledError  # leaves without a look at a task that was to live
@@ -321,7 +321,7 @@ def test_an_answer_that_meets_the_end_does_not_prevent_it(run: Run, turns: int):
 
 def test_without_a_controller_windows_are_dropped(run: Run):
     async def scenario() -> None:
-        async with steered(formed=False) as (controller_client, ranks, backend):
+        async with controlled(formed=False) as (controller_client, ranks, backend):
             backend.refuse_controllers = ["no"] * 100_000
             ranks.form()
             await until(lambda: backend.controllers_started > 2000)
@@ -336,7 +336,7 @@ def test_without_a_controller_windows_are_dropped(run: Run):
 def test_what_comes_too_late_for_a_group_does_not_reach_the_next(run: Run):
     async def scenario() -> None:
         backend = GatedBackend(lambda _: controller(Planner(moves=True)))
-        async with steered(backend) as (controller_client, ranks, _):
+        async with controlled(backend) as (controller_client, ranks, _):
             backend.gate.clear()
             ranks.tell(1)
             await until(lambda: not controller_client._waiting)
@@ -359,7 +359,7 @@ def test_what_comes_too_late_for_a_group_does_not_reach_the_next(run: Run):
 
 def test_a_group_that_breaks_before_it_has_said_how_things_stand(run: Run):
     async def scenario() -> None:
-        async with steered(formed=False) as (controller_client, ranks, backend):
+        async with controlled(formed=False) as (controller_client, ranks, backend):
             ranks.answers = False
             ranks.form()
             await until(lambda: ranks.sent)
@@ -386,7 +386,7 @@ def test_a_group_that_breaks_before_it_has_said_how_things_stand(run: Run):
 
 def test_frozen_is_kept_across_controllers(run: Run):
     async def scenario() -> None:
-        async with steered() as (controller_client, ranks, backend):
+        async with controlled() as (controller_client, ranks, backend):
             await controller_client.freeze(True)
             for number in range(1, 4):
                 ranks.tell(number)
@@ -408,7 +408,7 @@ def test_frozen_is_kept_across_controllers(run: Run):
 
 def test_frozen_without_a_controller_is_no_waiting(run: Run):
     async def scenario() -> None:
-        async with steered(formed=False) as (controller_client, ranks, backend):
+        async with controlled(formed=False) as (controller_client, ranks, backend):
             await controller_client.freeze(True)
             ranks.form()
             await until(lambda: controller_client.stats().state == ControllerState.FROZEN)
@@ -419,7 +419,7 @@ def test_frozen_without_a_controller_is_no_waiting(run: Run):
 
 def test_what_was_asked_is_answered_by_the_next_controller(run: Run):
     async def scenario() -> None:
-        async with steered() as (controller_client, _, backend):
+        async with controlled() as (controller_client, _, backend):
             backend.controller_at(1, "crash")
             assert (await controller_client.explain()).epoch == 0
             assert len(backend.controllers) == 2
@@ -429,7 +429,7 @@ def test_what_was_asked_is_answered_by_the_next_controller(run: Run):
 
 def test_an_order_is_given_once(run: Run):
     async def scenario() -> None:
-        async with steered() as (controller_client, _, backend):
+        async with controlled() as (controller_client, _, backend):
             await controller_client.rebalance()
             await controller_client.explain()
             assert sum(isinstance(order, Rebalance) for order in backend.orders) == 1
@@ -441,7 +441,7 @@ def test_an_order_is_given_once(run: Run):
 def test_giving_up_as_the_answer_comes_costs_no_controller(run: Run, turns: int):
     async def scenario() -> None:
         backend = GatedBackend(lambda _: controller(Planner()))
-        async with steered(backend) as (controller_client, _, _2):
+        async with controlled(backend) as (controller_client, _, _2):
             backend.gate.clear()
             asking = asyncio.create_task(controller_client.explain())
             await pass_turns(5)
@@ -458,7 +458,7 @@ def test_giving_up_as_the_answer_comes_costs_no_controller(run: Run, turns: int)
 def test_an_order_that_nobody_waits_for_any_more_is_forgotten(run: Run):
     async def scenario() -> None:
         backend = GatedBackend(lambda _: controller(Planner()))
-        async with steered(backend) as (controller_client, _, _2):
+        async with controlled(backend) as (controller_client, _, _2):
             backend.gate.clear()
             asking = asyncio.create_task(controller_client.rebalance())
             await asyncio.sleep(0)
@@ -485,7 +485,7 @@ class Backwards(Controller):
 def test_a_version_that_goes_back_is_not_taken_to_the_ranks(run: Run):
     async def scenario() -> None:
         backend = FakeBackend(make_controller=lambda _: Backwards(lambda: 0.0))
-        async with steered(backend) as (_, ranks, _2):
+        async with controlled(backend) as (_, ranks, _2):
             ranks.tell(1)
             await until(lambda: len(backend.controllers) == 2)
             assert not ranks.places
@@ -495,7 +495,7 @@ def test_a_version_that_goes_back_is_not_taken_to_the_ranks(run: Run):
 
 def test_when_nothing_can_be_served_whoever_asks_is_told(run: Run):
     async def scenario() -> None:
-        async with steered(formed=False) as (controller_client, _, _2):
+        async with controlled(formed=False) as (controller_client, _, _2):
             asking = asyncio.create_task(controller_client.explain())
             await asyncio.sleep(0)
             controller_client.fail(ClusterError("all ranks are lost"))
@@ -507,7 +507,7 @@ def test_when_nothing_can_be_served_whoever_asks_is_told(run: Run):
 
 def test_what_a_rank_can_not_follow_is_told(run: Run, caplog: pytest.LogCaptureFixture):
     async def scenario() -> None:
-        async with steered() as (controller_client, ranks, _):
+        async with controlled() as (controller_client, ranks, _):
             worker = ranks.members[1]
             worker.handle = cast(WorkerHandle, FakeController(FakeBackend()))
             controller_client.take_rejection(worker, "it is for 3 ranks")

@@ -60,7 +60,7 @@ def test_where_a_worker_is(workers: list[RayWorkerHandle]):
         assert psutil.Process(worker.process.pid).is_running()
 
 
-def test_seats_share_the_node_and_its_cores(local: PatientDriver, workers: list[RayWorkerHandle]):
+def test_places_share_the_node_and_its_cores(local: PatientDriver, workers: list[RayWorkerHandle]):
     assert [local.call(local.backend.neighbours(bundle)) for bundle in range(2)] == [2, 2]
     for worker in workers:
         facts = msgspec.msgpack.decode(local.command(worker, FACTS))
@@ -114,7 +114,7 @@ def test_a_stopped_worker_is_killed_all_the_same(local: PatientDriver, workers: 
     workers[1] = local.start_worker(1)
 
 
-def test_seats_come_and_go(local: PatientDriver):
+def test_places_come_and_go(local: PatientDriver):
     local.call(local.backend.resize(4))
     third = local.start_worker(3)
     assert local.call(local.backend.neighbours(0)) == 4
@@ -133,7 +133,7 @@ def test_a_worker_that_can_not_be_made_says_why(ray_tokens: None, local: Patient
         broken.start_worker(0)
 
 
-def test_a_controller_takes_no_seat_and_another_can_be_had(local: PatientDriver, workers: list[RayWorkerHandle]):
+def test_a_controller_takes_no_place_and_another_can_be_had(local: PatientDriver, workers: list[RayWorkerHandle]):
     controller = local.call(local.backend.start_controller())
     process = psutil.Process(int(controller.where.rpartition("pid ")[2]))
     assert "ControllerActor" in process.name()
@@ -164,11 +164,11 @@ def test_a_controller_that_is_no_longer_wanted_leaves_no_process(local: PatientD
         await greet(controller, deadline_s)
 
     async def cancel() -> RayControllerHandle:
-        hiring = asyncio.ensure_future(local.backend.start_controller())
+        starting = asyncio.ensure_future(local.backend.start_controller())
         controller = await greeted.get()
-        hiring.cancel()
+        starting.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await hiring
+            await starting
         return controller
 
     monkeypatch.setattr(RayControllerHandle, "wait_until_up", told)
@@ -183,7 +183,7 @@ def test_fleets_of_one_process_share_its_ray(local: PatientDriver, workers: list
     assert local.command(workers[0], b"still here") == b"still here"
 
 
-def test_a_hire_that_is_cancelled_leaves_no_process_and_no_task(
+def test_a_start_that_is_cancelled_leaves_no_process_and_no_task(
     local: PatientDriver, workers: list[RayWorkerHandle], monkeypatch: pytest.MonkeyPatch
 ):
     greeted, greet = asyncio.Queue[RayWorkerHandle](), RayWorkerHandle.wait_until_up
@@ -194,11 +194,11 @@ def test_a_hire_that_is_cancelled_leaves_no_process_and_no_task(
 
     async def cancel() -> RayWorkerHandle:
         before = asyncio.all_tasks()
-        hiring = asyncio.ensure_future(local.backend.start_worker(1))
+        starting = asyncio.ensure_future(local.backend.start_worker(1))
         worker = await greeted.get()
-        hiring.cancel()
+        starting.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await hiring
+            await starting
         assert asyncio.all_tasks() == before
         return worker
 
@@ -224,7 +224,7 @@ def test_a_head_that_ends_is_started_again(local: PatientDriver, workers: list[R
     assert not alive
 
 
-def test_a_hire_that_fails_twice_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_a_start_that_fails_twice_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     """There is no place for the worker any more, and its greeting fails just when it is cancelled for that."""
     killed: list[RayWorkerHandle] = []
 

@@ -28,7 +28,7 @@ def node(name: str, total: dict[str, float], **free: float) -> Node:
 TWO = [node("1", {"CPU": 4}), node("2", {"CPU": 4}, CPU=1)]
 
 
-def test_a_seat_takes_a_gpu_if_there_are_any():
+def test_a_place_takes_a_gpu_if_there_are_any():
     gpus = [node("1", {"CPU": 4}), node("2", {"CPU": 4, "GPU": 2})]
     assert need_of_bundle(gpus, None) == need_of_bundle(gpus, "cuda") == GPU
     assert need_of_bundle(gpus, "cpu") == need_of_bundle(TWO, None) == CPU
@@ -39,7 +39,7 @@ def test_a_seat_takes_a_gpu_if_there_are_any():
         need_of_bundle(TWO, "cuda")
 
 
-def test_seats_are_what_the_scarcest_resource_allows():
+def test_places_are_what_the_scarcest_resource_allows():
     assert count_bundles({"CPU": 8, "GPU": 3}, GPU) == 3
     assert count_bundles({"CPU": 2.5, "GPU": 3}, GPU) == 2
     assert count_bundles({"CPU": 8}, GPU) == 0
@@ -59,7 +59,7 @@ def test_seats_are_what_the_scarcest_resource_allows():
         (2, "PACK", ["1"], None),
     ],
 )
-def test_where_seats_may_go(ranks: int, strategy: str, taken: list[str], selector: str | None):
+def test_where_places_may_go(ranks: int, strategy: str, taken: list[str], selector: str | None):
     assert choose_nodes(TWO, CPU, ranks, strategy, taken) == selector
 
 

@@ -249,7 +249,7 @@ def test_the_rule_is_the_counted_multiplications(sizes: Sizes, queries: int, pas
     counts = []
     for compute in (absorbed_attention._absorbed, absorbed_attention._expanded):
         # Sinks keep fused attention out, which the counter leaves to its kernel.
-        scores = absorbed_attention._Scores(1.0, None, torch.empty(3, device="meta"))
+        scores = absorbed_attention._Softmax(1.0, None, torch.empty(3, device="meta"))
         with FlopCounterMode(display=False) as counter:
             query, latent, rotary, weight = tensors(sizes, 3, queries, queries + past, rows=2)
             compute(query, latent, rotary, weight, scores)

@@ -13,7 +13,7 @@ import torch
 import epslots
 from epslots.cli.tables import stats_table
 from epslots.layout import LayerSpec, RecordLayout
-from epslots.telemetry import COUNTERS, LayerStats, Stats, Telemetry, WindowMeter, sum_over_ranks
+from epslots.telemetry import COUNTERS, LayerStats, Stats, Telemetry, sum_over_ranks
 from tests.support import zoo
 
 
@@ -104,15 +104,6 @@ def test_the_table_shows_every_layer(checkpoint: Callable[[str], Path], cache_di
     assert "emulated" not in str(table.caption)
     assert "missed in no layer: 0 of 1 (0.0%)" in str(table.caption)
     assert "emulated: 8GB/s" in str(stats_table(epslots.stats(model), link="8GB/s").caption)
-
-
-def test_a_prefetch_cancelled_a_window_later_leaves_no_debt():
-    telemetry = Telemetry([LayerSpec("layer", 4, RecordLayout.of([("scale", (2,), "float32")]))], [2], torch.device("cpu"))
-    meter = WindowMeter(telemetry)
-    telemetry.count(0, host_bytes=8)
-    assert meter.cut(1.0).host_bytes == (8,)
-    telemetry.count(0, host_bytes=-8)
-    assert meter.cut(1.0).host_bytes == (0,)
 
 
 def layer_stats(number: int, kind: type[LayerStats] = LayerStats) -> LayerStats:

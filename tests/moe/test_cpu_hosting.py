@@ -40,8 +40,8 @@ def test_experts_always_cheaper_on_the_cpu_leave_slots_alone(checkpoint: Checkpo
     model = hosting(load(folder, cache_dir, slots=3), ALWAYS, concurrent=False)
     assert_equal(model, Reference(folder))
     stats = epslots.stats(model)
-    assert fetched_bytes(model) == 0 and stats.misses == sum(layer.hosted for layer in stats.layers) > 0
-    assert all(layer.hosted_s > 0 for layer in stats.layers)
+    assert fetched_bytes(model) == 0 and stats.misses == sum(layer.cpu_misses for layer in stats.layers) > 0
+    assert all(layer.cpu_s > 0 for layer in stats.layers)
     assert all((runner.cache.resident_E == False).all() for runner in runtime_of(model).runners)  # noqa: E712
 
 

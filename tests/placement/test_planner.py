@@ -33,7 +33,7 @@ def costs(copy_ns: int = 1) -> Costs:
     return Costs(copy_ns, copy_ns, 1, 1000, 1, 1, 1)
 
 
-def fleet(ranks: int, nodes: int = 1, copy_ns: int = 1, speeds: list[int] | None = None) -> RankHardware:
+def hardware(ranks: int, nodes: int = 1, copy_ns: int = 1, speeds: list[int] | None = None) -> RankHardware:
     return RankHardware(np.arange(ranks) * nodes // ranks, np.array(speeds or [1000] * ranks), costs(copy_ns))
 
 
@@ -53,7 +53,7 @@ def largest(placement: Placement, tokens_LE: np.ndarray) -> float:
 
 def test_the_golden_loads():
     """EPLB gives 232, FlashLB 205, the optimum with equal split is 196.7."""
-    found = propose(start([8], 8, 2), certain(GOLDEN), fleet(8))
+    found = propose(start([8], 8, 2), certain(GOLDEN), hardware(8))
     assert not found.keep and found.placement.version == 1
     assert largest(found.placement, GOLDEN) <= 200
 
@@ -82,7 +82,7 @@ def situations(draw: st.DrawFn) -> tuple[Placement, ExpectedLoad, RankHardware, 
         np.int64
     )
     speeds = random.integers(500, 2000, ranks).tolist() if draw(st.booleans()) else None
-    machines = fleet(ranks, draw(st.integers(1, ranks)), draw(st.sampled_from([1, 10**5, 10**9])), speeds)
+    machines = hardware(ranks, draw(st.integers(1, ranks)), draw(st.sampled_from([1, 10**5, 10**9])), speeds)
     sample = random.dirichlet(np.ones(widest), (4, layers)) if draw(st.booleans()) else None
     expected = ExpectedLoad(tokens, np.minimum(tokens, 50), 50, 0.8, 4.0, sample, None if sample is None else np.full(4, 0.25))
     return placement, expected, machines, draw(st.booleans())
@@ -96,10 +96,10 @@ def test_placements_are_sound_and_what_is_proposed_pays(situation: tuple[Placeme
         found = propose(current, expected, machines, flat=flat)
         found.placement.check()
         if found.keep:
-            assert found.placement is current and found.copies == found.gain_ns == found.move_ns == 0
+            assert found.placement is current and found.copies == found.gain_ns == found.migration_ns == 0
         else:
             assert found.placement.version == current.version + 1
-            assert found.gain_ns > found.move_ns == found.copies * machines.costs.peer_fetch
+            assert found.gain_ns > found.migration_ns == found.copies * machines.costs.peer_fetch
             added = found.placement.wanted_LRE & ~holders(current)
             assert found.copies >= added.sum()  # more, where slots of a home are too few for all that call it home
             own = np.arange(current.home_LE.shape[1]) < current.num_experts_L[:, None]
@@ -110,14 +110,14 @@ def test_placements_are_sound_and_what_is_proposed_pays(situation: tuple[Placeme
 def test_layers_of_different_sizes_and_ranks_of_different_slots():
     quota = np.array([[2, 5, 3], [4, 3, 4]])
     loads = np.array([[50, 10, 10, 10, 5, 5, 5], [30, 10, 10, 10, 10, 0, 0]])
-    found = propose(default_placement([7, 5], quota), certain(loads), fleet(3)).placement
+    found = propose(default_placement([7, 5], quota), certain(loads), hardware(3)).placement
     assert (found.wanted_LRE.sum(2) <= quota).all()
     assert balancedness(rank_loads(holders(found), loads)) > 0.93
 
 
 def test_faster_ranks_do_more():
     loads = np.full((2, 24), 100)
-    machines = fleet(4, speeds=[2000, 1000, 1000, 1000])
+    machines = hardware(4, speeds=[2000, 1000, 1000, 1000])
     found = propose(start([24, 24], 4, 12), certain(loads), machines)
     share = rank_loads(holders(found.placement), loads)
     assert balancedness(share, machines.speed_R) > 0.97
@@ -130,7 +130,7 @@ def test_copies_lie_on_different_nodes_and_nodes_are_level():
 
     def apart(**settings: bool) -> float:
         """The share of replicated experts that are on both nodes; and how level nodes are."""
-        held = holders(propose(start([24] * 8, 8, 4), certain(loads, 1), fleet(8, nodes=2), **settings).placement)
+        held = holders(propose(start([24] * 8, 8, 4), certain(loads, 1), hardware(8, nodes=2), **settings).placement)
         by_node = held.reshape(8, 2, 4, 24).sum(2)
         node_loads = rank_loads(held, loads).reshape(8, 2, 4).sum(2)
         assert (node_loads.max(1) / node_loads.mean(1)).max() < 1.05
@@ -143,10 +143,10 @@ def test_copies_lie_on_different_nodes_and_nodes_are_level():
 def test_nothing_is_moved_when_it_does_not_pay():
     random = np.random.default_rng(0)
     loads = random.integers(50, 150, (3, 16))
-    first = propose(start([16] * 3, 4, 5), certain(loads), fleet(4)).placement
-    again = propose(first, certain(loads), fleet(4))
+    first = propose(start([16] * 3, 4, 5), certain(loads), hardware(4)).placement
+    again = propose(first, certain(loads), hardware(4))
     assert again.keep and again.placement is first
-    dear = propose(start([16] * 3, 4, 5), certain(loads), fleet(4, copy_ns=2**39))
+    dear = propose(start([16] * 3, 4, 5), certain(loads), hardware(4, copy_ns=2**39))
     assert dear.keep
 
 
@@ -154,11 +154,11 @@ def test_one_hot_expert_moves_few_copies():
     """A level placement, then one expert gets hotter: the answer is a few copies, not another placement."""
     random = np.random.default_rng(0)
     loads = random.integers(80, 120, (4, 64))
-    first = propose(start([64] * 4, 8, 9), certain(loads), fleet(8)).placement
+    first = propose(start([64] * 4, 8, 9), certain(loads), hardware(8)).placement
     hotter = loads.copy()
     hotter[:, 7] *= 8
     worth = 800 * 10**6 * 1000 // 5  # a copy costs a fifth of a rank's load
-    found = propose(first, certain(hotter), fleet(8, copy_ns=worth))
+    found = propose(first, certain(hotter), hardware(8, copy_ns=worth))
     assert not found.keep and found.copies <= 4 * 8
     before = balancedness(rank_loads(holders(first), hotter))
     after = balancedness(rank_loads(holders(found.placement), hotter))
@@ -174,7 +174,7 @@ def test_experts_that_rise_together_are_kept_apart():
     shares /= shares.sum(2, keepdims=True)
     mean = np.full((1, 16), 10**6)
     expected = ExpectedLoad(mean, np.full((1, 16), 100), 100, 1.0, 8.0, shares, np.array([0.5, 0.5]))
-    found = propose(start([16], 4, 4), expected, fleet(4)).placement
+    found = propose(start([16], 4, 4), expected, hardware(4)).placement
     by_topic = holders(found)[0][:, :8].sum(1)
     assert by_topic.tolist() == [2, 2, 2, 2]
     assert found.version == 1
@@ -201,9 +201,9 @@ def test_with_few_slots_homes_level_misses_and_hot_experts_stay():
 
 def test_slots_that_change_are_followed():
     loads = np.random.default_rng(0).integers(50, 150, (2, 12))
-    first = propose(start([12, 12], 3, 6), certain(loads), fleet(3)).placement
+    first = propose(start([12, 12], 3, 6), certain(loads), hardware(3)).placement
     smaller = np.full((2, 3), 4)
-    found = propose(first, certain(loads), fleet(3), smaller)
+    found = propose(first, certain(loads), hardware(3), smaller)
     assert not found.keep and np.array_equal(found.placement.quota_LR, smaller)
     assert (holders(found.placement).sum(2) <= 4).all() and holders(found.placement).any(1).all()
 
@@ -211,18 +211,18 @@ def test_slots_that_change_are_followed():
 def test_what_does_not_fit_together_is_refused():
     current = start([8], 4, 3)
     with pytest.raises(ConfigError, match=r"\[\[1, 7\], \[1, 7\]"):
-        propose(current, certain(GOLDEN[:, :7]), fleet(4))
+        propose(current, certain(GOLDEN[:, :7]), hardware(4))
     with pytest.raises(ConfigError, match="allowed for this placement"):
-        propose(current, certain(GOLDEN), fleet(5))
+        propose(current, certain(GOLDEN), hardware(5))
     with pytest.raises(ConfigError, match="1000 = usual"):
-        propose(current, certain(GOLDEN), fleet(4, speeds=[1, 1, 0, 1]))
+        propose(current, certain(GOLDEN), hardware(4, speeds=[1, 1, 0, 1]))
 
 
 def test_a_forecast_of_still_traffic_soon_ends_in_keeping():
     random, forecast = np.random.default_rng(0), Forecast()
     chances = random.dirichlet(np.ones(32), 3)
     current, kept, moved = start([32] * 3, 4, 9), [], []
-    machines = fleet(4, copy_ns=10**6)
+    machines = hardware(4, copy_ns=10**6)
     for _ in range(24):
         window = random.multinomial(50_000, chances)
         forecast.add(window, np.minimum(window, 100), 100)

@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import astuple
 
-from epslots.planner.assignment import assign, home_only, own_only
+from epslots.planner.assignment import Assign, assign, own_only
 from epslots.planner.assignment_candidates import place_misses
-from epslots.planner.assignment_kernels import WORTHWHILE
+from epslots.planner.assignment_kernels import HOME, WORTHWHILE
 from epslots.planner.cost_model import Costs, gathers, layer_time, layer_times
 from tests.support.plan_strategies import COSTS, Situation, holds, situations
+
+home_only = Assign(HOME)  # the simplest plan: tokens go home, home fetches
 
 
 def layer_cost(costs: Costs, *arrays: np.ndarray) -> int:
@@ -22,8 +24,8 @@ def layer_cost(costs: Costs, *arrays: np.ndarray) -> int:
 
 @settings(max_examples=60)
 @given(situations(), st.booleans())
-def test_a_plan_computes_every_pair_once_and_keeps_its_word(situation: Situation, tolled: bool):
-    found = assign(*situation.arguments, *([situation.remote_ns_RE] if tolled else []))
+def test_a_plan_computes_every_pair_once_and_keeps_its_word(situation: Situation, pays: bool):
+    found = assign(*situation.arguments, *([situation.remote_ns_RE] if pays else []))
     counts_RU = situation.counts_RE[:, found.experts_U]
     assert found.experts_U.tolist() == np.flatnonzero(situation.counts_RE.any(0)).tolist()
     assert (found.computed_RU >= 0).all()
@@ -132,13 +134,13 @@ def test_a_large_batch_brings_a_copy_to_its_tokens():
 def test_a_copy_comes_when_remote_work_cost_as_much():
     """Rank 0 sends one pair a step to rank 1 for an expert: alone not worth a copy, but it adds up."""
     counts, quota, home = np.array([[1, 0], [0, 0]]), np.array([1, 2]), np.array([1, 1])
-    tolls = np.array([[3 * COSTS.peer_fetch, 0], [0, 0]])
+    remote_ns_RE = np.array([[3 * COSTS.peer_fetch, 0], [0, 0]])
     idle = holds(2, 2, (1, 0), (1, 1))
-    assert not len(assign(counts, idle, quota, home, COSTS, tolls // 4).fetch_ranks)
-    found = assign(counts, idle, quota, home, COSTS, tolls)
+    assert not len(assign(counts, idle, quota, home, COSTS, remote_ns_RE // 4).fetch_ranks)
+    found = assign(counts, idle, quota, home, COSTS, remote_ns_RE)
     assert (found.fetch_ranks.tolist(), found.fetch_experts.tolist(), found.fetch_sources.tolist()) == ([0], [0], [1])
     # The only copy of another expert isn't given up for it.
-    assert not len(assign(counts, holds(2, 2, (1, 0), (0, 1)), quota, home, COSTS, tolls).fetch_ranks)
+    assert not len(assign(counts, holds(2, 2, (1, 0), (0, 1)), quota, home, COSTS, remote_ns_RE).fetch_ranks)
 
 
 @pytest.mark.parametrize(("host", "peer", "source"), [(2_000_000, 200_000, 1), (200_000, 2_000_000, -1)])

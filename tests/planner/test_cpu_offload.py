@@ -28,7 +28,7 @@ def served(
         cost,
         np.array([0] * count if ranks is None else ranks, np.int64),
         np.array(pairs, np.int64),
-        np.array(arrays.get("tolls", [0] * count), np.int64),
+        np.array(arrays.get("paid", [0] * count), np.int64),
         np.array(arrays.get("displaces", [False] * count), bool),
         concurrent=concurrent,
     ).tolist()
@@ -40,23 +40,23 @@ def test_few_tokens_are_moved_and_many_are_not():
 
 
 @pytest.mark.parametrize("concurrent", [False, True])
-def test_nothing_is_hosted_where_nobody_said_what_that_costs(concurrent: bool):
+def test_nothing_is_computed_on_the_cpu_without_its_cost(concurrent: bool):
     assert served(costs(0, 0), [1, 2], concurrent=concurrent) == [False, False]
     assert served(costs(), [], concurrent=concurrent) == []
 
 
 def test_a_fetch_comes_when_cpu_work_cost_as_much_as_two():
-    rent = 300 + 10 - 2
+    added = 300 + 10 - 2
     share = CpuShare(1, 4, costs(), concurrent=False)
     one = np.array([1])
-    hosted = [bool(share.choose(step, one * 0, one, one, np.array([False]))[0]) for step in range(9)]
-    times = (2 * FETCH - 1) // rent
-    assert hosted == [True] * times + [False] + [True] * (8 - times)
-    assert share.cpu_ns_RE.tolist() == [[0, (8 - times) * rent, 0, 0]]
+    on_cpu = [bool(share.choose(step, one * 0, one, one, np.array([False]))[0]) for step in range(9)]
+    times = (2 * FETCH - 1) // added
+    assert on_cpu == [True] * times + [False] + [True] * (8 - times)
+    assert share.cpu_ns_RE.tolist() == [[0, (8 - times) * added, 0, 0]]
 
 
 def test_experts_the_policy_would_not_keep_are_not_fetched():
-    assert served(costs(), [1, 1], tolls=[10 * FETCH] * 2, displaces=[True, False]) == [True, False]
+    assert served(costs(), [1, 1], paid=[10 * FETCH] * 2, displaces=[True, False]) == [True, False]
     assert served(costs(), [500], displaces=[True]) == [False], "unless it is the cheaper way"
 
 
@@ -86,16 +86,16 @@ def brute_force(cost: Costs, pairs: list[int], may: list[bool]) -> int:
     st.integers(1, 40),
 )
 def test_beside_the_link_a_rank_is_done_as_soon_as_can_be(misses: list[tuple[int, int, bool]], expert: int, pair: int):
-    """Against all divisions of each rank's misses, where no tolls force a fetch; and never worse than fetching all."""
+    """Against all divisions of each rank's misses, where nothing paid forces a fetch; and never worse than fetching all."""
     cost = costs(expert, pair)
     ranks, pairs, ripe = ([m[i] for m in misses] for i in range(3))
-    tolls = [10 * FETCH if r else 0 for r in ripe]
-    hosted = served(cost, pairs, ranks=ranks, tolls=tolls, concurrent=True)
-    assert not any(h and r for h, r in zip(hosted, ripe, strict=True))
+    paid = [10 * FETCH if r else 0 for r in ripe]
+    on_cpu = served(cost, pairs, ranks=ranks, paid=paid, concurrent=True)
+    assert not any(h and r for h, r in zip(on_cpu, ripe, strict=True))
     for rank in range(3):
         mine = [i for i in range(len(misses)) if ranks[i] == rank]
-        cpu = sum(expert + pairs[i] * pair for i in mine if hosted[i])
-        link = FETCH * sum(not hosted[i] for i in mine)
+        cpu = sum(expert + pairs[i] * pair for i in mine if on_cpu[i])
+        link = FETCH * sum(not on_cpu[i] for i in mine)
         assert max(cpu, link) == brute_force(cost, [pairs[i] for i in mine], [not ripe[i] for i in mine])
 
 

@@ -42,7 +42,7 @@ from epslots.prefetch.predictor_file import (
 )
 from epslots.prefetch.predictor_kernel import USAGE_MAX, USAGE_SCALE
 from epslots.prefetch.recording import HELD_OUT_EVERY, cut_windows, plan_recordings, record
-from epslots.prefetch.routers import Router, agreement, find_routers
+from epslots.prefetch.routers import LinearRouter, agreement, find_routers
 from epslots.runtime import runtime_of
 from tests.support import zoo
 
@@ -98,7 +98,7 @@ def test_each_part_of_a_router_takes_part(name: str, checkpoint: Callable[[str],
     modules = zoo.experts_modules(model)
     router, module = next(iter(zip(find_routers(model, modules), modules, strict=True)))
     assert router is not None
-    bare = Router(router.weight_EH, torch.zeros_like(router.bias_E))
+    bare = LinearRouter(router.weight_EH, torch.zeros_like(router.bias_E))
     assert agreement(bare, *seen[module]) < 0.99
 
 
@@ -343,7 +343,7 @@ def test_guesses(before: int, now: int):
 
 
 def test_a_naive_predictor_is_the_next_router():
-    router = Router(torch.randn(6, 5), torch.randn(6))
+    router = LinearRouter(torch.randn(6, 5), torch.randn(6))
     rows = torch.randn(7, 5)
     found = predictor(RouterEstimator(router, 2))
     assert found.ids(0, rows, 2).tolist() == router.top(rows, 2).tolist()
@@ -376,7 +376,7 @@ def test_a_few_rows_are_told_of_as_many_are(tokens: int, hidden: int, history: b
     estimator: FittedEstimator | RouterEstimator = fitted(experts=experts, hidden=hidden, history=history, seed=seed)
     if kind == "naive":
         estimator = RouterEstimator(
-            Router(torch.randn(6, 5, generator=generator), torch.randn(6, generator=generator)), 1 + seed % 6
+            LinearRouter(torch.randn(6, 5, generator=generator), torch.randn(6, generator=generator)), 1 + seed % 6
         )
     one, other = predictor(estimator), chain(predictor(estimator))
     assert one._kernel_weights[0] is not None and one._kernel_weights[0].most_rows >= 9

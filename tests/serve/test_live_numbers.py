@@ -184,7 +184,8 @@ def test_decisions_in_words(busy: BusyCluster):
     assert "Last decision: keep the placement. Balance is 0.93" in text
     from msgspec.structs import replace as changed
 
-    asked = changed(explanation, published=judgement(asked=True, copies=1, gain_s=2.0, move_s=5e-6), latest=None, windows=1)
+    made = judgement(asked=True, copies=1, gain_s=2.0, migration_s=5e-6)
+    asked = changed(explanation, published=made, latest=None, windows=1)
     text = " ".join(placement_words(stats, [asked]))
     assert "on request" in text
     assert "for 1 copy; expected to save 2.0 s and to cost 5 us" in text

@@ -57,8 +57,11 @@ def test_answers_are_of_the_pages_types(client: Client, page: dict[str, Any], pa
     if "prompt_logprobs" in body:
         return  # not in streams
     stream = client.post(path, body | {"stream": True, "stream_options": {"include_usage": True}})
+    told = page["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]["schema"]["description"]
+    assert f"a {chunk.__name__};" in told
     for event in stream.events:
         chunk.model_validate(event)
+        holds(page, chunk.__name__, event)
 
 
 def test_plain_answers_are_of_the_pages_types(client: Client, page: dict[str, Any]):

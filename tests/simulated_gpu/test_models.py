@@ -107,7 +107,7 @@ def test_packed_records_and_experts_on_the_host(kind: str, checkpoint: Callable[
             actual = model(input_ids=ids.to("cuda")).logits.cpu()
         assert (actual - expected).abs().max() <= TOLERANCE * expected.abs().max()
         assert gpu.races == []
-        assert (sum(layer.hosted for layer in epslots.stats(model).layers) > 0) is (kind == "on the host")
+        assert (sum(layer.cpu_misses for layer in epslots.stats(model).layers) > 0) is (kind == "on the host")
         assert all((layer.packed is None) is (kind == "on the host") for layer in runtime_of(model).layers)
         assert not any(runner.experts.kernel.waits_for_host for runner in runtime_of(model).runners)
         runtime_of(model).check_integrity()

@@ -64,8 +64,8 @@ def assert_equal(tally: StepTally, real: dict[str, np.ndarray], expert_bytes: in
     simulated = {
         "hits": tally.hits,
         "misses": tally.misses,
-        "host_bytes": (tally.host_fetches + tally.host_moves) * expert_bytes,
-        "peer_bytes": (tally.peer_fetches + tally.peer_moves) * expert_bytes,
+        "host_bytes": (tally.host_fetches + tally.host_migrations) * expert_bytes,
+        "peer_bytes": (tally.peer_fetches + tally.peer_migrations) * expert_bytes,
         "evictions": tally.evictions,
     }
     for name, counts_LR in simulated.items():
@@ -162,7 +162,7 @@ def test_the_simulator_follows_placements_as_ranks_do(
             simulated.model.adopt(placement, 6 * expert_bytes)
         simulated.step(counts_LRE, tokens_R)
     tally = simulated.take()
-    assert (tally.host_moves + tally.peer_moves).sum(), "nothing was moved"
+    assert (tally.host_migrations + tally.peer_migrations).sum(), "nothing was moved"
     assert_equal(tally, {name: after[name] - before[name] for name in after}, expert_bytes)
     assert (ranks.holds() == np.stack([layer.state.holds_RE for layer in simulated.model.layers])).all()
     assert groups[0].pending_migrations == simulated.model.pending_migrations  # type: ignore[union-attr]

@@ -29,7 +29,7 @@ def judgement(**changes: Any) -> Judgement:
         "balance_now": 0.71,
         "balance_then": 0.94,
         "gain_s": 0.182,
-        "move_s": 0.041,
+        "migration_s": 0.041,
         "copies": 38,
         "trust": 0.9,
         "windows": 12.0,
