@@ -191,7 +191,8 @@ def test_a_lost_group_reports_no_end():
     driver.hand_overs.take("p", FAILED)
     driver.scheduler.add([Request("b", tuple(range(50)), 20)])
     driver.scheduler.assign()
-    driver.scheduler._ranks.costs.token_s = driver.scheduler._ranks.costs.prompt_token_s = 0.001
+    costs = driver.scheduler._ranks.costs
+    costs.near.token_s = costs.prompt_token_s = 0.001
     driver.hand_overs.consider_early("p", PromptProgress("b", 30, 20))
     driver.hand_overs.consider_early("p", PromptProgress("b", 35, 15))
     driver.hand_overs.give_up(("p",))
