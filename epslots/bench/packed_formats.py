@@ -67,7 +67,7 @@ def measure_formats(rounds: int, advance: Advance) -> Tables:
     )
     unpacked = ready_product(dense[0], None, "silu"), ready_product(dense[1])
     ends = [(torch.arange(SLOTS) >= slot).int() for slot in range(SLOTS)]  # where a single row is in each slot
-    table = []
+    table, errors = [], []
     for name, fields in FORMATS.items():
         halves, own = PackedForm(rows=WIDTH, columns=HIDDEN, **fields), PackedForm(rows=HIDDEN, columns=WIDTH, **fields)
         first = PackedProduct(random_packed([halves] * 2, SLOTS, torch.bfloat16), None, "silu")
@@ -91,4 +91,17 @@ def measure_formats(rounds: int, advance: Advance) -> Tables:
             candidates = {"bf16": by_dense, "packed": by_codes}
             table.append({"slots": name, "rows": count} | compare(candidates, "packed", "bf16", 4 * rounds, US))
         advance(1)
-    return {f"us an expert of 3 x {HIDDEN} x {WIDTH}, packed slots over bf16 slots": table}
+        errors.append({"slots": name, "largest error, of the results' scale": _error(halves)})
+    return {
+        f"us an expert of 3 x {HIDDEN} x {WIDTH}, packed slots over bf16 slots": table,
+        "products from packed slots in fp32, against the weights that they stand for in fp64": errors,
+    }
+
+
+def _error(form: PackedForm) -> float:
+    """Of a row in each slot."""
+    weight = random_packed([form], SLOTS, torch.float32)
+    rows = torch.randn(SLOTS, form.columns)
+    found = PackedProduct(weight)(rows, torch.arange(1, SLOTS + 1, dtype=torch.int32))
+    exact = torch.stack([row.double() @ weight.unpack(slot).double() for slot, row in enumerate(rows)])
+    return float((found - exact).abs().max() / exact.abs().max())
