@@ -32,7 +32,7 @@ class Scaling:
             old = self._groups.deal.settled(self._pool.size)
             deal, count = old.changed(ranks, groups)
             self._check_heir(old, deal)
-            common = old.common(deal)
+            common = deal if deal.size is None else old.common(deal)
             stay = min(self._pool.size, count if deal.size is None else len(common.dealt))
             if stay < self._pool.size:
                 self._pool.shrink(stay)

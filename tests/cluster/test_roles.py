@@ -17,7 +17,6 @@ from cluster.config import cluster_config
 from cluster.driver import request_router
 from cluster.driver.hand_over_costs import HandOverCosts
 from cluster.driver.hand_overs import HandOvers
-from cluster.errors import ClusterError
 from cluster.messages.hand_over import PromptProgress
 from cluster.rank.rank_loop import RankLoop
 from epslots.errors import ConfigError
@@ -305,5 +304,5 @@ def test_roles_are_settings_of_a_cluster(open_cluster: Open):
     ):
         with pytest.raises(ConfigError, match=message):
             cluster_config(**wrong)  # type: ignore[arg-type]
-    with pytest.raises(ClusterError, match="at least one group that decodes"):
+    with pytest.raises(ConfigError, match="at least one of each"):
         open_cluster(ranks=None, prefill_ranks=1)

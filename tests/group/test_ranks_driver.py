@@ -81,6 +81,9 @@ class Scaling:
     def use(self, weights: dict[str, torch.Tensor]) -> None:
         self._scale_QH = weights["scale"]
 
+    def ready_products(self, pairs: int) -> None:
+        """None is there."""
+
     def __call__(self, rows_NH: torch.Tensor, ends_Q: torch.Tensor, key_N: torch.Tensor, first_key: int = 0) -> torch.Tensor:
         return rows_NH * self._scale_QH[(key_N - first_key).clamp(max=len(self._scale_QH) - 1)]
 
