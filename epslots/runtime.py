@@ -102,14 +102,14 @@ class Runtime:
             complete: fill layers that have a slot for every expert now: a rank alone makes no plans for them.
 
         Raises:
-            StoreError: a record that completes a layer can't be read.
+            StoreError: a record that completes a layer can't be read. The slots stay ceded.
         """
         loader = self.ceding_loader
-        loader.take_back_level()
-        if complete:
-            loader.complete_layers()
-        for index in loader.store_layers:
-            self.runners[index].use_slot_range()
+        try:
+            loader.take_back_level(complete=complete)
+        finally:
+            for index in loader.store_layers:
+                self.runners[index].use_slot_range()
 
     def fill(self, experts: Mapping[int, IntArray], display: ProgressDisplay) -> None:
         """Load these experts of each layer into its first slots, which are empty."""

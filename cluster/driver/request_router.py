@@ -300,6 +300,14 @@ class GroupRouter:
 
     def wake(self) -> None:
         """Wake the ranks that sleep while another one of the group has work."""
-        step, sleepers = self._idle.wake(self._scheduler.busy(self._ranks))
+        self._wake(self._scheduler.busy(self._ranks))
+
+    def wake_others(self, epoch: int) -> None:
+        """A rank that slept begins a step by itself: wake all others for it."""
+        if epoch == self._idle.epoch:
+            self._wake(True)
+
+    def _wake(self, outstanding: bool) -> None:
+        step, sleepers = self._idle.wake(outstanding)
         for worker in sleepers:
             self._send(worker, Wake(self._idle.epoch, step))

@@ -54,6 +54,7 @@ from cluster.messages.rank import (
     RankReport,
     RankStopped,
     Stop,
+    WakesOthers,
     decode_events,
     encode,
 )
@@ -267,6 +268,8 @@ class Supervisor:
                 self.router.take_hand_over(worker, event)
             case Asleep(epoch, step):
                 self.groups[worker.group].router.fell_asleep(worker, epoch, step)
+            case WakesOthers(epoch):
+                self.groups[worker.group].router.wake_others(epoch)
             case Contact():
                 self.groups[worker.group].pass_on(event)
             case LoadReport() | GroupState() | PlacementRejected():

@@ -9,7 +9,7 @@ driver -> worker   command          answer, as an event (worker -> driver)
                    HandOver, ...    HandedOver, ...: see ``hand_over.py``
                    Adopt            Adopted: the worker serves another driver from now on
                    Stop             RankStopped
-unasked                             Broken: the group lost a rank; Failed: the worker's last event
+unasked                             Broken: the group lost a rank; Failed: the worker's last event; WakesOthers
 """
 
 from __future__ import annotations
@@ -254,6 +254,12 @@ class Asleep(msgspec.Struct, tag=True, frozen=True):
     step: int
 
 
+class WakesOthers(msgspec.Struct, tag=True, frozen=True):
+    """This rank slept, and begins a step of this epoch for which it got no request: its cache waits for slots of experts."""
+
+    epoch: int
+
+
 class Broken(msgspec.Struct, tag=True, frozen=True):
     """The group of this epoch lost a rank, or didn't form; this rank waits for the next ``Form``.
 
@@ -340,6 +346,7 @@ Event = (
     | Formed
     | Outputs
     | Asleep
+    | WakesOthers
     | Broken
     | Failed
     | RankReport

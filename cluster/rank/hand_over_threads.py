@@ -11,6 +11,7 @@ from typing import Protocol
 from cluster.messages.hand_over import HandedOver, HandOver, LinkContact, LinkContacts, LinkOrder, TakeOver
 from cluster.messages.rank import Contact
 from cluster.rank.cache_exchange import BetweenSteps, HandOverRefused, send_cache, take_cache
+from cluster.rank.command_queue import NotYet
 from cluster.rank.contact_store import ContactStore
 from epslots.errors import EpslotsError
 from epslots.generation.batcher import Batcher
@@ -162,8 +163,11 @@ class HandOverThreads:
 
         def reserve(layout: CacheLayout) -> CacheImage | None:
             self._batcher().release(order.id)  # of an earlier hand-over of this request, which has failed
-            if (image := self._batcher().reserve(order.id, layout)) is not None:
+            batcher = self._batcher()
+            if (image := batcher.reserve(order.id, layout)) is not None:
                 place.append(image)
+            elif batcher.waits_for_room:
+                raise NotYet  # experts cede slots with the group's next step
             return image
 
         def drop() -> None:

@@ -45,6 +45,7 @@ from cluster.messages.rank import (
     Stop,
     Submit,
     Wake,
+    WakesOthers,
     decode_command,
     encode,
 )
@@ -147,7 +148,8 @@ class RankLoop:
     def _has_steps_to_make(self) -> bool:
         if not self._serving:
             return False
-        return not self._asleep or self._steps < self._wake_through or self._loaded_engine.batcher.has_work
+        batcher = self._loaded_engine.batcher
+        return not self._asleep or self._steps < self._wake_through or batcher.has_work or batcher.waits_for_room
 
     @property
     def _loaded_engine(self) -> Engine:
@@ -205,8 +207,7 @@ class RankLoop:
         loaded = time.monotonic()
         self._engine = Engine(model)
         self._windows = WindowCutter(model, load.window_steps)
-        seconds = {"model": loaded - began, "cache for requests": time.monotonic() - loaded}
-        self._loaded = loaded_report(self._engine, seconds)
+        self._loaded = loaded_report(self._engine, {"model": loaded - began, "cache for requests": time.monotonic() - loaded})
         self._send(self._loaded)
 
     def _adopt(self) -> None:
@@ -281,6 +282,8 @@ class RankLoop:
 
     def _step(self) -> None:
         assert self._transport is not None
+        if self._asleep and self._loaded_engine.batcher.waits_for_room:
+            self._send(WakesOthers(self._transport.epoch))  # the driver knows of no work
         began = time.perf_counter()
         try:
             header = self._loaded_engine.step()
@@ -301,9 +304,8 @@ class RankLoop:
     def _end_window(self, seconds: float) -> None:
         """Note a step of this duration. If a window ends with it, send its load report, unless the last one still waits."""
         assert self._windows is not None
-        load_report = self._windows.step(self._steps, seconds, waits=self._events.holds_load_report)
-        if load_report is not None:
-            self._send(load_report)
+        if (report := self._windows.step(self._steps, seconds, waits=self._events.holds_load_report)) is not None:
+            self._send(report)
 
     def _send_outputs(self) -> None:
         if self._engine is not None and (outputs := self._engine.batcher.outputs()):
@@ -370,8 +372,7 @@ class RankLoop:
 
     def describe(self) -> RankDescription:
         """The rank's state, for a driver that may adopt it; from any thread."""
-        running = self._thread.is_alive() and not self._ended
-        return RankDescription(load=self._load_order, loaded=self._loaded is not None, running=running)
+        return RankDescription(self._load_order, self._loaded is not None, self._thread.is_alive() and not self._ended)
 
     def _prepare_to_form(self, form: Form) -> None:
         """Abort the last group, which frees a step that waits for a lost rank, and the others that wait for this one."""

@@ -10,6 +10,7 @@ Legend of shape suffixes: F fetches of one layer, in order; S slots of the pool.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -246,11 +247,37 @@ class ExpertLoader:
             self._empty_slot(layer, pool.slot_range(layer).stop - 1, expert)
         pool.set_levels(pool.levels + 1)
 
-    def take_back_level(self) -> None:
-        """Let each layer use the slot again that it ceded last; it is empty. What was read from it must be done."""
-        self.pool.set_levels(self.pool.levels - 1)
+    def take_back_level(self, *, complete: bool) -> None:
+        """Let each layer use the slot again that it ceded last; it is empty. What was read from it must be done.
 
-    def complete_layers(self) -> None:
+        Args:
+            complete: load the missing experts of the layers that have a slot for every one now.
+
+        Raises:
+            StoreError: one's record can't be read, or differs from its digest. The slots are ceded again.
+        """
+        pool = self.pool
+        level = pool.levels
+        pool.set_levels(level - 1)
+        if not complete:
+            return
+        try:
+            self._complete_layers()
+        except StoreError:
+            slots = pool.level_slots(level)
+            self._drain(slots)
+            for layer, slot in enumerate(slots):
+                pool.vacate(layer, pool.expert_of[[slot]])
+            pool.set_levels(level)
+            raise
+
+    def _drain(self, slots: IntArray) -> None:
+        """Wait until nothing is in flight to these slots, int64 [any number]: records that can't be read, too, have ended."""
+        while self.in_flight[slots].any():
+            with suppress(StoreError):
+                self.wait(slots)
+
+    def _complete_layers(self) -> None:
         """Load the missing experts of the layers that have a slot for every one.
 
         Raises:

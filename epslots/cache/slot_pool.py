@@ -52,6 +52,7 @@ class SlotPool:
         rooms: slots of each layer's range, those included that it has ceded.
         quotas: slots that each layer can use now.
         levels: slots that each layer has ceded, the last of its range.
+        layouts: how often ranges were laid out. Views of them, and state by layer, are of one layout.
         slot_of, expert_of: the host's tables, int64 [layers, experts] and [slots].
         slot_of_device, expert_of_device: the device's.
         lock: held by a thread for its step: another thread's step could evict what this one computes with.
@@ -66,6 +67,7 @@ class SlotPool:
         self.layers = tuple(layers)
         self.layout = layers[0].layout
         self.levels, self._own_slots = 0, own_slots
+        self.layouts = 0
         self._lay_out(quotas)
         self.device = device
         self.memory = torch.empty(self.num_slots, self.layout.nbytes, dtype=torch.uint8, device=device)
@@ -79,6 +81,7 @@ class SlotPool:
         self.reader: weakref.ref[object] | None = None
 
     def _lay_out(self, rooms: Sequence[int]) -> None:
+        self.layouts += 1
         self.rooms = tuple(int(room) for room in rooms)
         self.quotas = tuple(room - self.levels for room in self.rooms)
         self.starts = tuple(int(s) for s in np.concatenate([[0], np.cumsum(self.rooms)]))

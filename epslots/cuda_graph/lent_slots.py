@@ -90,7 +90,7 @@ class LentSlots:
         self._policy = policy or own_name(_policy_of(runtime)) or DEFAULT_DEVICE_POLICY
         self.taken = False
         self.lock = threading.RLock()
-        self._ranges: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        self._layouts: list[int] = []
         self._slots: list[DeviceSlots | None] = []
         self._experts: list[DeviceExperts] = []
         self._missed_steps: MissedSteps | None = None
@@ -106,7 +106,8 @@ class LentSlots:
         """Let the device decide from now on; a no-op if it does.
 
         Returns:
-            Whether the layers' ranges have changed since the last time, or were unknown: what was captured is then void.
+            Whether the layers' ranges have changed since the last time, also to and fro, or were unknown: what was captured
+            is then void.
 
         Raises:
             ConfigError: somebody else has taken them.
@@ -116,10 +117,10 @@ class LentSlots:
         runners, loaders = self._runtime.runners, self._runtime.loaders
         if any(runner.slots_are_lent for runner in runners):
             raise ConfigError("another engine decodes with this model's slots; end its requests before")
-        ranges = [(loader.pool.starts, loader.pool.quotas) for loader in loaders]
-        changed = ranges != self._ranges
+        layouts = [loader.pool.layouts for loader in loaders]
+        changed = layouts != self._layouts
         if changed:
-            self._ranges = ranges
+            self._layouts = layouts
             self._build()
         for slots, loader in zip(self._slots, loaders, strict=True):
             if slots is not None:

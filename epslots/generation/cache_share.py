@@ -34,13 +34,15 @@ class ShareWindow:
         seconds: of these.
         fixed_s: seconds of a step that don't grow with its requests.
         running: mean requests of a step.
-        waiting: mean requests that waited for cells alone.
-        tokens: mean cells that one of these lacked.
+        waiting: mean requests that waited for cells alone, and had rows if these came.
+        lack: mean cells that the first of these lacked.
+        tokens: mean cells that each of the others needs.
         held: the most cells that running requests held, or needed in a step.
         kept: cells that hold beginnings for later requests, at the end.
         reused_s: seconds of prompts that such beginnings saved.
         saved_s: seconds of fetches that one more slot a layer would save.
         lost_s: seconds of further fetches with one slot a layer less.
+        sampled: whether these two are known: captured steps sample no use, nor do layers that hold all experts.
     """
 
     steps: int
@@ -48,12 +50,14 @@ class ShareWindow:
     fixed_s: float = 0.0
     running: float = 0.0
     waiting: float = 0.0
+    lack: float = 1.0
     tokens: float = 1.0
     held: int = 0
     kept: int = 0
     reused_s: float = 0.0
     saved_s: float = 0.0
     lost_s: float = 0.0
+    sampled: bool = True
 
 
 class CacheShare:
@@ -75,7 +79,9 @@ class CacheShare:
         """
         calm = levels > 0 and self._is_calm(window, levels)
         self._calm = self._calm + 1 if calm else 0
-        if levels < self._sizes.most_levels and cache_gain_s(window, self._sizes) > MARGIN * window.lost_s:
+        worth = cache_gain_s(window, self._sizes) > MARGIN * window.lost_s
+        # Without a sample nothing is weighed: experts cede to requests that wait all the time.
+        if levels < self._sizes.most_levels and worth and (window.sampled or window.waiting >= 1):
             self._calm = 0
             return 1
         if self._calm >= CALM_WINDOWS:
@@ -84,7 +90,7 @@ class CacheShare:
 
     def _is_calm(self, window: ShareWindow, levels: int) -> bool:
         """Whether experts would gain more by a level than the cache loses; it loses none that requests need."""
-        if window.waiting or window.held > self._sizes.tokens(levels - 1):
+        if not window.sampled or window.waiting or window.held > self._sizes.tokens(levels - 1):
             return False
         room = self._sizes.tokens(levels - 1) - window.held
         given_up = max(0, window.kept - room)
@@ -96,8 +102,10 @@ def cache_gain_s(window: ShareWindow, sizes: CacheSlots) -> float:
     """Seconds of the window that one more level would have saved.
 
     With m more requests beside b running ones, W steps of f + c x b seconds make the same tokens as W x b / (b + m) steps of
-    f + c x (b + m) seconds: W x f x m / (b + m) seconds less. The present level may be too small for a whole request.
+    f + c x (b + m) seconds: W x f x m / (b + m) seconds less. A level may be too small for a whole request.
     """
-    more = min(window.waiting, sizes.level_tokens / max(1.0, window.tokens))
+    lack, rest = max(1.0, window.lack), sizes.level_tokens - window.lack
+    fit = sizes.level_tokens / lack if rest < 0 else 1 + rest / max(1.0, window.tokens)
+    more = min(window.waiting, fit)
     together = window.running + more
     return window.steps * window.fixed_s * more / together if together else 0.0

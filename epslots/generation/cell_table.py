@@ -9,6 +9,8 @@ Suffixes: B rows of a step, W its tokens in each row, S positions that a layer r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -41,6 +43,8 @@ class CellTable:
         self._free = FreeCells(numbers.levels)
         self._uses = np.zeros(numbers.total, np.int32)
         """Rows that hold each cell."""
+        self._shared = 0
+        """Holds of cells that other rows hold, too."""
         self._held_RP = np.zeros((rows, positions), np.int32)
         self._first_R = np.zeros(rows, np.int64)
         self._length_R = np.zeros(rows, np.int64)
@@ -65,6 +69,27 @@ class CellTable:
     def held_levels(self) -> int:
         """The highest level of which a cell is held."""
         return self._free.held_levels
+
+    @property
+    def held(self) -> int:
+        """Cells that rows hold; one that several hold counts once."""
+        return self._free.held
+
+    def held_by(self, rows: Sequence[int]) -> int:
+        """Cells that these rows hold; one that several of them hold counts once."""
+        if not self._shared:
+            return int((self._length_R - self._first_R)[list(rows)].sum())
+        is_held = np.zeros(len(self._uses), bool)
+        for row in rows:
+            is_held[self._held_cells(row)] = True
+        return int(np.count_nonzero(is_held))
+
+    def reaches_above(self, row: int, level: int) -> bool:
+        """Whether a row holds a cell of a higher level."""
+        return self._free.any_above(self._held_cells(row), level)
+
+    def _held_cells(self, row: int) -> NDArray[np.int32]:
+        return self._held_RP[row, self._first_R[row] : self._length_R[row]]
 
     def open_to(self, level: int) -> None:
         """Let rows get cells up to this level alone; none above it may be held."""
@@ -139,6 +164,7 @@ class CellTable:
         first = self._first_R[source]
         cells = self._held_RP[source, first:length]
         self._uses[cells] += 1
+        self._shared += len(cells)
         self._held_RP[target, first:length] = cells
         self._table_RP[target, first:length] = self._table_RP[source, first:length]
         self._first_R[target], self._length_R[target] = first, length
@@ -182,7 +208,9 @@ class CellTable:
         position = np.arange(total) - np.repeat(before_B - self._first_R[row_B], count_B)
         cells = self._held_RP[np.repeat(row_B, count_B), position]
         np.subtract.at(self._uses, cells, 1)  # rows that share cells may give them back together
-        self._free.give(np.unique(cells[self._uses[cells] == 0]))
+        freed = np.unique(cells[self._uses[cells] == 0])
+        self._shared -= total - len(freed)
+        self._free.give(freed)
 
     def check(self) -> None:
         """Assert that every cell is either free, or held as often as is counted."""
@@ -191,4 +219,5 @@ class CellTable:
             np.add.at(uses, self._held_RP[row, first:length], 1)
             assert (self._table_RP[row, first:length].cpu().numpy() == self._held_RP[row, first:length]).all()
         assert (uses == self._uses).all() and uses[self.no_token] == 0
+        assert self._shared == uses.sum() - np.count_nonzero(uses)
         self._free.check(uses)

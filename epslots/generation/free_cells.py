@@ -64,6 +64,15 @@ class FreeCells:
         held = (level for level in range(len(self._stacks) - 1, 0, -1) if self._free[level] < len(self._stacks[level]))
         return next(held, 0)
 
+    @property
+    def held(self) -> int:
+        """Cells that are held."""
+        return sum(map(len, self._stacks)) - sum(self._free)
+
+    def any_above(self, cells: CellArray, level: int) -> bool:
+        """Whether some of these cells are of a higher level."""
+        return self._level_of is not None and bool((self._level_of[cells] > level).any())
+
     def open_to(self, level: int) -> None:
         """Give out cells up to this level from now on. None above it may be held."""
         assert self.held_levels <= level < len(self._stacks), "cells of a closed level are held"

@@ -172,7 +172,7 @@ class RowAdmission:
     def foresee(self, tokens: int) -> None:
         """Running requests need cells for so many tokens by the end of the next step."""
         if self.exchange is not None:
-            self.exchange.grow(tokens)
+            self.make_room(tokens, rows=0, grow=True)
 
     @property
     def waits_for_room(self) -> bool:
@@ -191,22 +191,29 @@ class RowAdmission:
             return
         exchange.follow()
         if not self.running:
-            self.count_step(0, 0.0)  # other ranks of the group may have work, and use this one's experts
+            self.count_step(0.0)  # other ranks of the group may have work, and use this one's experts
         if not exchange.due:
             return
-        kept = sum(kept.row.length for kept in self.kept)
+        kept = self._cache.cells.held - self._cache.cells.held_by(self._needed_rows())
         change = exchange.decide(fixed_s=step.fixed_s, kept=kept, reused=self._counters.reused_tokens, token_s=token_s)
-        while change < 0 and self.kept and not exchange.can_change(change):
-            self._cache.close(self.kept.popleft().row)
+        if change < 0:
+            if any(exchange.is_in_the_way(row, change) for row in self._needed_rows()):
+                return  # perhaps for long: kept rows stay meanwhile
+            for kept_row in [kept for kept in self.kept if exchange.is_in_the_way(kept.row.number, change)]:
+                self.kept.remove(kept_row)
+                self._cache.close(kept_row.row)
         exchange.change(change)
 
-    def count_step(self, rows: int, seconds: float) -> None:
-        """Count a step of so many rows for the exchange."""
+    def count_step(self, seconds: float) -> None:
+        """Count a step for the exchange."""
         if self.exchange is not None:
             # Each running row needs one cell more in its next step.
-            held = sum(running.row.length + 1 for running in self.running)
-            held += sum(row.length for row, _ in self.reserved.values())
-            self.exchange.count(seconds=seconds, running=rows, waiting=len(self._waiting), held=held)
+            held = self._cache.cells.held_by(self._needed_rows()) + len(self.running)
+            self.exchange.count(seconds=seconds, running=len(self.running), held=held)
+
+    def _needed_rows(self) -> list[int]:
+        """The numbers of the rows that run, or are reserved."""
+        return [running.row.number for running in self.running] + [row.number for row, _ in self.reserved.values()]
 
     def close(self) -> None:
         """Free all rows; slots that hold cells go back to the experts."""
@@ -270,9 +277,12 @@ class RowAdmission:
         return row
 
     def _note_waiting(self, tokens: int) -> None:
-        """A request waits for free cells; for a row, too, if none is free."""
+        """A request, with others behind it, waits for free cells; for a row, too, if none is free."""
         if self.exchange is not None and self._cache.free_rows:
-            self.exchange.note_waiting(tokens)
+            # Rows that are kept are given up for others.
+            free = self._config.max_requests - len(self.running) - len(self.reserved)
+            others = self._waiting[: max(0, free - 1)]
+            self.exchange.note_waiting(tokens, others=len(others), their_tokens=sum(each.length + 1 for each in others))
 
     def _uncomputed(self) -> int:
         """Tokens of running requests' prompts that have no cell yet."""

@@ -246,7 +246,7 @@ class RowBatcher(Batcher):
         self._captured.count_in(self._counters)
         self._counters.prompt_tokens += sum(max(0, min(planned.width, len(r.prompt) - start)) for start, r in starts)
         if seconds is not None:
-            self._admission.count_step(len(part), seconds)
+            self._admission.count_step(seconds)
             computed = len(part) * planned.width
             self.chunk_size.observe(*((0, computed) if planned.decodes else (computed, 0)), seconds)
             self._time_prompt(0 if planned.decodes else computed, seconds)

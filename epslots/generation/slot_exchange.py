@@ -19,7 +19,7 @@ import numpy as np
 from torch import nn
 
 from epslots.arrays import FloatArray, IntArray
-from epslots.errors import ConfigError
+from epslots.errors import ConfigError, StoreError
 from epslots.generation.cache_share import CacheShare, ShareWindow
 from epslots.generation.cell_memory import CellMemory
 from epslots.generation.cell_table import CellTable
@@ -31,7 +31,7 @@ from epslots.runtime import plan_of, runtime_of
 
 WINDOW_STEPS = 32
 _MEMORY_WINDOWS = 8
-"""Stack distances of so many windows ago, and reused beginnings, count a third."""
+"""Stack distances of so many windows ago that counted some, and reused beginnings, count a third."""
 
 
 @dataclass
@@ -41,9 +41,11 @@ class _Sums:
     steps: int = 0
     seconds: float = 0.0
     running: int = 0
-    waiting: int = 0
-    tokens: int = 0
     held: int = 0
+    waiting: int = 0
+    first: int = 0
+    lack: int = 0
+    tokens: int = 0
 
 
 class SlotExchange:
@@ -73,10 +75,12 @@ class SlotExchange:
         self._runners = [runtime.runners[index] for index in self.sizes.layers]
         self._experts_L = np.array([runner.cache.num_experts for runner in self._runners])
         self._target = self._ceding.levels
-        self._sums, self._waits_for = _Sums(), 0
+        self._sums, self._waits = _Sums(), (0, 0, 0)
         self._last_reuse, self._last_uses = self._telemetry.reuse()
         self._reuse_LD: FloatArray = np.zeros((len(self.sizes.layers), self._last_reuse.shape[1]))
         self._uses = self._reused_s = 0.0
+        self._sample_weight = self._reuse_weight = 0.0
+        """Sums of the weights of windows in these."""
         self._last_reused = 0
         self.follow()
 
@@ -102,8 +106,13 @@ class SlotExchange:
     def follow(self) -> None:
         """Use the cells of all slots that are ceded by now, and that weren't asked back. Called between steps."""
         self._open_cells()  # before slots go back
-        self._ceding.ask(self._target)
-        self._open_cells()
+        try:
+            self._ceding.ask(self._target)
+        except StoreError:
+            self._target = max(self._target, self.levels)  # what couldn't go back stays the cache's
+            raise
+        finally:
+            self._open_cells()
 
     def _open_cells(self) -> None:
         level = min(self._target, self.levels)
@@ -112,22 +121,21 @@ class SlotExchange:
 
     def grow(self, tokens: int) -> bool:
         """Get free cells for so many tokens, by as many levels as it takes; False if they come later, or never."""
-        lacking = tokens - self._cells.free
-        if lacking > 0:
-            self._target = max(self._target, self.sizes.levels_for(self.tokens + lacking))
+        needed = self.tokens + tokens - self._cells.free
+        if self.tokens < needed <= self.sizes.most_tokens:
+            self._target = max(self._target, self.sizes.levels_for(needed))
             self.follow()
         return self._cells.free >= tokens
 
-    def note_waiting(self, tokens: int) -> None:
-        """A request with a row waits for so many free cells alone."""
-        self._waits_for = max(1, tokens - self._cells.free)
+    def note_waiting(self, tokens: int, *, others: int = 0, their_tokens: int = 0) -> None:
+        """A request waits for so many free cells alone; behind it others, for which there are rows, with so many tokens."""
+        self._waits = max(1, tokens - self._cells.free), others, their_tokens
 
-    def count(self, *, seconds: float, running: int, waiting: int, held: int) -> None:
+    def count(self, *, seconds: float, running: int, held: int) -> None:
         """Note a step.
 
         Args:
-            running: requests in it.
-            waiting: requests without a row.
+            running: requests that have rows.
             held: cells that running requests hold.
         """
         sums = self._sums
@@ -135,10 +143,12 @@ class SlotExchange:
         sums.seconds += seconds
         sums.running += running
         sums.held = max(sums.held, held)
-        if self._waits_for:
-            sums.waiting += waiting
-            sums.tokens += waiting * self._waits_for
-        self._waits_for = 0
+        lack, others, tokens = self._waits
+        self._waits = 0, 0, 0
+        sums.first += lack > 0
+        sums.waiting += (lack > 0) + others
+        sums.lack += lack
+        sums.tokens += tokens
 
     @property
     def due(self) -> bool:
@@ -149,63 +159,79 @@ class SlotExchange:
 
         Args:
             fixed_s: seconds of a step that don't grow with its requests.
-            kept: cells that hold beginnings for later requests.
+            kept: cells that hold nothing but beginnings for later requests.
             reused: tokens of prompts that such beginnings have saved since the start.
             token_s: seconds of a prompt's token.
         """
         sums = self._sums
-        saved_s, lost_s = self._fetches()
-        self._reused_s += ((reused - self._last_reused) * token_s - self._reused_s) / _MEMORY_WINDOWS
+        fetches = self._fetches()
+        self._reused_s += (reused - self._last_reused) * token_s - self._reused_s / _MEMORY_WINDOWS
+        self._reuse_weight += 1 - self._reuse_weight / _MEMORY_WINDOWS
         window = ShareWindow(
             steps=sums.steps,
             seconds=sums.seconds,
             fixed_s=fixed_s,
             running=sums.running / sums.steps,
             waiting=sums.waiting / sums.steps,
-            tokens=sums.tokens / max(1, sums.waiting),
+            lack=sums.lack / max(1, sums.first),
+            tokens=sums.tokens / max(1, sums.waiting - sums.first),
             held=sums.held,
             kept=kept,
-            reused_s=self._reused_s,
-            saved_s=saved_s,
-            lost_s=lost_s,
+            reused_s=self._reused_s / self._reuse_weight,
+            saved_s=fetches[0] if fetches else 0.0,
+            lost_s=fetches[1] if fetches else 0.0,
+            sampled=fetches is not None,
         )
         self._sums, self._last_reused = _Sums(), reused
         return 0 if self.asked else self._share.change(window, self._target)
 
-    def can_change(self, change: int) -> bool:
-        """Whether no cell is held in the slots that would go back. Rows that run may hold some for long."""
-        return self._cells.held_levels <= self._target + change
+    def is_in_the_way(self, row: int, change: int) -> bool:
+        """Whether a row holds a cell in the slots that would go back by a decision."""
+        return self._cells.reaches_above(row, self._target + change)
 
     def change(self, change: int) -> None:
-        """Carry out a decision, if that can be. Called between steps."""
-        if self.can_change(change):
+        """Carry out a decision, unless a cell is held in the slots that would go back. Called between steps.
+
+        Raises:
+            StoreError: as for ``SlotCeding.ask``. Slots that couldn't go back stay ceded.
+        """
+        if self._cells.held_levels <= self._target + change:
             self._target += change
             self.follow()
 
-    def _fetches(self) -> tuple[float, float]:
-        """Seconds of fetches that one more slot a layer would save in a window, and that one less would cost."""
+    def _fetches(self) -> tuple[float, float] | None:
+        """Seconds of fetches that one more slot a layer would save in a window, and that one less would cost.
+
+        None if no use was sampled yet. Windows without uses say nothing: captured steps count none.
+        """
         reuse_LD, uses = self._telemetry.reuse()
         layers = list(self.sizes.layers)
         new_LD: IntArray = (reuse_LD - self._last_reuse)[layers]
-        self._reuse_LD += new_LD - self._reuse_LD / _MEMORY_WINDOWS
-        self._uses += float((uses - self._last_uses)[layers].sum()) - self._uses / _MEMORY_WINDOWS
-        self._last_reuse, self._last_uses = reuse_LD, uses
+        if new_LD.any():
+            self._reuse_LD += new_LD - self._reuse_LD / _MEMORY_WINDOWS
+            self._uses += float((uses - self._last_uses)[layers].sum()) - self._uses / _MEMORY_WINDOWS
+            self._sample_weight += 1 - self._sample_weight / _MEMORY_WINDOWS
+            self._last_reuse, self._last_uses = reuse_LD, uses
         sampled = float(self._reuse_LD.sum())
         if not sampled:
-            return 0.0, 0.0
+            return None
         histogram_LD = self._reuse_LD.round().astype(np.int64)[:, : int(self._experts_L.max()) + 1]
         gains = np.pad(slot_gains(histogram_LD, self._experts_L), ((0, 0), (0, 1)))
-        slots_L = np.array([int(runner.planner.state.quota_R.sum()) for runner in self._runners]).clip(max=self._experts_L)
+        # A group's ranks may have more slots than there are experts: further ones save no miss, as the last column says.
+        slots_L = np.array([int(runner.planner.state.quota_R.sum()) for runner in self._runners])
+        more_L, less_L = slots_L.clip(max=gains.shape[1] - 1), (slots_L - 1).clip(max=gains.shape[1] - 1)
         rows = np.arange(len(slots_L))
-        # Gains are of sampled uses, summed over about so many windows.
-        scale = self._uses / sampled / _MEMORY_WINDOWS * self._fetch_s
-        return float(gains[rows, slots_L].sum()) * scale, float(gains[rows, slots_L - 1].sum()) * scale
+        # Gains are of sampled uses, summed over windows.
+        scale = self._uses / sampled / self._sample_weight * self._fetch_s
+        return float(gains[rows, more_L].sum()) * scale, float(gains[rows, less_L].sum()) * scale
 
     def close(self) -> None:
         """Give all slots back; no cell is held any more."""
         self._target = 0
-        self.follow()
-        self._memory.close()
+        try:
+            self.follow()
+        finally:
+            self._memory.close()
 
 
 def exchange_sizes(model: nn.Module) -> CacheSlots:

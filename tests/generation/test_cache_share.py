@@ -10,15 +10,21 @@ from epslots.generation.cache_share import CALM_WINDOWS, CacheShare, ShareWindow
 from epslots.models.cache_slots import CacheSlots
 
 SIZES = CacheSlots(layers=(0, 1), cell_bytes=64, cells_per_slot=50, own_slots=2, most_levels=3)  # 99 + 100 a level
-BUSY = ShareWindow(steps=30, seconds=3.0, fixed_s=0.09, running=8, waiting=4, tokens=100, held=90)
+BUSY = ShareWindow(steps=30, seconds=3.0, fixed_s=0.09, running=8, waiting=4, lack=100, tokens=100, held=90)
 QUIET = ShareWindow(steps=30, seconds=3.0, fixed_s=0.09, running=2, held=60, saved_s=0.5)
 
 
 def test_a_level_is_worth_the_steps_that_it_makes_fuller():
-    """One of the waiting requests fits: nine in a step instead of eight, so a ninth of 30 steps' fixed time."""
+    """One of the waiting requests fits: nine in a step instead of eight, so a ninth of 30 steps' fixed time.
+
+    The first lacks less than the others need, which find nothing free.
+    """
     assert cache_gain_s(BUSY, SIZES) == pytest.approx(30 * 0.09 / 9)
-    assert cache_gain_s(replace(BUSY, tokens=10), SIZES) == pytest.approx(30 * 0.09 * 4 / 12), "no more than those that wait"
-    assert cache_gain_s(replace(BUSY, tokens=400), SIZES) == pytest.approx(30 * 0.09 * 0.25 / 8.25), "a quarter of one"
+    assert cache_gain_s(replace(BUSY, lack=10, tokens=10), SIZES) == pytest.approx(30 * 0.09 * 4 / 12), (
+        "no more than those that wait"
+    )
+    assert cache_gain_s(replace(BUSY, lack=400), SIZES) == pytest.approx(30 * 0.09 * 0.25 / 8.25), "a quarter of one"
+    assert cache_gain_s(replace(BUSY, lack=1, tokens=50), SIZES) == pytest.approx(30 * 0.09 * 2.98 / 10.98)
     assert cache_gain_s(replace(BUSY, waiting=0), SIZES) == cache_gain_s(replace(BUSY, waiting=0, running=0), SIZES) == 0
 
 
@@ -28,6 +34,14 @@ def test_the_cache_grows_only_for_more_than_experts_lose():
     assert share.change(replace(BUSY, lost_s=0.2), 0) == 1
     assert share.change(replace(BUSY, lost_s=0.29), 0) == 0, "by a margin"
     assert share.change(BUSY, 3) == 0, "there is no further level"
+
+
+def test_without_a_sample_experts_cede_to_lasting_waits_alone():
+    """Captured steps and layers with all experts sample no use: what a level is worth there isn't known."""
+    share, blind = CacheShare(SIZES), replace(BUSY, sampled=False)
+    assert share.change(blind, 0) == 1
+    assert share.change(replace(blind, waiting=0.5), 0) == 0 < share.change(replace(BUSY, waiting=0.5), 0)
+    assert {share.change(replace(QUIET, sampled=False), 1) for _ in range(2 * CALM_WINDOWS)} == {0}
 
 
 def test_experts_get_a_level_back_after_calm_windows():

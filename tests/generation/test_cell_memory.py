@@ -87,7 +87,7 @@ class Exchange(RuleBasedStateMachine):
     @rule()
     def take_back(self) -> None:
         self.table.open_to(self.pool.levels - 1)
-        self.loader.take_back_level()
+        self.loader.take_back_level(complete=False)
 
     @rule(data=st.data())
     def fetch(self, data: st.DataObject) -> None:
@@ -99,6 +99,16 @@ class Exchange(RuleBasedStateMachine):
         slot = data.draw(st.integers(slot_range.start, slot_range.stop - 1))
         expert = data.draw(st.sampled_from(absent.tolist()))
         self.loader.fetch(layer, np.array([expert]), np.array([slot]), self.pool.expert_of[[slot]])
+
+    @invariant()
+    def rows_hold_their_cells_alone_or_together(self) -> None:
+        cells = [set(self.table.cells_of(row).tolist()) for row in range(ROWS)]
+        assert self.table.held == len(set().union(*cells)) == self.table.held_by(range(ROWS))
+        assert self.table.held_by([0, 1]) == len(cells[0] | cells[1])
+        top = self.pool.levels
+        if top:
+            of_top = set(self.memory.numbers.levels[top].tolist())
+            assert [self.table.reaches_above(row, top - 1) for row in range(ROWS)] == [bool(each & of_top) for each in cells]
 
     @invariant()
     def nothing_is_shared_and_all_is_found(self) -> None:
