@@ -14,16 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 from msgspec.structs import asdict
-from transformers import PreTrainedModel
 
 import epslots
-from epslots.errors import ConfigError, PeerLost, StoreError
+from epslots.errors import ConfigError, PeerLost
 from epslots.generation import slot_exchange
 from epslots.generation.cache_image import TensorPlace
 from epslots.generation.engine import Engine
 from epslots.generation.requests import Request
 from epslots.generation.row_batcher import RowBatcher
-from epslots.generation.slot_exchange import SlotExchange
 from epslots.group.join import join
 from epslots.group.rank_group import group_of
 from epslots.runtime import runtime_of
@@ -33,16 +31,11 @@ from tests.support.batches import Collected, StepClock, expected_of, prompt_of
 from tests.support.grouped_ranks import COPIES_TRAVEL, Grouped
 from tests.support.late_link import LateLink
 from tests.support.rank_helpers import run_threads
+from tests.support.slot_exchanges import AUTO, check, exchange_of, load, rows_of, serve, step
 
 Checkpoints = Callable[[str], Path]
-AUTO: dict[str, Any] = {"kv_tokens": "auto", "max_batch_tokens": 16, "max_requests": 4}
 MODELS = ["qwen3_moe", "deepseek_v3", *(["qwen3_next", "glm_moe_dsa"] if os.environ.get("EPSLOTS_WHOLE_ZOO") else [])]
 SIZES = ((3, 6), (40, 4), (1, 7), (23, 4), (9, 30))
-
-
-def load(folder: Path, cache_dir: Path, **settings: Any) -> PreTrainedModel:
-    given = {"slots": "75%", "device": "cpu", "dtype": "float32", "progress": False, **AUTO} | settings
-    return epslots.load(folder, cache_dir=cache_dir, **given)
 
 
 def requests_of(rank: int = 0) -> list[Request]:
@@ -53,17 +46,6 @@ def requests_of(rank: int = 0) -> list[Request]:
 
 def many(sizes: Iterable[tuple[int, int]]) -> list[Request]:
     return [Request(f"m{number}.{new}", prompt_of(length, number), new) for number, (length, new) in enumerate(sizes)]
-
-
-def rows_of(engine: Engine) -> RowBatcher:
-    assert isinstance(engine.batcher, RowBatcher)
-    return engine.batcher
-
-
-def exchange_of(engine: Engine) -> SlotExchange:
-    exchange = rows_of(engine)._admission.exchange
-    assert exchange is not None
-    return exchange
 
 
 def places_of(engine: Engine) -> list[tuple[str, TensorPlace]]:
@@ -91,33 +73,6 @@ class Mover:
         open_levels = rows_of(self._engine)._cache.cells.open_levels
         assert open_levels <= exchange.levels, "cells are used once their slots are ceded, and not before"
         self.levels.append(exchange.levels)
-
-
-def serve(engine: Engine, requests: list[Request], before_step: Callable[[], object] = lambda: None) -> dict[str, list[int]]:
-    """The tokens of each request; each step's tables are checked."""
-    for request in requests:
-        engine.batcher.add(request)
-    tokens: dict[str, list[int]] = {}
-    while step(engine, tokens, before_step):
-        pass
-    return tokens
-
-
-def step(engine: Engine, tokens: dict[str, list[int]], before_step: Callable[[], object]) -> bool:
-    """One step, whose new tokens are added; whether any rank had work."""
-    before_step()
-    work = engine.step().work
-    for output in engine.batcher.outputs():
-        assert output.error is None
-        tokens.setdefault(output.id, []).extend(output.tokens)
-    check(engine)
-    return work
-
-
-def check(engine: Engine) -> None:
-    rows_of(engine)._cache.check()
-    for loader in runtime_of(engine.model).loaders:
-        loader.pool.check_integrity()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -315,93 +270,6 @@ def test_a_rank_with_all_experts_plans_only_while_it_lacks_some(checkpoint: Chec
     engine.batcher.close()
     assert runner._resident is not None and runner.cache.resident_E.all()
     runtime_of(model).check_integrity()
-
-
-def test_kept_beginnings_go_before_slots_and_for_nothing_in_vain(checkpoint: Checkpoints, cache_dir: Path):
-    """Cells that rows share count once; kept rows make way for foreseen tokens, and for slots that can go back now."""
-    engine = Engine(load(checkpoint("qwen3_moe"), cache_dir, max_batch_tokens=64))
-    exchange, admission, sizes = exchange_of(engine), rows_of(engine)._admission, exchange_of(engine).sizes
-    assert not exchange.grow(sizes.most_tokens + 1) and not exchange.levels, "for what can never fit, none is ceded"
-    serve(engine, [Request("kept", prompt_of(20), 2)])
-    assert [kept.row.length for kept in admission.kept] == [21]
-    admission.foresee(exchange._cells.free + 5)
-    assert not admission.kept and not exchange.levels
-
-    sums, beginning = exchange._sums, prompt_of(sizes.least_tokens + 40)
-    serve(engine, [Request("first", beginning, 2)])
-    (first,) = admission.kept
-    for number in range(2):
-        engine.batcher.add(Request(f"r{number}", (*beginning, number), 60))
-    engine.step()
-    held = len(set(exchange._cells.cells_of(0).tolist()) | set(exchange._cells.cells_of(1).tolist()))
-    assert len(admission.running) == 2 and first in admission.kept and exchange.levels
-    assert sums.held < 2 * len(beginning), "both have one beginning"
-    exchange._sums.steps, exchange.decide = slot_exchange.WINDOW_STEPS, lambda **_: -1  # type: ignore[method-assign]
-    levels = exchange.levels
-    admission.exchange_memory(rows_of(engine).chunk_size, 0.0)
-    assert first in admission.kept and exchange.levels == levels, "a running row is in the way"
-    engine.batcher.cancel_all()
-    serve(engine, [])
-    assert held and admission.kept
-    exchange._sums.steps = slot_exchange.WINDOW_STEPS
-    admission.exchange_memory(rows_of(engine).chunk_size, 0.0)
-    assert first not in admission.kept and exchange.levels == levels - 1
-    check(engine)
-    engine.batcher.close()
-
-
-def test_a_slot_that_cannot_be_filled_stays_the_caches(checkpoint: Checkpoints, cache_dir: Path):
-    """A rank alone completes a layer that gets its last slot back: if it can't, tables are as before, and it tries again."""
-    model = load(checkpoint("qwen3_moe"), cache_dir, slots="100%")
-    engine, runtime = Engine(model), runtime_of(model)
-    exchange, loader, layouts = exchange_of(engine), runtime.ceding_loader, runtime.ceding_loader.pool.layouts
-    exchange.change(1)
-    wait = loader.wait
-
-    def fail(slots: np.ndarray) -> None:
-        wait(slots)
-        if loader.pool.slot_of[1].min() >= 0:
-            raise StoreError("a record can't be read")
-
-    loader.wait = fail  # type: ignore[method-assign]
-    with pytest.raises(StoreError):
-        exchange.change(-1)
-    loader.wait = wait  # type: ignore[method-assign]
-    assert exchange.levels == exchange._cells.open_levels == exchange._target == 1
-    assert runtime.runners[0]._resident is None and runtime.runners[0].planner.state.quota_R[0] == loader.pool.quotas[0]
-    check(engine)
-    serve(engine, requests_of()[:1])
-    engine.batcher.close()
-    assert loader.pool.levels == 0 and runtime.runners[0].cache.resident_E.all()
-    assert loader.pool.layouts > layouts, "what was captured with the first layout is void"
-    runtime.check_integrity()
-
-
-def test_seconds_of_fetches_are_of_windows_with_samples(checkpoint: Checkpoints, cache_dir: Path):
-    """The first windows count whole; those without uses, as of captured steps, say nothing; further replicas save none."""
-    model = load(checkpoint("qwen3_moe"), cache_dir, slots="50%")
-    exchange, runtime = exchange_of(Engine(model)), runtime_of(model)
-    assert exchange._fetches() is None
-    experts, layers = runtime.layers[0].num_experts, len(runtime.layers)
-
-    def use() -> tuple[float, float] | None:
-        for layer in range(layers):
-            runtime.telemetry.count_reuse(layer, np.arange(experts))
-            runtime.telemetry._uses_LE[layer] += 1
-        return exchange._fetches()
-
-    first = use()
-    assert first is not None and min(first) > 0
-    assert exchange._fetches() == first, "no uses, no change"
-    for _ in range(3):
-        assert use() == pytest.approx(first, rel=0.3)
-    for runner in runtime.runners:
-        runner.planner.state.quota_R[0] = experts
-    saved_s, lost_s = exchange._fetches() or (1.0, 0.0)
-    assert saved_s == 0 < lost_s
-    for runner in runtime.runners:
-        runner.planner.state.quota_R[0] = experts + 1
-    assert exchange._fetches() == (0, 0)
 
 
 def test_one_engine_at_a_time_is_in_the_slots(checkpoint: Checkpoints, cache_dir: Path):
