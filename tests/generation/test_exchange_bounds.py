@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from epslots.cuda_graph.lent_slots import LentSlots
 from epslots.errors import StoreError
 from epslots.generation.engine import Engine
 from epslots.generation.requests import Request
@@ -108,3 +109,19 @@ def test_seconds_of_fetches_are_of_windows_with_samples(checkpoint: Checkpoints,
     for runner in runtime.runners:
         runner.planner.state.quota_R[0] = experts + 1
     assert exchange._fetches() == (0, 0)
+
+
+def test_ranges_that_went_to_and_fro_void_what_was_captured(checkpoint: Checkpoints, cache_dir: Path):
+    """They are as before, but views of them were replaced."""
+    model = load(checkpoint("qwen3_moe"), cache_dir, slots="50%")
+    exchange, lent = exchange_of(Engine(model)), LentSlots(runtime_of(model), 2)
+
+    def is_void() -> bool:
+        changed = lent.take()
+        lent.give_back()
+        return changed
+
+    assert is_void() and not is_void()
+    exchange.change(1)
+    exchange.change(-1)
+    assert not exchange.levels and is_void() and not is_void()
