@@ -255,12 +255,18 @@ def test_a_full_decode_rank_takes_none(open_cluster: Open, folder: Path):
 def test_ranks_of_each_role_make_room_in_slots(open_cluster: Open, folder: Path):
     """Prompts and hand-overs alike get cells in slots that experts cede; requests may be as long as all of these."""
     sizes = {"slots": 8, "kv_tokens": "auto", "max_batch_tokens": 16, "max_requests": 8}
-    cluster, backend = open_cluster(ranks=2, prefill_ranks=1, **sizes)
+    cluster, backend = open_cluster(ranks=4, prefill_ranks=2, **sizes)
+    long = [[token for prompt in PROMPTS[:6] for token in prompt]]
+    for _ in range(20):
+        assert tokens_of(cluster.generate(long, max_new_tokens=30)) == expected(folder, long, 30)
+        if counts(cluster)[0]:  # else it ended before, as it may on a busy machine
+            break
+    batchers = [backend.workers[bundle].loop._loaded_engine.batcher for bundle in range(4)]
+    ceded = [batcher.stats().ceded_slots > 0 for batcher in batchers]
+    assert any(ceded[:2]) and any(ceded[2:]), "also a rank that slept, as did its whole group"
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=30)) == expected(folder, PROMPTS, 30)
     engine = cluster.stats().engine
     assert engine.ceded_slots > 0 and engine.kv_most_tokens > engine.kv_tokens > 2 * 100
-    batchers = [worker.loop._loaded_engine.batcher for worker in backend.workers.values()]
-    assert all(batcher.stats().ceded_slots for batcher in batchers), "also the rank that slept"
     check_empty(cluster, backend)
 
 
