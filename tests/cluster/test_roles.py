@@ -18,8 +18,10 @@ from cluster.driver import request_router
 from cluster.driver.hand_over_costs import HandOverCosts
 from cluster.driver.hand_overs import HandOvers
 from cluster.messages.hand_over import PromptProgress
+from cluster.rank.cache_exchange import HandOverRefused
 from cluster.rank.rank_loop import RankLoop
 from epslots.errors import ConfigError
+from epslots.transport.pair_link import PairLink
 from tests.support.fake_backend import FakeBackend, WatchedLink
 from tests.support.thread_cluster import PROMPTS, check_empty, expected, serve_again, tokens_of, until
 
@@ -252,22 +254,30 @@ def test_a_full_decode_rank_takes_none(open_cluster: Open, folder: Path):
     check_empty(cluster, backend)
 
 
-def test_ranks_of_each_role_make_room_in_slots(open_cluster: Open, folder: Path):
+def test_ranks_of_each_role_make_room_in_slots(open_cluster: Open, folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Prompts and hand-overs alike get cells in slots that experts cede; requests may be as long as all of these."""
     sizes = {"slots": 8, "kv_tokens": "auto", "max_batch_tokens": 16, "max_requests": 8}
-    cluster, backend = open_cluster(ranks=4, prefill_ranks=2, **sizes)
+    opened, backend = open_cluster(ranks=4, prefill_ranks=2, **sizes)
+    refuse, refusals = cluster.rank.cache_exchange._refused, list[str]()
+
+    def refused(link: PairLink, why: str) -> HandOverRefused:
+        refusals.append(why)
+        return refuse(link, why)
+
+    monkeypatch.setattr(cluster.rank.cache_exchange, "_refused", refused)
     long = [[token for prompt in PROMPTS[:6] for token in prompt]]
     for _ in range(20):
-        assert tokens_of(cluster.generate(long, max_new_tokens=30)) == expected(folder, long, 30)
-        if counts(cluster)[0]:  # else it ended before, as it may on a busy machine
+        assert tokens_of(opened.generate(long, max_new_tokens=30)) == expected(folder, long, 30)
+        if counts(opened)[0]:  # else it ended before, as it may on a busy machine
             break
+    assert not refusals, "room was awaited"
     batchers = [backend.workers[bundle].loop._loaded_engine.batcher for bundle in range(4)]
     ceded = [batcher.stats().ceded_slots > 0 for batcher in batchers]
     assert any(ceded[:2]) and any(ceded[2:]), "also a rank that slept, as did its whole group"
-    assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=30)) == expected(folder, PROMPTS, 30)
-    engine = cluster.stats().engine
+    assert tokens_of(opened.generate(PROMPTS, max_new_tokens=30)) == expected(folder, PROMPTS, 30)
+    engine = opened.stats().engine
     assert engine.ceded_slots > 0 and engine.kv_most_tokens > engine.kv_tokens > 2 * 100
-    check_empty(cluster, backend)
+    check_empty(opened, backend)
 
 
 def test_ranks_of_two_machines_meet_by_gloo(open_cluster: Open, folder: Path, monkeypatch: pytest.MonkeyPatch):
