@@ -64,6 +64,16 @@ class Driver:
     def send(self, worker: Hashable, command: Command) -> None:
         self.sent.append((worker, command))
 
+    def begin_early(self) -> None:
+        """It fails; another one, ``b``, is handed over while its prompt is computed."""
+        self.hand_overs.take("p", FAILED)
+        self.scheduler.add([Request("b", tuple(range(50)), 20)])
+        self.scheduler.assign()
+        costs = self.scheduler._ranks.costs
+        costs.near.token_s = costs.prompt_token_s = 0.001
+        self.hand_overs.consider_early("p", PromptProgress("b", 30, 20))
+        self.hand_overs.consider_early("p", PromptProgress("b", 35, 15))
+
     def end(self) -> None:
         """Nothing is left of it."""
         self.scheduler.check()
@@ -206,13 +216,7 @@ def test_a_hand_over_begins_before_the_first_token():
 def test_a_group_that_does_not_come_back_hands_nothing_over(end: HandedOver):
     """It makes no steps, so the rest of the prompt isn't computed; the target's place is free for others."""
     driver = Driver()
-    driver.hand_overs.take("p", FAILED)
-    driver.scheduler.add([Request("b", tuple(range(50)), 20)])
-    driver.scheduler.assign()
-    costs = driver.scheduler._ranks.costs
-    costs.near.token_s = costs.prompt_token_s = 0.001
-    driver.hand_overs.consider_early("p", PromptProgress("b", 30, 20))
-    driver.hand_overs.consider_early("p", PromptProgress("b", 35, 15))
+    driver.begin_early()
     driver.sent.clear()
     driver.hand_overs.give_up(("p",))
     assert driver.sent == [("d", Release("b"))]
@@ -226,13 +230,7 @@ def test_a_group_that_does_not_come_back_hands_nothing_over(end: HandedOver):
 def test_a_lost_group_reports_no_end():
     """Of a hand-over that was given up before: nothing of it is kept."""
     driver = Driver()
-    driver.hand_overs.take("p", FAILED)
-    driver.scheduler.add([Request("b", tuple(range(50)), 20)])
-    driver.scheduler.assign()
-    costs = driver.scheduler._ranks.costs
-    costs.near.token_s = costs.prompt_token_s = 0.001
-    driver.hand_overs.consider_early("p", PromptProgress("b", 30, 20))
-    driver.hand_overs.consider_early("p", PromptProgress("b", 35, 15))
+    driver.begin_early()
     driver.hand_overs.give_up(("p",))
     assert driver.hand_overs._given_up
     driver.scheduler.release("p")
@@ -244,13 +242,7 @@ def test_a_lost_group_reports_no_end():
 def test_what_is_given_up_is_kept_while_its_request_runs(output: Output):
     """Also if its source never reports: others are given up later."""
     driver = Driver()
-    driver.hand_overs.take("p", FAILED)
-    driver.scheduler.add([Request("b", tuple(range(50)), 20)])
-    driver.scheduler.assign()
-    costs = driver.scheduler._ranks.costs
-    costs.near.token_s = costs.prompt_token_s = 0.001
-    driver.hand_overs.consider_early("p", PromptProgress("b", 30, 20))
-    driver.hand_overs.consider_early("p", PromptProgress("b", 35, 15))
+    driver.begin_early()
     driver.hand_overs.give_up(("p",))
     driver.scheduler.count("p", output)
     driver.hand_overs.give_up(("p",))
