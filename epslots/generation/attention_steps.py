@@ -17,7 +17,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
 from epslots.generation.row_layers import PooledTokens, TokenPool
-from epslots.models.dense_linear import InPlaceLinear, has_hooks, memory_of
+from epslots.models.dense_linear import InPlaceLinear, hooks_see_all, memory_of
 from epslots.models.dense_norm import norm_of
 from epslots.models.dense_rotation import turns_whole_heads
 from epslots.models.same_code import code_of
@@ -103,14 +103,17 @@ class AttentionStep:
 
     def _weights(self, hidden_B1H: torch.Tensor) -> _Found | None:
         dtype = hidden_B1H.dtype
-        if torch.is_grad_enabled() or not hidden_B1H.is_cpu or torch.is_autocast_enabled("cpu"):
+        if torch.is_grad_enabled() or not hidden_B1H.is_cpu or torch.is_autocast_enabled("cpu") or hooks_see_all():
             return None
         attention = self._module
         modules, about = attention._modules, [hidden_B1H.shape, dtype, attention.head_dim, attention.scaling]
         for name, module, forward in self._parts:
-            if modules.get(name) is not module or vars(module).get("forward") is not forward or has_hooks(module):
+            if modules.get(name) is not module or vars(module).get("forward") is not forward:
                 return None
-            about += [None if each is None else memory_of(each) for each in module._parameters.values()]
+            if module._forward_hooks or module._forward_pre_hooks:
+                return None
+            for each in module._parameters.values():
+                about.append(None if each is None else memory_of(each))
         held, found = self._latest
         if about != held:
             found = self._find_weights(hidden_B1H)

@@ -65,15 +65,15 @@ class _Functional:
 
 def is_plain_linear(module: object) -> TypeGuard[nn.Linear]:
     """Whether a module multiplies by its ``weight`` and adds its ``bias``, and does nothing else: read in place or not."""
-    if type(module) is not nn.Linear or "weight" not in module._parameters or has_hooks(module):
+    if type(module) is not nn.Linear or module._forward_pre_hooks or module._forward_hooks or hooks_see_all():
         return False
     forward = vars(module).get("forward")
     return forward is None or isinstance(forward, InPlaceLinear)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anyone looks on when a module is called, or when any is."""
-    return bool(module._forward_pre_hooks or module._forward_hooks or _global_forward_pre_hooks or _global_forward_hooks)
+def hooks_see_all() -> bool:
+    """Whether anyone looks on whenever a module is called, whichever it is."""
+    return bool(_global_forward_pre_hooks or _global_forward_hooks)
 
 
 def _always(rows: int) -> bool:
@@ -117,7 +117,9 @@ class _LatestProduct:
 
     def __call__(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ready = self.ready(weight, bias)
-        if ready is None or inputs.dtype is not weight.dtype or not inputs.is_cpu or _trains(inputs, weight, bias):
+        if ready is None or inputs.dtype is not weight.dtype or not inputs.is_cpu:
+            return F.linear(inputs, weight, bias)
+        if torch.is_grad_enabled() and _train(inputs, weight, bias):
             return F.linear(inputs, weight, bias)
         shape = inputs.shape
         if not shape or shape[-1] != ready.inner:  # an error
@@ -129,8 +131,8 @@ class _LatestProduct:
 
 
 def memory_of(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Where a tensor lies, and how: all by which loops read it."""
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    """Where a tensor lies, and how: all by which loops read it, who take none that isn't contiguous."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.is_contiguous()
 
 
 def _ready_product(weight: torch.Tensor, bias: torch.Tensor | None) -> vector_gemm.ReadyProduct | None:
@@ -143,5 +145,5 @@ def _ready_product(weight: torch.Tensor, bias: torch.Tensor | None) -> vector_ge
     return vector_gemm.ready_product(weight[None], bias[None]) if plain else None
 
 
-def _trains(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+def _train(*tensors: torch.Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)

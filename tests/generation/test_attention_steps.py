@@ -264,7 +264,7 @@ def test_computed_weights_and_hooks_of_all_modules():
         hook.remove()
 
 
-class _Interrupted(AttentionStep):
+class _SharedStep(AttentionStep):
     """Whenever it has noted something, its weights are asked for as by another thread."""
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -276,7 +276,7 @@ class _Interrupted(AttentionStep):
 @torch.no_grad()
 def test_threads_never_get_the_weights_before():
     attention, hidden = build("normed").model.layers[0].self_attn, torch.zeros(3, 1, 64)
-    step = _Interrupted(attention, normed=True)
+    step = _SharedStep(attention, normed=True)
     before = step._weights(hidden)
     attention.q_proj.weight = torch.nn.Parameter(attention.q_proj.weight.clone())
     step.__dict__["hidden"] = (hidden,)

@@ -186,7 +186,7 @@ def test_inputs_of_a_wrong_width_are_an_error(products: list[int]):
     assert products == [1, 1]
 
 
-class _Interrupted(_LatestProduct):
+class _SharedProduct(_LatestProduct):
     """Whenever it has noted something, another thread asks for the product."""
 
     def __init__(self, weight: torch.Tensor) -> None:
@@ -205,7 +205,7 @@ class _Interrupted(_LatestProduct):
 
 def test_threads_never_get_the_product_before():
     first, second = torch.randn(64, 48), torch.randn(64, 48)
-    latest = _Interrupted(second)
+    latest = _SharedProduct(second)
     before = latest.ready(first, None)
     latest.__dict__["begun"] = True
     assert latest.ready(second, None) is not before and len(latest.seen) == 1
