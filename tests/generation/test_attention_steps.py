@@ -20,7 +20,7 @@ from epslots.generation.requests import Request
 from epslots.generation.row_batcher import RowBatcher
 from epslots.generation.row_layers import PooledTokens
 from epslots.generation.single_queries import SingleQueries
-from epslots.models.dense_linear import read_in_place
+from epslots.models.dense_linear import is_plain_linear, read_in_place
 from epslots.models.dense_norm import norm_in_place
 from epslots.models.dense_rotation import rotate_in_place
 from epslots.moe import cell_loops
@@ -260,8 +260,9 @@ def test_computed_weights_and_hooks_of_all_modules():
     for register in (hooks.register_module_forward_hook, hooks.register_module_forward_pre_hook):
         assert step._weights(hidden) is not None
         hook = register(lambda *_: None)
-        assert step._weights(hidden) is None
+        assert step._weights(hidden) is None and not is_plain_linear(attention.q_proj)
         hook.remove()
+    assert is_plain_linear(attention.q_proj)
 
 
 class _SharedStep(AttentionStep):
