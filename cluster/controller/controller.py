@@ -43,7 +43,7 @@ from epslots.placement.model_planner import movement_budget
 from epslots.placement.placement import Placement, pack, unpack
 from epslots.placement.planner import RankHardware, propose
 from epslots.placement.pooled_forecast import GroupForecast
-from epslots.placement.rank_speeds import RankSpeeds, work_ns
+from epslots.placement.rank_speeds import RankSpeeds, busy_calls, work_ns
 from epslots.placement.replanner import OVERDUE, SHARE, Propose, Replanner
 from epslots.planner.cost_model import Costs
 
@@ -263,7 +263,7 @@ class Controller:
         work_ns_R = np.array([work_ns(window, group.costs) for window in by_rank])
         taken_ns_R = np.array([1e9 * sum(window.compute_s) for window in by_rank])
         calls = len(group.num_experts_L) * max(window.steps for window in by_rank)
-        if self._speeds.learn(work_ns_R, taken_ns_R, calls):
+        if self._speeds.learn(work_ns_R, taken_ns_R, calls, np.array(list(map(busy_calls, by_rank)))):
             self._group = replace(group, hardware=replace(group.hardware, speed_R=self._speeds.speed_R))
 
     # Placements.

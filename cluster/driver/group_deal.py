@@ -35,18 +35,20 @@ class GroupDeal:
     """
 
     def __init__(self, groups: int, size: int | None) -> None:
-        self._size, self._began_alone = size, size is None
+        assert groups >= 1
+        self._began_alone = size is None
         self._blocks = [] if size is None else [_BundleBlock((number,) * size, number + 1, size) for number in range(groups)]
+        """None: one group has all bundles."""
 
     @property
     def groups(self) -> int:
         """Number of groups."""
-        return 1 if self._size is None else self._blocks[-1].groups
+        return self._blocks[-1].groups if self._blocks else 1
 
     @property
     def size(self) -> int | None:
         """Ranks of a group; None if it may be any number."""
-        return None if self._size is None else self._blocks[-1].size
+        return self._blocks[-1].size if self._blocks else None
 
     def group_of(self, bundle: int) -> int:
         """The number of a bundle's group; of a bundle that isn't there yet, that of a further group."""
@@ -62,10 +64,10 @@ class GroupDeal:
 
     def settled(self, ranks: int) -> GroupDeal:
         """The same for so many ranks, with a size: further groups will have it, too."""
-        return self if self._size is not None else self._with([_BundleBlock((0,) * ranks, 1, ranks)], ranks)
+        return self if self._blocks else self._with([_BundleBlock((0,) * ranks, 1, ranks)])
 
-    def _with(self, blocks: Sequence[_BundleBlock], size: int | None) -> GroupDeal:
-        found = GroupDeal(0, size)
+    def _with(self, blocks: Sequence[_BundleBlock]) -> GroupDeal:
+        found = GroupDeal(1, None)
         found._blocks, found._began_alone = list(blocks), self._began_alone
         return found
 
@@ -82,15 +84,15 @@ class GroupDeal:
         if self._began_alone and self.groups == 1 and groups in (None, 1) and ranks is not None:
             return GroupDeal(1, None), ranks
         groups, size = self._wanted(ranks, groups)
-        found = self._with(self._blocks, self._size)
+        found = self._with(self._blocks)
         found._drop(groups, size)
         found._add(groups, size)
         return found, groups * size
 
     def common(self, other: GroupDeal) -> GroupDeal:
-        """The deal of the bundles that have been dealt alike here and there."""
+        """The deal of the bundles that have been dealt alike here and there; with one group alone, that of one group."""
         pairs = zip(self._blocks, other._blocks, strict=False)
-        return self._with([block for block, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)], self._size)
+        return self._with([block for block, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)])
 
     def _wanted(self, ranks: int | None, groups: int | None) -> tuple[int, int]:
         assert self.size is not None

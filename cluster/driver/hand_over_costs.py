@@ -32,7 +32,9 @@ class TransferTimes:
         """Weighted: 1, tokens, tokens squared, seconds, tokens x seconds."""
 
     def observe(self, tokens: int, seconds: float, nbytes: int) -> None:
-        """Note a hand-over of so many tokens and bytes."""
+        """Note a hand-over of so many tokens and bytes; one without tokens tells nothing."""
+        if tokens <= 0:
+            return
         new = (1.0, tokens, tokens * tokens, seconds, tokens * seconds)
         self._sums = tuple(_FADING * old + now for old, now in zip(self._sums, new, strict=True))  # type: ignore[assignment]
         weight, x, xx, y, xy = self._sums

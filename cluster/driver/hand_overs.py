@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from cluster.driver.scheduled_request import Move
 from cluster.driver.scheduler import Scheduler
 from cluster.messages.hand_over import (
+    Forget,
     GoOn,
     HandedOver,
     HandOver,
@@ -24,7 +25,7 @@ from cluster.messages.hand_over import (
     Release,
     TakeOver,
 )
-from cluster.messages.rank import Cancel, Command, Submit
+from cluster.messages.rank import Command, Submit
 
 _SECRET_BYTES = 16
 
@@ -78,7 +79,7 @@ class HandOvers:
         self._numbers = itertools.count(first)
         self._moves: dict[int, Move] = {}
         self._given_up: dict[int, Move] = {}
-        """Of those whose source hasn't reported the end yet."""
+        """Of those whose source hasn't reported the end yet, and still has the request."""
         self.counts = NO_HAND_OVERS
 
     def __len__(self) -> int:
@@ -129,7 +130,7 @@ class HandOvers:
         self._count(event, move, moved=outcome == "moved")
         if outcome == "moved":
             self._send(move.target, Submit((move.entry.rest(),)))
-            self._send(move.source, Cancel((id,)))
+            self._send(move.source, Forget(id))
             return
         self._send(move.target, Release(id))
         if done and outcome == "stays":  # the target was lost after it had the cache
@@ -155,14 +156,20 @@ class HandOvers:
         for number, move in list(self._moves.items()):
             if move.source == worker:
                 self._fail(number)
-        self._given_up = {number: move for number, move in self._given_up.items() if move.source != worker}
+        self._drop_stale()
 
     def give_up(self, workers: Collection[Hashable]) -> None:
         """A group makes no steps: end those that wait for its prompts, or they would hold their places at the targets."""
+        self._drop_stale()
         for number, move in list(self._moves.items()):
             if move.source in workers and not move.entry.began:
                 self._given_up[number] = move
                 self._fail(number)
+
+    def _drop_stale(self) -> None:
+        """Drop those that were given up and whose request has left its source, or ended: none is told to go on there."""
+        at = self._scheduler.worker_of
+        self._given_up = {number: move for number, move in self._given_up.items() if at(move.entry.request.id) == move.source}
 
     def _fail(self, number: int) -> None:
         move = self._moves.pop(number)

@@ -32,8 +32,8 @@ class Scaling:
             old = self._groups.deal.settled(self._pool.size)
             deal, count = old.changed(ranks, groups)
             self._check_heir(old, deal)
-            common = deal if deal.size is None else old.common(deal)
-            stay = min(self._pool.size, count if deal.size is None else len(common.dealt))
+            common = old.common(deal)
+            stay = min(self._pool.size, count if common.size is None else len(common.dealt))
             if stay < self._pool.size:
                 self._pool.shrink(stay)
                 self._groups.deal = common

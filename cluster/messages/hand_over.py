@@ -9,7 +9,7 @@
 
 A hand-over that begins before the prompt is computed sends a part after each step; a later one sends one part. The source
 makes no step of the request from the offer on, or from its prompt's end. After a failure it goes on, then reports. After a
-success the driver submits the request to the target, which waits for it, and cancels it on the source.
+success the driver submits the request to the target, which waits for it, and has the source forget it.
 """
 
 from __future__ import annotations
@@ -67,6 +67,12 @@ class LinkContacts(msgspec.Struct, tag=True, frozen=True):
 
 class GoOn(msgspec.Struct, tag=True, frozen=True):
     """Let a request whose cache was handed over go on here after all. The driver doesn't need it at the target any more."""
+
+    id: str
+
+
+class Forget(msgspec.Struct, tag=True, frozen=True):
+    """Drop a request whose cache was handed over, and say nothing of its end: it may come back at once, under its old id."""
 
     id: str
 

@@ -19,6 +19,7 @@ from typing import Literal
 import msgspec
 
 from cluster.messages.hand_over import (
+    Forget,
     GoOn,
     HandedOver,
     HandOver,
@@ -168,6 +169,7 @@ Command = (
     | TakeOver
     | LinkContacts
     | GoOn
+    | Forget
     | Release
     | Ping
     | GiveUp

@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 
 from cluster.lasting.records import RankDescription
-from cluster.messages.hand_over import GoOn, HandOver, LinkContacts, PromptProgress, Release, TakeOver
+from cluster.messages.hand_over import Forget, GoOn, HandOver, LinkContacts, PromptProgress, Release, TakeOver
 from cluster.messages.placement import GetGroupState, PlacementRejected, SetPlacement
 from cluster.messages.rank import (
     Adopt,
@@ -172,9 +172,8 @@ class RankLoop:
             case Cancel(ids):
                 for id in ids:
                     self._loaded_engine.batcher.cancel(id)
-            case Wake(epoch, step):
-                if self._transport is not None and epoch == self._transport.epoch:
-                    self._wake_through = max(self._wake_through, step)
+            case Wake(epoch, step) if self._transport is not None and self._transport.epoch == epoch:
+                self._wake_through = max(self._wake_through, step)
             case GetReport():
                 self._reports_due.append(command)
             case GetGroupState(number):
@@ -184,6 +183,8 @@ class RankLoop:
                 self._set_placement(command)
             case GoOn(id):
                 self._loaded_engine.batcher.resume(id)
+            case Forget(id):
+                self._loaded_engine.batcher.forget(id)
             case Release(id):
                 self._loaded_engine.batcher.release(id)
             case Errand():

@@ -24,8 +24,8 @@ from cluster.driver.hand_overs import HandOvers
 from cluster.driver.rank_loads import RankCapacity
 from cluster.driver.request_router import TOGETHER_S
 from cluster.driver.scheduler import Scheduler
-from cluster.messages.hand_over import GoOn, HandedOver, HandOver, PromptProgress, Release, TakeOver
-from cluster.messages.rank import Cancel, Command, Submit
+from cluster.messages.hand_over import Forget, GoOn, HandedOver, HandOver, PromptProgress, Release, TakeOver
+from cluster.messages.rank import Command, Submit
 from cluster.rank.event_pace import EVENTS_EVERY_S
 from cluster.simulation.arrivals import Arrival
 from cluster.simulation.cache_transfers import CacheTransfers
@@ -214,9 +214,6 @@ class RequestSimulation:
             case Submit(requests):
                 for request in requests:
                     self._put(worker, partial(rank.add, request))
-            case Cancel(ids):
-                for id in ids:
-                    self._put(worker, partial(rank.cancel, id))
             case TakeOver(id, link):
                 self._transfers.take(link.number, worker)
             case HandOver(id, link):
@@ -225,6 +222,8 @@ class RequestSimulation:
                 self._put(worker, partial(rank.release, id))
             case GoOn(id):
                 self._put(worker, partial(rank.resume, id))
+            case Forget(id):
+                self._put(worker, partial(rank.forget, id))
             case _:
                 raise AssertionError(f"{type(command).__name__} isn't simulated")
 

@@ -113,9 +113,9 @@ class SimulatedRank:
         self.served += 1
         self._admission.queue(entry)
 
-    def cancel(self, id: str) -> None:
-        """End a request; a no-op if it has ended."""
-        entry = self._entries.get(id)
+    def forget(self, id: str) -> None:
+        """End a request that goes on elsewhere, without an output."""
+        entry = self._entries.pop(id, None)
         if entry is not None and entry.reason is None:
             entry.end("cancelled")
             entry.resume()

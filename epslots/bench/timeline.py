@@ -220,7 +220,7 @@ def _row(found: StepTimes, resident: StepTimes) -> dict[str, Any]:
         "our share of host": found.our_host_s / found.host_s,
         "our kernels a layer": found.kernels.get("epslots", 0.0) / found.layers,
         "syncs a layer": found.syncs / found.layers,
-        "MB over the link": found.fetches * found.expert_bytes / 1e6,
+        "MB of experts that arrived": found.fetches * found.expert_bytes / 1e6,
         "link busy": found.link_busy_s / found.step_s,
     }
 

@@ -121,7 +121,7 @@ def measure_read_speed(path: Path, nbytes: int = 64 << 20, piece: int = 1 << 20)
 
 def on_pages(nbytes: int) -> torch.Tensor:
     """Memory that begins on a page, as direct reads need it: uint8 [nbytes]. It takes RAM as it is written."""
-    memory = torch.empty(nbytes + PAGE, dtype=torch.uint8)
+    memory = torch.empty(nbytes + PAGE, dtype=torch.uint8, device="cpu")
     return memory[-memory.data_ptr() % PAGE :][:nbytes]
 
 

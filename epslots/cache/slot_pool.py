@@ -72,7 +72,8 @@ class SlotPool:
         self.device = device
         self.memory = torch.empty(self.num_slots, self.layout.nbytes, dtype=torch.uint8, device=device)
         experts = max(layer.num_experts for layer in layers)
-        tables = torch.full((len(layers), experts), -1), torch.full((self.num_slots,), -1)
+        shapes = (len(layers), experts), (self.num_slots,)
+        tables = [torch.full(shape, -1, dtype=torch.int64, device="cpu") for shape in shapes]
         self.slot_of: IntArray = tables[0].numpy()
         self.expert_of: IntArray = tables[1].numpy()
         self.slot_of_device, self.expert_of_device = (table.to(device) for table in tables)

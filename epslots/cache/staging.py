@@ -24,7 +24,7 @@ class Staging:
     """
 
     def __init__(self, nbytes: int) -> None:
-        self._buffers = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(_BUFFERS)]
+        self._buffers = [torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(_BUFFERS)]
         self._sent: list[Any] = [None] * _BUFFERS
         self._next = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="epslots-staging")

@@ -140,7 +140,8 @@ def fill_store(fd: int, manifest: Manifest, source: ExpertSource, where: str, pr
         layout = manifest.layers[layer].layout
         buffers = of_thread.__dict__.setdefault("buffers", {})
         if layout not in buffers:  # zeros, so that the padding between tensors is defined
-            buffers[layout] = torch.zeros(layout.nbytes, dtype=torch.uint8), torch.empty(layout.nbytes, dtype=torch.uint8)
+            record = torch.zeros(layout.nbytes, dtype=torch.uint8, device="cpu")
+            buffers[layout] = record, torch.empty_like(record)
         record, written = buffers[layout]
         pack_record(record, layout, source.read_expert(layer, expert))
         digest = record_digest(record)

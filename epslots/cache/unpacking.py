@@ -177,8 +177,8 @@ def _stored_columns(form: PackedForm) -> int:
 def _by_loops(form: PackedForm, codes: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None) -> Runs:
     columns = _stored_columns(form)
     blocks = max([1, *(grid.shape[1] for grid in (scale, zero) if grid is not None)])
-    scale = torch.ones(form.rows, 1) if scale is None else scale
-    zero = torch.full((form.rows, 1), _MIDDLE) if zero is None else zero
+    scale = torch.ones(form.rows, 1, dtype=torch.float32, device="cpu") if scale is None else scale
+    zero = torch.full((form.rows, 1), _MIDDLE, dtype=torch.float32, device="cpu") if zero is None else zero
     scales, zeros = (grid.expand(form.rows, blocks).contiguous().numpy() for grid in (scale, zero))
     width = columns if blocks == 1 else form.block[1]
     stored, scale_rows = codes.contiguous().view(torch.uint8).numpy(), SCALE[form.kind]
@@ -241,7 +241,7 @@ def _values(form: PackedForm, codes: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def _exponents(device: torch.device) -> torch.Tensor:
     """The value of each exponent of two, float32 [256]; the last is NaN (OCP's microscaling formats)."""
-    values = torch.exp2(torch.arange(256, dtype=torch.float64) - 127).float()
+    values = torch.exp2(torch.arange(256, dtype=torch.float64, device="cpu") - 127).float()
     values[255] = torch.nan
     return values.to(device)
 
@@ -253,7 +253,7 @@ def _kept(name: str, size: int, dtype: torch.dtype, device: torch.device) -> tor
     kept: dict[tuple[str, torch.dtype], torch.Tensor] = _THREAD.__dict__.setdefault("kept", {})
     held = kept.get((name, dtype))
     if held is None or len(held) < size:
-        held = kept[name, dtype] = torch.empty(size, dtype=dtype)
+        held = kept[name, dtype] = torch.empty(size, dtype=dtype, device=device)
     return held[:size]
 
 

@@ -204,11 +204,15 @@ class Batcher(ABC):
 
         A prepared step is still run, without effect on the request.
         """
-        entry = self._entries.get(id)
-        if entry is not None and entry.reason is None:
+        if (entry := self._entries.get(id)) is not None and entry.reason is None:
             entry.end("cancelled")
             if not entry.waits_for_grammar:
                 self._withdraw(entry)
+
+    def forget(self, id: str) -> None:
+        """End a request that goes on elsewhere: nothing more of it is returned, and its id is free at once."""
+        self.cancel(id)
+        self._entries.pop(id, None)
 
     def cancel_all(self) -> None:
         """End all requests, and give up all reserved places."""
@@ -255,8 +259,7 @@ class Batcher(ABC):
             Its cache; None if it has none yet, or none that can be read before its prompt is done, or if a step has to be
             repeated first.
         """
-        entry = self._entries.get(id)
-        if entry is None or entry.reason is not None:
+        if (entry := self._entries.get(id)) is None or entry.reason is not None:
             return None
         if not entry.held:
             entry.resume()

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from epslots.generation.attention_steps import AttentionStep, attention_step_of
+from epslots.generation.attention_steps import AttentionStep, attention_step_of, is_plain
 from epslots.generation.attention_switch import AttentionSwitch, depends_on_name
 from epslots.generation.paged_cache import paging_obstacle, row_width
 from epslots.moe import query_attention
@@ -52,15 +52,16 @@ class SingleQueries:
         if self._switch is None:
             yield
             return
-        before = [vars(module)["forward"] for module, _ in self._steps]
+        # Who has wrapped a module's forward pass since wants to be called.
+        steps = [(vars(module), step) for module, step in self._steps if vars(module).get("forward") is step.replaced]
         try:
-            for module, step in self._steps:
-                vars(module)["forward"] = step
+            for names, step in steps:
+                names["forward"] = step
             with self._switch.to(IMPLEMENTATION):
                 yield
         finally:
-            for (module, _), forward in zip(self._steps, before, strict=True):
-                vars(module)["forward"] = forward
+            for names, step in steps:
+                names["forward"] = step.replaced
 
 
 def attend(
@@ -73,13 +74,12 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function "sdpa", by compiled loops where a single query is attended."""
     if query.shape[2] == 1 and query.is_cpu:
-        plain = kwargs.get("softcap") is None and kwargs.get("position_bias") is None and not kwargs.get("dropout")
-        if plain and query_attention.fits(query, key, value, attention_mask):
+        if is_plain(kwargs) and query_attention.fits(query, key, value, attention_mask):
             scale = kwargs.get("scaling")
             scale = query.shape[3] ** -0.5 if scale is None else scale
             return query_attention.attend(query, key, value, attention_mask, scale), None
         if attention_mask is None:
-            attention_mask = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool)
+            attention_mask = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=key.device)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from epslots.moe import vector_gemm
 
@@ -64,10 +65,15 @@ class _Functional:
 
 def is_plain_linear(module: object) -> TypeGuard[nn.Linear]:
     """Whether a module multiplies by its ``weight`` and adds its ``bias``, and does nothing else: read in place or not."""
-    if type(module) is not nn.Linear or module._forward_pre_hooks or module._forward_hooks:
+    if type(module) is not nn.Linear or module._forward_pre_hooks or module._forward_hooks or hooks_see_all():
         return False
     forward = vars(module).get("forward")
     return forward is None or isinstance(forward, InPlaceLinear)
+
+
+def hooks_see_all() -> bool:
+    """Whether anyone looks on whenever a module is called, whichever it is."""
+    return bool(_global_forward_pre_hooks or _global_forward_hooks)
 
 
 def _always(rows: int) -> bool:
@@ -98,24 +104,35 @@ class _LatestProduct:
 
     def __init__(self, chosen: Callable[[int], bool]) -> None:
         self.chosen = chosen
-        self._about: tuple[Any, ...] = ()
-        self._ready: vector_gemm.ReadyProduct | None = None
+        self._latest: tuple[tuple[Any, ...], vector_gemm.ReadyProduct | None] = (), None  # one: threads may share it
 
     def ready(self, weight: torch.Tensor, bias: torch.Tensor | None) -> vector_gemm.ReadyProduct | None:
         """The product with a weight; None if loops don't take it."""
-        about = weight.data_ptr(), weight.dtype, weight.shape, None if bias is None else (bias.data_ptr(), bias.shape)
-        if about != self._about:
-            self._about, self._ready = about, _ready_product(weight, bias)
-        return self._ready
+        about = memory_of(weight), None if bias is None else memory_of(bias)
+        held, ready = self._latest
+        if about != held:
+            ready = _ready_product(weight, bias)
+            self._latest = about, ready
+        return ready
 
     def __call__(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ready = self.ready(weight, bias)
-        if ready is None or inputs.dtype is not weight.dtype or not inputs.is_cpu or _trains(inputs, weight, bias):
+        if ready is None or inputs.dtype is not weight.dtype or not inputs.is_cpu:
             return F.linear(inputs, weight, bias)
-        rows = inputs.numel() // weight.shape[1]
+        if torch.is_grad_enabled() and _train(inputs, weight, bias):
+            return F.linear(inputs, weight, bias)
+        shape = inputs.shape
+        if not shape or shape[-1] != ready.inner:  # an error
+            return F.linear(inputs, weight, bias)
+        rows = inputs.numel() // ready.inner
         if not rows or not self.chosen(rows) or torch.is_autocast_enabled("cpu"):
             return F.linear(inputs, weight, bias)
         return ready(inputs)
+
+
+def memory_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies, and how: all by which loops read it, who take none that isn't contiguous."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.is_contiguous()
 
 
 def _ready_product(weight: torch.Tensor, bias: torch.Tensor | None) -> vector_gemm.ReadyProduct | None:
@@ -128,5 +145,5 @@ def _ready_product(weight: torch.Tensor, bias: torch.Tensor | None) -> vector_ge
     return vector_gemm.ready_product(weight[None], bias[None]) if plain else None
 
 
-def _trains(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+def _train(*tensors: torch.Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -49,9 +49,13 @@ def _is_known(names: dict[str, Any]) -> bool:
     return any(_has(names, known) for known in _KNOWN)
 
 
-def turns_whole_heads(forward: FunctionType) -> bool:
-    """Whether the module of a function has Llama's rotation."""
-    return _has(forward.__globals__, _KNOWN[0])
+def turns_whole_heads(module: nn.Module) -> bool:
+    """Whether a module's ``forward`` is what ``rotate_in_place`` has made of its class's, with Llama's rotation."""
+    function, forward = type(module).forward, vars(module).get("forward")
+    if not isinstance(function, FunctionType) or not _has(function.__globals__, _KNOWN[0]):
+        return False
+    rotating = _rotating(function)
+    return rotating is not None and getattr(forward, "__func__", None) is rotating
 
 
 def _has(names: dict[str, Any], known: dict[str, Any]) -> bool:

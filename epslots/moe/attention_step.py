@@ -33,12 +33,12 @@ from epslots.moe.vector_gemm import FORMS_OF, ReadyProduct
 ROWS, FORM, HEADS, GROUPS, SIZE, QUERY_BYTES, KEY_BYTES = range(7)
 # Inputs and outputs; the products' jobs; the norms' weights (0 = none) and epsilons; angles.
 HIDDEN, OUT, Q_JOB, K_JOB, V_JOB, O_JOB, Q_NORM, K_NORM, Q_EPSILON, K_EPSILON, COS, SIN, ANGLE_ROW = range(7, 20)
-# Pools, whose cells hold ``KEY_BYTES``, and the cells of new keys and values, int64.
-KEYS, VALUES, NEW_CELLS = range(20, 23)
+# Pools, whose cells hold ``KEY_BYTES``, and bytes from cell to cell; the cells of new keys and values, int64.
+KEYS, KEYS_NEXT, VALUES, VALUES_NEXT, NEW_CELLS = range(20, 25)
 # Memory for queries, keys, values and what attention finds; the products' own, and their threads; the attention's threads.
-QUERY, KEY, VALUE, FOUND, SCRATCH, THREADS, ATTENTION_THREADS, WORK, FORK_JOIN = range(23, 32)
+QUERY, KEY, VALUE, FOUND, SCRATCH, THREADS, ATTENTION_THREADS, WORK, FORK_JOIN = range(25, 34)
 # The jobs of the products and of the attention, in other cache lines.
-_PRODUCT, _ATTENTION = 32, 104
+_PRODUCT, _ATTENTION = 40, 112
 assert _PRODUCT + grouped_rows.JOB_FIELDS <= _ATTENTION and _ATTENTION + query_attention.JOB_FIELDS <= FIELDS
 
 
@@ -72,9 +72,9 @@ def _attend(job: int) -> None:
     _norm_and_rotate(job, query, read(job, HEADS), read(job, Q_NORM), read(job, Q_EPSILON))
     _norm_and_rotate(job, key, read(job, GROUPS), read(job, K_NORM), read(job, K_EPSILON))
     for row in range(rows):
-        cell = read(read(job, NEW_CELLS), row) * key_bytes
-        copy_bytes(key + row * key_bytes, read(job, KEYS) + cell, key_bytes)
-        copy_bytes(value + row * key_bytes, read(job, VALUES) + cell, key_bytes)
+        cell = read(read(job, NEW_CELLS), row)
+        copy_bytes(key + row * key_bytes, read(job, KEYS) + cell * read(job, KEYS_NEXT), key_bytes)
+        copy_bytes(value + row * key_bytes, read(job, VALUES) + cell * read(job, VALUES_NEXT), key_bytes)
     launch(job + 8 * _ATTENTION, read(job, WORK), read(job, FORK_JOIN), read(job, ATTENTION_THREADS))
     start(product, read(job, O_JOB), rows, read(job, FOUND), read(job, OUT), 0, threads, scratch)
 
@@ -119,7 +119,7 @@ class Cells(NamedTuple):
     """Where keys and values are.
 
     Attributes:
-        keys, values: pools [C, G, D], contiguous.
+        keys, values: pools [C, G, D] that ``cell_loops.has_whole_cells``.
         new_B: int64, the cell of each row's new token.
         read_BS: int32, the cells that rows attend to, new ones included; contiguous, flat.
     """
@@ -151,6 +151,7 @@ def attend(
     out_BH = torch.empty_like(hidden_BH)
     head_bytes, span = size * item, cells.read_BS.shape[0] // rows
     query_bytes, key_bytes = heads * head_bytes, groups * head_bytes
+    keys_next, values_next = cells.keys.stride(0) * item, cells.values.stride(0) * item
     threads = torch.get_num_threads() if fork_join() else 1
     attending = threads_for(rows * groups, 2 * rows * span * key_bytes)
     thread_bytes = 4 * (span + LANES) * (heads // groups)
@@ -164,14 +165,14 @@ def attend(
         *(rows, FORMS_OF[hidden_BH.dtype], heads, groups, size, query_bytes, key_bytes),
         *(hidden_BH.data_ptr(), out_BH.data_ptr(), *weights.addresses),
         *(cos.data_ptr(), sin.data_ptr(), cos.stride(0) * item if cos.shape[0] > 1 else 0),
-        *(cells.keys.data_ptr(), cells.values.data_ptr(), cells.new_B.data_ptr()),
+        *(cells.keys.data_ptr(), keys_next, cells.values.data_ptr(), values_next, cells.new_B.data_ptr()),
         *(*places[:5], threads, attending, query_attention.work.address, fork_join()),
     )
     here.enter(
         _ATTENTION + query_attention.TASKS,
         *(rows * groups, FORMS_OF[hidden_BH.dtype], heads // groups, groups, span, size),
-        *(places[0], query_bytes, head_bytes, cells.keys.data_ptr(), 0, head_bytes, key_bytes),
-        *(cells.values.data_ptr(), 0, head_bytes, key_bytes, size),
+        *(places[0], query_bytes, head_bytes, cells.keys.data_ptr(), 0, head_bytes, keys_next),
+        *(cells.values.data_ptr(), 0, head_bytes, values_next, size),
         *((0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))),
         *(places[3], query_bytes, head_bytes, float_bits(scale), places[5], thread_bytes),
         *(cells.read_BS.data_ptr(), 4 * span),

@@ -17,9 +17,10 @@ from epslots.moe.thread_memory import fork_join, thread_memory
 NEXT_TASK, TASKS, TASK = 0, 8, 9
 # Numbers of cells that are written, in each row, and of those that are read; their addresses.
 NEW, WIDTH, READ, NEW_CELLS, READ_CELLS = 10, 11, 12, 13, 14
-# Of keys, then of values: pool, bytes of a cell; new states, with their strides, heads and bytes of a head; what is read.
-OF_KEYS, OF_VALUES = 15, 24
-POOL, CELL, STATES, STATES_ROW, STATES_TOKEN, STATES_HEAD, HEADS, HEAD, OUT = range(9)
+# Of keys, then of values: pool, bytes of a cell, and from cell to cell; new states, with their strides, heads and bytes of a
+# head; what is read.
+OF_KEYS, OF_VALUES = 15, 25
+POOL, CELL, NEXT, STATES, STATES_ROW, STATES_TOKEN, STATES_HEAD, HEADS, HEAD, OUT = range(10)
 # Bytes of a task; fewer in all are copied by one thread sooner than several meet.
 _TASK_BYTES = 1 << 17
 
@@ -30,7 +31,7 @@ def _write_new(job: int, side: int) -> None:
     for number in range(read(job, NEW)):
         row, token = number // width, number % width
         states = read(job, side + STATES) + row * read(job, side + STATES_ROW) + token * read(job, side + STATES_TOKEN)
-        cell = read(job, side + POOL) + read(read(job, NEW_CELLS), number) * read(job, side + CELL)
+        cell = read(job, side + POOL) + read(read(job, NEW_CELLS), number) * read(job, side + NEXT)
         for head in range(heads):
             copy_bytes(states + head * read(job, side + STATES_HEAD), cell + head * size, size)
 
@@ -40,7 +41,7 @@ def _read_cells(job: int, side: int, first: int, end: int) -> None:
     size, out = read(job, side + CELL), read(job, side + OUT)
     for number in range(first, end):
         cell = read_int32(read(job, READ_CELLS) + 4 * number)
-        copy_bytes(read(job, side + POOL) + cell * size, out + number * size, size)
+        copy_bytes(read(job, side + POOL) + cell * read(job, side + NEXT), out + number * size, size)
 
 
 @callback("void(int64)")
@@ -62,9 +63,15 @@ def _launch(job: int, work_address: int, fork: int, threads: int) -> None:
     run_threads(fork, work_address, job, threads)
 
 
+def has_whole_cells(pool: torch.Tensor) -> bool:
+    """Whether the numbers of a cell of a pool [C, G, D] lie one behind another, apart from other cells'."""
+    (_, heads, size), (cell, head, number) = pool.shape, pool.stride()
+    return number == 1 and head == size and cell >= heads * size
+
+
 def fits(pool: torch.Tensor, new: torch.Tensor, cells: torch.Tensor) -> bool:
     """Whether new states [B, G, W, D] can be put into a pool [C, G, D] here, and cells int32 [B * S] be read; no gradients."""
-    plain = pool.is_cpu and new.dim() == 4 and pool.dim() == 3 and not config.DISABLE_JIT and pool.is_contiguous()
+    plain = pool.is_cpu and new.dim() == 4 and pool.dim() == 3 and not config.DISABLE_JIT and has_whole_cells(pool)
     if not plain or new.dtype is not pool.dtype or (new.requires_grad and torch.is_grad_enabled()):
         return False
     alike = pool.shape[1] == new.shape[1] and pool.shape[2] == new.shape[3]
@@ -93,7 +100,8 @@ def append(
         item, (_, heads, size) = pool.element_size(), pool.shape
         row, head, token, _ = states.stride()
         strides = row * item, token * item, head * item
-        sides += (pool.data_ptr(), heads * size * item, states.data_ptr(), *strides, heads, size * item, out.data_ptr())
+        cell = heads * size * item, pool.stride(0) * item
+        sides += (pool.data_ptr(), *cell, states.data_ptr(), *strides, heads, size * item, out.data_ptr())
     cell_bytes = sides[CELL] + sides[OF_VALUES - OF_KEYS + CELL]
     task = max(1, _TASK_BYTES // cell_bytes)
     tasks = -(-count // task)

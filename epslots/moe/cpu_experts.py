@@ -89,8 +89,8 @@ class CpuExperts:
             pairs: the number of pairs of each of them in ``ids_M``.
         """
         total = sum(pairs)
-        order_E = torch.full((self.num_experts + 1,), len(experts))
-        order_E[list(experts)] = torch.arange(len(experts))
+        order_E = torch.full((self.num_experts + 1,), len(experts), device="cpu")
+        order_E[list(experts)] = torch.arange(len(experts), device="cpu")
         # Pairs of the first of these experts come first, all other pairs last: their number is known on the host.
         order_M = to_device(order_E, self._device)[ids_M]
         pair_P = torch.sort(order_M, stable=True).indices[:total]
@@ -110,7 +110,7 @@ class CpuExperts:
         """
         if begun.arrived is not None:
             self.host_wait(begun.arrived.query)
-        computed_PH = torch.empty(begun.rows_PH.shape, dtype=self.dtype)
+        computed_PH = torch.empty(begun.rows_PH.shape, dtype=self.dtype, device="cpu")
         start = 0
         for expert, pairs in begun.experts:
             rows = slice(start, start + pairs)
@@ -128,10 +128,10 @@ class CpuExperts:
 
     def _compute(self, expert: int, rows_NH: torch.Tensor) -> torch.Tensor:
         """One expert's results [N, H] for its rows, on the CPU."""
-        ends = torch.full((1,), len(rows_NH), dtype=torch.int32)
+        ends = torch.full((1,), len(rows_NH), dtype=torch.int32, device="cpu")
         with self._store.lend(self._layer, expert) as record:
             self._kernel.use(self._one_of(record))
-            return self._kernel(rows_NH, ends, torch.zeros(len(rows_NH), dtype=torch.int64))
+            return self._kernel(rows_NH, ends, torch.zeros(len(rows_NH), dtype=torch.int64, device="cpu"))
 
     def _one_of(self, record: torch.Tensor) -> dict[str, Weight]:
         """The weights of a record, as a pool of one slot."""

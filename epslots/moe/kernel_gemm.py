@@ -117,7 +117,7 @@ class TorchProducts:
         tiles = Tiles.empty(ends_Q, rows)
         start_Q = torch.nn.functional.pad(ends_Q, (1, 0))[:-1]
         tiles_Q = (ends_Q - start_Q + tiles.size - 1) // tiles.size
-        number_T, first_Q = torch.arange(tiles.slot_T.shape[0]), tiles_Q.cumsum(0) - tiles_Q
+        number_T, first_Q = torch.arange(tiles.slot_T.shape[0], device=ends_Q.device), tiles_Q.cumsum(0) - tiles_Q
         slot_T = torch.searchsorted(first_Q + tiles_Q, number_T, right=True).clamp(max=slots - 1)
         tiles.slot_T.copy_(slot_T)
         tiles.row_T.copy_(start_Q[slot_T] + (number_T - first_Q[slot_T]) * tiles.size)
@@ -134,7 +134,8 @@ class TorchProducts:
     ) -> torch.Tensor:
         result_NO = torch_matmul(weight_QIO)(rows_NI, weight_QIO, tiles.ends_Q)
         if bias_QO is not None:
-            slot_N = torch.searchsorted(tiles.ends_Q, torch.arange(len(rows_NI), dtype=torch.int32), right=True)
+            number_N = torch.arange(len(rows_NI), dtype=torch.int32, device=rows_NI.device)
+            slot_N = torch.searchsorted(tiles.ends_Q, number_N, right=True)
             result_NO += bias_QO[slot_N.clamp(max=len(bias_QO) - 1)]
         return result_NO if gate is None else activated(result_NO, gate)
 

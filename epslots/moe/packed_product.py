@@ -33,8 +33,10 @@ _SCALES = {
     "uint8": kinds.SCALE_E8M0,
 }
 # What every job of a kind points to: its factor and its middle; and the row scale of matrices that have none.
-_CONSTANTS = {number: torch.tensor([kind.factor, kind.middle]) for number, kind in KINDS.items()}
-_ONE = torch.ones(1)
+_CONSTANTS = {
+    number: torch.tensor([kind.factor, kind.middle], dtype=torch.float32, device="cpu") for number, kind in KINDS.items()
+}
+_ONE = torch.ones(1, dtype=torch.float32, device="cpu")
 _ACTIVATED: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": lambda gate: F.gelu(gate, approximate="tanh"),
@@ -135,8 +137,9 @@ class PackedProduct:
 def _slots(ends_Q: torch.Tensor | None, rows: int, slots: int) -> torch.Tensor:
     """The slot of each row; of rows past the last end, any."""
     if ends_Q is None:
-        return torch.zeros(rows, dtype=torch.int64)
-    return torch.searchsorted(ends_Q, torch.arange(rows, dtype=torch.int32), right=True).clamp_(max=slots - 1)
+        return torch.zeros(rows, dtype=torch.int64, device="cpu")
+    number_N = torch.arange(rows, dtype=torch.int32, device="cpu")
+    return torch.searchsorted(ends_Q, number_N, right=True).clamp_(max=slots - 1)
 
 
 def _pieces(weight: PackedWeight, *, exact: bool) -> Iterator[_Piece]:

@@ -102,7 +102,7 @@ class ReadyProduct:
         bias, activation: as of ``ready_product``.
 
     Attributes:
-        width: M, or M / 2 after an activation.
+        width, inner: M, or M / 2 after an activation; K.
         job: address of the job's fields, for ``grouped_rows.start``.
     """
 
@@ -116,7 +116,7 @@ class ReadyProduct:
     ) -> None:
         if loops.work.address is None:
             prepare()
-        size, outer = dtype.itemsize, matrices.outer
+        size, outer, self.inner = dtype.itemsize, matrices.outer, matrices.inner
         self._slots, self.width = matrices.slots, outer if activation is None else outer // 2
         most = max(loops.SMALLEST_CHUNK, min(loops.CHUNK, loops.CHUNK_BYTES // weights.pair))
         self._thread_bytes = loops.SCRATCH_BYTES

@@ -131,6 +131,27 @@ def test_places_are_given_back_once_the_others_serve(fails: bool):
     assert groups.deal.dealt == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("before", [GroupDeal(1, None), GroupDeal(1, None).settled(5)], ids=["any size", "settled"])
+def test_a_lone_group_shrinks(before: GroupDeal):
+    """All that stay are its ranks, meanwhile, too."""
+    done: list[tuple[str, int]] = []
+    groups: Any = SimpleNamespace(deal=before)
+
+    async def note(name: str, ranks: int) -> None:
+        done.append((name, ranks))
+        assert {groups.deal.group_of(bundle) for bundle in range(5)} == {0} and groups.deal.groups == 1
+
+    pool = SimpleNamespace(
+        size=5,
+        shrink=lambda ranks: done.append(("shrink", ranks)),
+        wait_until_serving=lambda bundles: note("serve", len(bundles)),
+        reserve=lambda ranks: note("reserve", ranks),
+        grow=lambda ranks: note("grow", ranks),
+    )
+    asyncio.run(Scaling(cast(WorkerPool, pool), groups, outlives=False).scale(3, None))
+    assert done == [("shrink", 3), ("serve", 3), ("reserve", 3), ("grow", 3)]
+
+
 def test_runs_are_groups_that_follow_each_other():
     assert runs([0, 0, 1, 0, 2, 2]) == [(0, 2), (1, 1), (0, 1), (2, 2)]
     assert runs([]) == []
@@ -145,7 +166,8 @@ def test_a_group_that_was_alone_is_joined_by_its_like():
         deal.changed(3, None)
     deal, ranks = deal.changed(None, 1)
     assert (deal.dealt, ranks) == ([0, 0], 2)
-    assert deal.common(deal.changed(5, None)[0]).dealt == []
+    common = deal.common(deal.changed(5, None)[0])
+    assert (common.dealt, common.size, common.groups, common.group_of(0)) == ([], None, 1, 0)
     assert (deal.changed(5, None)[0].size, deal.changed(5, 1)[1]) == (None, 5)
     with pytest.raises(ConfigError, match="ranks or groups"):
         deal.changed(None, None)

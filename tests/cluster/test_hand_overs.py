@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Hashable
 from contextlib import closing
+from unittest.mock import Mock
 
 import msgspec
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +20,7 @@ from cluster.driver.request_router import SOON_S, GroupRouter
 from cluster.driver.scheduler import Scheduler
 from cluster.messages.hand_over import (
     BYTES_BETWEEN_STEPS,
+    Forget,
     GoOn,
     HandedOver,
     HandOver,
@@ -27,9 +30,12 @@ from cluster.messages.hand_over import (
     Release,
     TakeOver,
 )
-from cluster.messages.rank import Cancel, Command, Submit
+from cluster.messages.rank import Command, Outputs, Submit, decode_events, encode
+from cluster.rank.rank_loop import RankLoop
+from epslots.generation.batchers import batcher_for
 from epslots.generation.requests import Output, Request
 from epslots.rank_groups import Role
+from tests.support import zoo
 from tests.support.clock_loop import ClockLoop
 
 REQUEST = Request("a", tuple(range(50)), 20)
@@ -58,6 +64,16 @@ class Driver:
     def send(self, worker: Hashable, command: Command) -> None:
         self.sent.append((worker, command))
 
+    def begin_early(self) -> None:
+        """It fails; another one, ``b``, is handed over while its prompt is computed."""
+        self.hand_overs.take("p", FAILED)
+        self.scheduler.add([Request("b", tuple(range(50)), 20)])
+        self.scheduler.assign()
+        costs = self.scheduler._ranks.costs
+        costs.near.token_s = costs.prompt_token_s = 0.001
+        self.hand_overs.consider_early("p", PromptProgress("b", 30, 20))
+        self.hand_overs.consider_early("p", PromptProgress("b", 35, 15))
+
     def end(self) -> None:
         """Nothing is left of it."""
         self.scheduler.check()
@@ -77,8 +93,7 @@ def test_both_ranks_get_one_secret(machines: tuple[str, str], kind: str):
 def test_after_a_success_the_target_goes_on():
     driver = Driver()
     driver.hand_overs.take("p", DONE)
-    assert driver.sent == [("d", Submit((REQUEST.after((7,)),))), ("p", Cancel(("a",)))]
-    assert driver.scheduler.count("p", Output("a", (), True, "cancelled")) is None, "the source's end is nobody's"
+    assert driver.sent == [("d", Submit((REQUEST.after((7,)),))), ("p", Forget("a"))]
     assert driver.scheduler.count("d", Output("a", (8,))) is not None
     counts = driver.hand_overs.counts
     assert (counts.done, counts.failed, counts.nbytes, counts.seconds) == (1, 0, 1000, 0.1)
@@ -103,6 +118,39 @@ def test_a_target_that_is_lost_at_the_end_is_none():
     assert driver.sent == [], "the source will notice"
     driver.hand_overs.take("p", DONE)
     assert driver.sent == [("d", Release("a")), ("p", GoOn("a"))]
+    driver.end()
+
+
+def test_a_request_that_comes_back_at_once_goes_on():
+    """Its target is lost while its source is in a long step, and reads only then that the request has left and is back."""
+    torch.set_num_threads(1)
+    driver, source = Driver(), RankLoop(Mock())
+    batcher = batcher_for(zoo.ZOO["mixtral"].build(), cache="rows", kv_tokens=256, max_requests=4)
+    source._engine = Mock(batcher=batcher)
+    batcher.add(REQUEST)
+    while not batcher.outputs():
+        assert batcher.prepare()
+        batcher.step()
+    assert batcher.hold("a") is not None
+    driver.hand_overs.take("p", DONE)
+    driver.scheduler.release("d")
+    driver.hand_overs.lose("d")
+    ((worker, rest),) = driver.scheduler.assign()
+    driver.send(worker, Submit((rest,)))
+    entry = driver.scheduler.served_by("p")[0]
+    for command in [command for worker, command in driver.sent if worker == "p"]:
+        source.command(encode(command))
+    for queued in source._commands.take(lambda: True):
+        source._carry_out(queued)
+    source._send_outputs()
+    while batcher.prepare():
+        batcher.step()
+        source._send_outputs()
+    events = decode_events(source.events() or b"")
+    outputs = [output for event in events if isinstance(event, Outputs) for output in event.outputs]
+    assert all(driver.scheduler.count("p", output) for output in outputs), "all are of the request as it is now"
+    assert len(entry.tokens) == 20 and [one.reason for one in outputs if one.finished] == ["length"]
+    batcher.close()
     driver.end()
 
 
@@ -159,7 +207,7 @@ def test_a_hand_over_begins_before_the_first_token():
     driver.hand_overs.consider("b")
     assert len(driver.sent) == 2
     driver.hand_overs.take("p", msgspec.structs.replace(DONE, number=1))
-    assert driver.sent[2:] == [("d", Submit((other.after((7,)),))), ("p", Cancel(("b",)))]
+    assert driver.sent[2:] == [("d", Submit((other.after((7,)),))), ("p", Forget("b"))]
     assert (driver.hand_overs.counts.done, driver.hand_overs.counts.early) == (1, 1)
     driver.end()
 
@@ -168,13 +216,7 @@ def test_a_hand_over_begins_before_the_first_token():
 def test_a_group_that_does_not_come_back_hands_nothing_over(end: HandedOver):
     """It makes no steps, so the rest of the prompt isn't computed; the target's place is free for others."""
     driver = Driver()
-    driver.hand_overs.take("p", FAILED)
-    driver.scheduler.add([Request("b", tuple(range(50)), 20)])
-    driver.scheduler.assign()
-    costs = driver.scheduler._ranks.costs
-    costs.near.token_s = costs.prompt_token_s = 0.001
-    driver.hand_overs.consider_early("p", PromptProgress("b", 30, 20))
-    driver.hand_overs.consider_early("p", PromptProgress("b", 35, 15))
+    driver.begin_early()
     driver.sent.clear()
     driver.hand_overs.give_up(("p",))
     assert driver.sent == [("d", Release("b"))]
@@ -188,17 +230,23 @@ def test_a_group_that_does_not_come_back_hands_nothing_over(end: HandedOver):
 def test_a_lost_group_reports_no_end():
     """Of a hand-over that was given up before: nothing of it is kept."""
     driver = Driver()
-    driver.hand_overs.take("p", FAILED)
-    driver.scheduler.add([Request("b", tuple(range(50)), 20)])
-    driver.scheduler.assign()
-    costs = driver.scheduler._ranks.costs
-    costs.near.token_s = costs.prompt_token_s = 0.001
-    driver.hand_overs.consider_early("p", PromptProgress("b", 30, 20))
-    driver.hand_overs.consider_early("p", PromptProgress("b", 35, 15))
+    driver.begin_early()
     driver.hand_overs.give_up(("p",))
     assert driver.hand_overs._given_up
+    driver.scheduler.release("p")
     driver.hand_overs.lose("p")
     assert not driver.hand_overs._given_up
+
+
+@pytest.mark.parametrize("output", [Output("b", (7,)), Output("b", (), True, "length")])
+def test_what_is_given_up_is_kept_while_its_request_runs(output: Output):
+    """Also if its source never reports: others are given up later."""
+    driver = Driver()
+    driver.begin_early()
+    driver.hand_overs.give_up(("p",))
+    driver.scheduler.count("p", output)
+    driver.hand_overs.give_up(("p",))
+    assert bool(driver.hand_overs._given_up) != output.finished
 
 
 def test_a_hand_over_after_its_prompt_needs_no_steps():
@@ -269,6 +317,17 @@ def test_hand_overs_begin_when_they_just_end_in_time(
             break
     if not begins and prompt > chunk:
         assert min(left_s, computed * token_s) < LEAST_HIDDEN_S
+
+
+def test_a_hand_over_without_tokens_tells_nothing():
+    """As a source may report it, or the messages' defaults."""
+    costs = HandOverCosts()
+    before = costs.near.seconds(1000)
+    costs.observe(0, 0.0, prompt_token_s=0.0, near=True)
+    assert costs.near.seconds(1000) == before
+    costs.observe(1000, 1.0, prompt_token_s=0.0, near=True)
+    costs.observe(0, 5.0, prompt_token_s=0.0, near=True)
+    assert costs.near.seconds(1000) == 1.0
 
 
 def test_nothing_begins_early_before_prompts_were_timed():

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.modules import module as hooks
+from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedConfig, PreTrainedModel, Qwen2MoeConfig, Qwen3MoeConfig
 
+import epslots
 from epslots.generation.attention_steps import AttentionStep, attention_step_of
 from epslots.generation.requests import Request
 from epslots.generation.row_batcher import RowBatcher
-from epslots.models.dense_linear import read_in_place
+from epslots.generation.row_layers import PooledTokens
+from epslots.generation.single_queries import SingleQueries
+from epslots.models.dense_linear import is_plain_linear, read_in_place
 from epslots.models.dense_norm import norm_in_place
 from epslots.models.dense_rotation import rotate_in_place
 from epslots.moe import cell_loops
@@ -40,12 +48,18 @@ MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
 REQUESTS = [Request(str(number), prompt_of(length, seed=number), 6) for number, length in enumerate((9, 3, 9))]
 
 
-def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model as ``epslots.load`` leaves its dense part on a CPU."""
+def plain(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of transformers."""
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(MODELS[name](), dtype=dtype).eval()
     for parameter in model.parameters():
         parameter.data.normal_(0.1, 0.3)
+    return model
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model as ``epslots.load`` leaves its dense part on a CPU."""
+    model = plain(name, dtype)
     read_in_place(model, batch_invariant=False)
     norm_in_place(model)
     rotate_in_place(model)
@@ -67,11 +81,11 @@ class Steps:
         patch.setattr(AttentionStep, "_attend", count)
 
 
-def logits_of(model: PreTrainedModel) -> list[torch.Tensor]:
+def logits_of(model: PreTrainedModel, **settings: Any) -> list[torch.Tensor]:
     """The logits of each pass of a batcher that serves the requests."""
     found: list[torch.Tensor] = []
     hook = model.get_output_embeddings().register_forward_hook(lambda _, __, out: found.append(out.clone()))
-    batcher = RowBatcher(model, kv_tokens=64, max_requests=3)
+    batcher = RowBatcher(model, **({"kv_tokens": 64, "max_requests": 3} | settings))
     for request in REQUESTS:
         batcher.add(request)
     collected = Collected(batcher).run()
@@ -90,10 +104,26 @@ def test_steps_have_the_bits_of_forward_passes(name: str, dtype: torch.dtype, mo
     made, steps.made = steps.made, 0
     monkeypatch.setattr(AttentionStep, "_attend", lambda *_: None)
     monkeypatch.setattr(cell_loops, "fits", lambda *_: False)
-    plain = logits_of(model)
-    assert made >= 2 * 5 and steps.made == 0 and len(found) == len(plain)
-    for ours, theirs in zip(found, plain, strict=True):
+    wanted = logits_of(model)
+    assert made >= 2 * 5 and steps.made == 0 and len(found) == len(wanted)
+    for ours, theirs in zip(found, wanted, strict=True):
         assert torch.isfinite(ours).all() and torch.equal(ours, theirs)
+
+
+def test_steps_read_cells_in_slots_of_experts(tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    """With ``kv_tokens="auto"`` a layer's cells lie apart: other tensors' entries are between them."""
+    plain("normed").save_pretrained(tmp_path)
+    auto: dict[str, Any] = {"kv_tokens": "auto", "max_batch_tokens": 16, "max_requests": 3}
+    model = epslots.load(tmp_path, cache_dir=cache_dir, slots="75%", device="cpu", dtype="float32", progress=False, **auto)
+    taken, original = [], cell_loops.fits
+    monkeypatch.setattr(cell_loops, "fits", lambda *given: taken.append(original(*given)) or taken[-1])
+    steps = Steps(monkeypatch)
+    found, made = logits_of(model, **auto), steps.made
+    assert made >= 2 * 5 and taken and all(taken)
+    monkeypatch.setattr(AttentionStep, "_attend", lambda *_: None)
+    monkeypatch.setattr(cell_loops, "fits", lambda *_: False)
+    wanted = logits_of(model, **auto)
+    assert len(found) == len(wanted) and all(map(torch.equal, found, wanted))
 
 
 @torch.no_grad()
@@ -146,7 +176,7 @@ def test_cells_are_written_and_read(monkeypatch: pytest.MonkeyPatch):
     """Also in several tasks, whose threads read what has just been written, of keys that are wider than values."""
     monkeypatch.setattr(cell_loops, "_TASK_BYTES", 256)
     torch.set_num_threads(2)
-    pools = torch.randn(9, 2, 12), torch.randn(9, 1, 4)
+    pools = torch.randn(9, 40).as_strided((9, 2, 12), (40, 12, 1)), torch.randn(9, 1, 4)
     new = torch.randn(3, 2, 2, 24).narrow(3, 5, 12), torch.randn(3, 2, 4).unsqueeze(1)
     new_cells, read_cells = (
         torch.tensor([8, 1, 3, 4, 5, 6]),
@@ -168,6 +198,115 @@ def test_cells_are_written_and_read(monkeypatch: pytest.MonkeyPatch):
 def test_cells_of_other_kinds_are_torchs():
     pool, new, cells = torch.zeros(9, 2, 4), torch.zeros(3, 2, 1, 4), torch.zeros(6, dtype=torch.int32)
     assert cell_loops.fits(pool, new, cells)
+    assert cell_loops.fits(pool[::2], new, cells)
     strange = (pool.double(), new, cells), (pool[:, :1], new, cells), (pool, new.mT, cells), (pool, new[0], cells)
-    for given in (*strange, (pool, new, cells.long()), (pool, new, cells[::2]), (pool.expand(9, 2, 4)[::2], new, cells)):
+    for given in (*strange, (pool, new, cells.long()), (pool, new, cells[::2])):
         assert not cell_loops.fits(*given)
+    for lies in (pool[:1].expand(9, 2, 4), torch.zeros(9, 4, 4)[:, ::2], torch.zeros(9, 2, 8)[:, :, ::2]):
+        assert lies.shape == pool.shape and not cell_loops.fits(lies, new, cells)
+
+
+@torch.no_grad()
+def test_a_step_looks_at_all_shapes():
+    """Matrices and norms that were swapped for others, or for other views of their memory: none is read past its end."""
+    attention, hidden = build("normed").model.layers[0].self_attn, torch.zeros(3, 1, 64)
+    step = attention_step_of(attention)
+    for name, wide in (
+        ("q_proj", (160, 64)),
+        ("k_proj", (128, 64)),
+        ("v_proj", (32, 64)),
+        ("o_proj", (64, 160)),
+        ("o_proj", (96, 128)),
+    ):
+        module, (rows, columns) = getattr(attention, name), wide
+        weight = module.weight
+        for strange in (torch.randn(wide), torch.randn(rows, 2 * columns), torch.randn(2 * columns, rows)):
+            assert step._weights(hidden) is not None
+            module.weight = torch.nn.Parameter(strange)
+            assert step._weights(hidden) is None
+            module.weight = weight
+    for norm in (attention.q_norm, attention.k_norm):
+        numbers, weight = torch.randn(64), norm.weight.data
+        for strange in (numbers[:16], numbers, numbers[::2]):
+            norm.weight.data = numbers[:32]
+            assert step._weights(hidden) is not None
+            norm.weight.data = strange
+            assert step._weights(hidden) is None
+        norm.weight.data = weight
+    attention.k_proj.weight.data, attention.v_proj.weight.data = torch.randn(128, 64), torch.randn(128, 64)
+    attention.scaling = 2.0
+    shape, _ = step._weights(hidden)
+    assert (shape.groups, shape.scale) == (4, 2.0)
+    del attention.k_proj
+    assert step._weights(hidden) is None
+
+
+class _Doubles(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+@torch.no_grad()
+def test_computed_weights_and_hooks_of_all_modules():
+    """A weight that is computed at each use has no place of its own; and hooks see each module."""
+    attention, hidden = build("normed").model.layers[0].self_attn, torch.zeros(3, 1, 64)
+    step = attention_step_of(attention)
+    for name in ("q_proj", "o_proj", "k_norm"):
+        assert step._weights(hidden) is not None
+        module = getattr(attention, name)
+        parametrize.register_parametrization(module, "weight", _Doubles())
+        assert step._weights(hidden) is None and attention_step_of(attention)._weights(hidden) is None
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+    for register in (hooks.register_module_forward_hook, hooks.register_module_forward_pre_hook):
+        assert step._weights(hidden) is not None
+        hook = register(lambda *_: None)
+        assert step._weights(hidden) is None and not is_plain_linear(attention.q_proj)
+        hook.remove()
+    assert is_plain_linear(attention.q_proj)
+
+
+class _SharedStep(AttentionStep):
+    """Whenever it has noted something, its weights are asked for as by another thread."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if hidden := self.__dict__.pop("hidden", None):
+            self.__dict__["seen"] = self._weights(*hidden)
+
+
+@torch.no_grad()
+def test_threads_never_get_the_weights_before():
+    attention, hidden = build("normed").model.layers[0].self_attn, torch.zeros(3, 1, 64)
+    step = _SharedStep(attention, normed=True)
+    before = step._weights(hidden)
+    attention.q_proj.weight = torch.nn.Parameter(attention.q_proj.weight.clone())
+    step.__dict__["hidden"] = (hidden,)
+    after = step._weights(hidden)
+    assert None not in (before, after) and before is not after and step.__dict__["seen"] is not before
+
+
+@pytest.mark.parametrize("settings", [{}, {"softcap": 30.0}, {"position_bias": torch.zeros(1)}, {"dropout": 0.1}], ids=str)
+def test_settings_that_loops_ignore_are_torchs(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    attention, layer = build("normed").model.layers[0].self_attn, PooledTokens()
+    layer.step = SimpleNamespace(width=1)  # type: ignore[assignment]
+    attention.forward, seen = (lambda *_, **given: given), torch.zeros(1)
+    step = AttentionStep(attention, normed=True)
+    monkeypatch.setattr(AttentionStep, "_attend", lambda *_: seen)
+    found = step(torch.zeros(1, 1, 64), None, None, SimpleNamespace(layers=[layer]), **settings)
+    assert found == settings if settings else found[0] is seen
+
+
+def test_a_wrapped_forward_is_called():
+    """Whether it was wrapped before the engine was made or after; or taken away."""
+    model = build("normed")
+    first, second = (layer.self_attn for layer in model.model.layers)
+    queries, own = SingleQueries(model), first.forward
+    for wrapped in (lambda *given, **named: own(*given, **named), None):
+        first.forward = wrapped
+        if wrapped is None:
+            del first.forward
+        before = vars(first).get("forward")
+        with queries.active():
+            assert vars(first).get("forward") is before and isinstance(second.forward, AttentionStep)
+        assert vars(first).get("forward") is before and not isinstance(second.forward, AttentionStep)
+        assert attention_step_of(first) is None and attention_step_of(second) is not None

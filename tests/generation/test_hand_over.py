@@ -206,6 +206,21 @@ class TestRoom:
             assert here.tokens[request.id] == drawn(model_of(self.name), request)
         assert is_empty(source)
 
+    @pytest.mark.parametrize("prepared", [False, True])
+    def test_a_forgotten_request_may_come_back_at_once(self, kind: str, prepared: bool):
+        """Under its old id, whether it was held or is in a step that stands; nothing is said of its first end."""
+        source = opened(self.name, kind)
+        here = decode(source, [GREEDY, DRAWN], 2)
+        assert source.prepare() if prepared else source.hold("greedy") is not None
+        source.forget("greedy")
+        source.add(GREEDY.after(here.tokens["greedy"]))
+        source.forget("nobody")
+        here.run()
+        for request in (GREEDY, DRAWN):
+            assert here.tokens[request.id] == drawn(model_of(self.name), request)
+            assert here.reasons[request.id] == "length"
+        assert is_empty(source)
+
     def test_waiting_requests_wait_for_hand_overs(self, kind: str):
         """There is no step to make until the place is free, and no request is lost for it."""
         source = opened(self.name, kind, kv_tokens=64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from epslots.models.dense_linear import read_in_place
+from epslots.models.dense_linear import _always, _LatestProduct, read_in_place
 from epslots.moe import vector_gemm
 
 
@@ -155,3 +156,57 @@ def test_results_are_on_the_cpu_whatever_the_default(products: list[int]):
     with torch.device("meta"):
         torch.testing.assert_close(layer(inputs), wanted)
     assert products == [3]
+
+
+@torch.no_grad()
+def test_other_views_of_the_same_memory_are_read():
+    """A matrix that is transposed in place; a bias of other steps, and of another dtype."""
+    layer, inputs, numbers = nn.Linear(64, 64), torch.randn(3, 64), torch.randn(128)
+    read_in_place(layer, batch_invariant=False)
+    for matrix in (layer.weight.data, layer.weight.data.t(), layer.weight.data):
+        for bias in (numbers[:64], numbers[::2], numbers[:64]):
+            layer.weight.data, layer.bias.data = matrix, bias
+            torch.testing.assert_close(layer(inputs), inputs @ matrix.t() + bias)
+    layer.bias.data = numbers.bfloat16()[:64]
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(inputs)
+
+
+@torch.no_grad()
+def test_inputs_of_a_wrong_width_are_an_error(products: list[int]):
+    """Of linear layers and of routers, by less than a row and by whole rows; no number is read past them."""
+    layer, scores = nn.Linear(48, 64), _Scores()
+    scores.weight = nn.Parameter(torch.randn(64, 48))
+    for module in (layer, scores):
+        read_in_place(module, batch_invariant=False)
+        assert module(torch.randn(48)).shape == (64,)
+        for shape in ((3, 47), (3, 96), (96, 1), (1,), ()):
+            with pytest.raises(RuntimeError):
+                module(torch.randn(shape))
+    assert products == [1, 1]
+
+
+class _SharedProduct(_LatestProduct):
+    """Whenever it has noted something, another thread asks for the product."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.seen: list[vector_gemm.ReadyProduct | None] = []
+        self._weight = weight
+        super().__init__(_always)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if self.__dict__.get("begun"):
+            self.__dict__["begun"] = False
+            other = threading.Thread(target=lambda: self.seen.append(self.ready(self._weight, None)))
+            other.start()
+            other.join()
+
+
+def test_threads_never_get_the_product_before():
+    first, second = torch.randn(64, 48), torch.randn(64, 48)
+    latest = _SharedProduct(second)
+    before = latest.ready(first, None)
+    latest.__dict__["begun"] = True
+    assert latest.ready(second, None) is not before and len(latest.seen) == 1
+    assert before not in latest.seen

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import msgspec
@@ -12,6 +15,8 @@ import torch
 from epslots.bench.packed_formats import random_packed
 from epslots.cache.unpacking import PackedWeight
 from epslots.layout import PackedForm, PackedMatrix
+from epslots.moe import packed_product
+from epslots.moe.kernel_gemm import TorchProducts
 from epslots.moe.packed_gemm import has_packed_kernel
 from epslots.moe.packed_product import PackedProduct, suits
 from epslots.moe.vector_code import host_has
@@ -138,3 +143,39 @@ def test_permuted_columns_are_unpacked_on_a_cpu():
     assert has_packed_kernel(PackedMatrix("w", (plain,)), torch.bfloat16, "cpu") == host_has("avx512bf16")
     assert not has_packed_kernel(PackedMatrix("w", (permuted,)), torch.bfloat16, "cpu")
     assert suits([permuted], torch.bfloat16)
+
+
+@contextmanager
+def other_defaults() -> Iterator[None]:
+    """A user's default dtype and device, of which nothing may depend whose address is read."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_defaults_at_import_and_in_calls_are_not_read():
+    """What loops read is float32 on the CPU, though the module is first imported under a model's defaults."""
+    spec = importlib.util.find_spec(packed_product.__name__)
+    assert spec is not None and spec.loader is not None
+    again = importlib.util.module_from_spec(spec)
+    with other_defaults():
+        spec.loader.exec_module(again)
+    rows = torch.randn(sum(COUNTS), 64)
+    for form in (PackedForm("int4", 64, 64, "float32", (1, 32)), PackedForm("int8", 64, 64, perm=True)):
+        weight = random_packed([form], SLOTS, torch.float32)
+        wanted = PackedProduct(weight)(rows, ENDS), PackedProduct(weight)(rows, None), weight.unpack(1).clone()
+        with other_defaults():
+            found = again.PackedProduct(weight)(rows, ENDS), again.PackedProduct(weight)(rows, None), weight.unpack(1)
+        assert all(map(torch.equal, found, wanted))
+
+
+def test_tiles_are_where_their_rows_are():
+    products = TorchProducts()
+    wanted = products.list_tiles(ENDS, sum(COUNTS))
+    with other_defaults():
+        found = products.list_tiles(ENDS, sum(COUNTS))
+    count = int(wanted.count)
+    assert count and torch.equal(found.slot_T[:count], wanted.slot_T[:count])

@@ -35,6 +35,6 @@ def hand_over(request: Request, collected: Collected, target: Batcher, most_byte
     collected.take()
     rest = replace(request, prompt_logprobs=None).after(collected.tokens[request.id])
     target.add(rest)
-    source.cancel(request.id)
+    source.forget(request.id)
     assert image.gone and room.gone
     return rest
