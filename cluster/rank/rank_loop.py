@@ -108,8 +108,7 @@ class RankLoop:
         self._transport: Transport | None = None
         self._transport_contacts: ContactStore | None = None
         """Kept for as long as the transport, since NCCL uses it."""
-        self._ended = False
-        self._serving = self._asleep = self._reports_prompts = False
+        self._ended = self._serving = self._asleep = self._reports_prompts = False
         self._steps = 0
         """Steps in this epoch; the same on all its ranks."""
         self._wake_through = 0
