@@ -71,7 +71,7 @@ class AttentionStep:
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As the module's class has it."""
+        """The one of the module's class."""
         layer = None if past_key_values is None else past_key_values.layers[self._module.layer_idx]
         known = isinstance(layer, PooledTokens) and layer.appends_both and layer.step.width == 1
         if known and not self._module.training and is_plain(kwargs):

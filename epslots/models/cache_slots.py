@@ -126,7 +126,7 @@ def plan_cache_slots(shape: ModelShape, quotas: Sequence[int], least_tokens: int
 
 
 def largest_pool(layers: Sequence[LayerSpec]) -> tuple[int, ...]:
-    """The layers whose experts are alike and take the most bytes together: the same on all ranks, whatever their slots."""
+    """The layers whose experts are alike and take the most bytes together: the same on all ranks, with any slots."""
     members: dict[RecordLayout, list[int]] = {}
     for index, layer in enumerate(layers):
         members.setdefault(layer.layout, []).append(index)

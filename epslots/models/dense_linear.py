@@ -72,7 +72,7 @@ def is_plain_linear(module: object) -> TypeGuard[nn.Linear]:
 
 
 def hooks_see_all() -> bool:
-    """Whether anyone looks on whenever a module is called, whichever it is."""
+    """Whether hooks of all modules are set."""
     return bool(_global_forward_pre_hooks or _global_forward_hooks)
 
 

@@ -143,7 +143,7 @@ class ReadyProduct:
         return self  # it never changes, and has its own address
 
     def __call__(self, rows: torch.Tensor, ends_Q: torch.Tensor | None = None) -> torch.Tensor:
-        """[*, M] for rows [*, K] of its dtype, on the CPU; ``ends_Q`` as ``product`` has it."""
+        """[*, M] for rows [*, K] of its dtype, on the CPU; ``ends_Q`` as for ``product``."""
         rows = rows.contiguous()
         *shape, inner = rows.shape
         out = rows.new_empty(*shape, self.width)

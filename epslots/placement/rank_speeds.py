@@ -1,7 +1,7 @@
 """``RankSpeeds``: how fast each rank computes, learned from the time that its work took. The controller calls it.
 
 Work is what a usual rank would need for it, by the measured costs, so that a rank with more pairs, or with more pairs an
-expert, isn't taken for a faster one. A call takes time besides, whatever it computes: ``taken = (work + calls x fixed) /
+expert, isn't taken for a faster one. A call takes time besides, also with little work: ``taken = (work + calls x fixed) /
 speed``. The fixed part isn't known, only its bounds: 0, and about the shortest calls with work that any rank had of late; one
 without work returns at once, and tells nothing of it. So windows bound each speed from both sides: closely where a rank had
 much work, hardly where it was nearly idle. A speed changes only as far as it has to, and only if it clearly has: placements

@@ -1,4 +1,4 @@
-"""``epslots bench groups --parts kills``: which moment a kill amid a hand-over is, whatever the machine does in between."""
+"""``epslots bench groups --parts kills``: which moment a kill amid a hand-over is, on a machine of any speed."""
 
 from __future__ import annotations
 

@@ -425,7 +425,7 @@ def test_transformers_is_imported_by_one_thread_at_a_time(monkeypatch: pytest.Mo
 def test_a_driver_may_die_amid_a_hand_over(
     drive: Drive, folder: Path, monkeypatch: pytest.MonkeyPatch, source: bool, adopted_first: bool
 ):
-    """Its ranks are adopted, and keep nothing of it, whichever of the two comes first: their link's end or the adoption."""
+    """Its ranks are adopted, and keep nothing of it, in either order: their link's end first, or the adoption."""
     monkeypatch.setattr(cluster.rank.cache_exchange, "PIECE_BYTES", 9000)
     monkeypatch.setattr(HandOverCosts, "stays", lambda *_: False)
     first, backend = drive(prefill_ranks=1)

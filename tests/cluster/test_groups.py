@@ -263,7 +263,7 @@ def test_one_group_is_joined_by_others(open_cluster: Open, folder: Path):
 
 
 def test_all_ranks_of_a_node_have_one_store(open_cluster: Open, cache_dir: Path):
-    """Whatever their groups are: the node's RAM is divided by all of its ranks."""
+    """In any groups: the node's RAM is divided by all of its ranks."""
     _, backend = open_cluster(ranks=2, groups=2)
     loops = [worker.loop for worker in backend.workers.values()]
     orders = [loop._load_order for loop in loops]

@@ -17,14 +17,14 @@ from tests.support.rank_helpers import PATIENCE_S
 
 
 @pytest.mark.parametrize("forget", [True, False])
-def test_a_link_that_ends_late_is_nobodys(forget: bool):
+def test_a_link_that_ends_late_belongs_to_none(forget: bool):
     """Unless the driver is still the same: then its request goes on here."""
     told, resumed, opening, ends = list[object](), list[str](), threading.Event(), threading.Event()
 
     def open_late(*_: object, **__: object) -> NoReturn:
         opening.set()
         assert ends.wait(PATIENCE_S)
-        raise PeerLost("nobody came, says the test")
+        raise PeerLost("no peer came, says the test")
 
     batcher: Any = SimpleNamespace(resume=resumed.append)
     threads = HandOverThreads(lambda: batcher, lambda function: function(), told.append, open_late)
@@ -36,7 +36,7 @@ def test_a_link_that_ends_late_is_nobodys(forget: bool):
         if thread.name == "epslots-hand-over":
             thread.join(PATIENCE_S)
     assert resumed == ([] if forget else ["a"])
-    assert told == ([] if forget else [HandedOver(number=7, failure="nobody came, says the test")])
+    assert told == ([] if forget else [HandedOver(number=7, failure="no peer came, says the test")])
 
 
 def test_no_two_drivers_number_alike():

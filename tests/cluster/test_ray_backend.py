@@ -268,7 +268,7 @@ def test_each_group_of_a_packed_cluster_is_placed_by_itself():
     assert Bundles({}, "SPREAD", None, 1.0, 2)._groups_of(4, dealt) == [0] * 4
 
 
-def test_ranks_of_a_node_are_counted_whatever_their_group():
+def test_ranks_of_a_node_are_counted_in_all_groups():
     """They share its RAM, and one host store."""
 
     async def nodes() -> list[str]:

@@ -1,4 +1,4 @@
-"""Requests that wait: each line gives them in their turns, and none is lost, whatever is ended or judged anew meanwhile."""
+"""Requests that wait: each line gives them in their turns, and none is lost while others end or are judged anew."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ACTIONS = st.one_of(
 
 
 @given(st.lists(ACTIONS, max_size=60))
-def test_requests_wait_in_turn_whatever_happens(actions: list[tuple[str, int | None, int | None]]):
+def test_requests_wait_in_turn_through_all_changes(actions: list[tuple[str, int | None, int | None]]):
     """They come, end, get a rank and return from a lost one; later ones are judged by their length."""
     divided = False
     queue = RequestQueue(lambda entry: divided and len(entry.request.prompt) == SHORT)

@@ -1,4 +1,4 @@
-"""Conversations stay where their cache is, whatever ranks come and go."""
+"""Conversations stay where their cache is while ranks come and go."""
 
 from __future__ import annotations
 

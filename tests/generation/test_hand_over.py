@@ -214,7 +214,7 @@ class TestRoom:
         assert source.prepare() if prepared else source.hold("greedy") is not None
         source.forget("greedy")
         source.add(GREEDY.after(here.tokens["greedy"]))
-        source.forget("nobody")
+        source.forget("unknown")
         here.run()
         for request in (GREEDY, DRAWN):
             assert here.tokens[request.id] == drawn(model_of(self.name), request)

@@ -77,7 +77,7 @@ def test_work_is_that_of_the_rank_that_computes():
 
 
 FIXED_NS = 30_000.0
-"""Of a call with work, whatever it computes."""
+"""Of a call with work, little or much."""
 IDLE_NS = FIXED_NS / 10
 """Of a call without."""
 
