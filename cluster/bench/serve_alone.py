@@ -76,7 +76,7 @@ class ServeProcess:
                     return time.monotonic() - began_s
             if self._process.poll() is not None:
                 raise RuntimeError(f"epslots serve ended: {self._process.stderr.read()[-2000:]}")  # type: ignore[union-attr]
-            time.sleep(_ASK_EVERY_S)
+            time.sleep(_ASK_EVERY_S)  # a process that doesn't listen yet can't say when it will
         raise RuntimeError(f"no request was answered in {_ANSWERS_WITHIN_S:g} s")
 
     def ask(self, method: str, path: str, body: str | None = None) -> http.client.HTTPResponse:
@@ -177,7 +177,7 @@ def _spent(service: ServeProcess, live: http.client.HTTPResponse | None = None) 
     ends_s = time.monotonic() + _IDLE_S
     while (left_s := ends_s - time.monotonic()) > 0:
         if live is None:
-            time.sleep(left_s)
+            time.sleep(left_s)  # processor time is measured while nothing happens
         else:
             live.readline()
     return {kind: (_seconds(some) - before[kind]) / _IDLE_S * 1e3 for kind, some in processes.items()}

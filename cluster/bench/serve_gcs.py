@@ -136,7 +136,7 @@ class _Head:
                 return f"127.0.0.1:{port}", password
             if (code := self._started[-1].poll()) is not None:
                 raise RuntimeError(f"{self._redis} ended with code {code}")
-            time.sleep(_LOOK_EVERY_S)
+            time.sleep(_LOOK_EVERY_S)  # Redis doesn't say when it listens
 
     def _start(self, command: list[str], input: bytes = b"", **settings: Any) -> None:
         started = subprocess.Popen(

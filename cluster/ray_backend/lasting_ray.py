@@ -89,7 +89,7 @@ def _find_or_start(folder: Path, ranks: int, name: str) -> tuple[int, str]:
                 return found
         except FileNotFoundError:
             pass  # the last keeper has just removed the folder
-        time.sleep(_POLL_S)
+        time.sleep(_POLL_S)  # locks of files have no event to wait for
     raise ClusterError(f"the Ray of the cluster {name!r} neither came up nor ended within {_FIND_S:g} s; see {folder}")
 
 
@@ -205,4 +205,4 @@ def _wait_for_end(folder: Path, users: int) -> None:
             if lock is not None:
                 os.close(lock)
                 return
-        time.sleep(_POLL_S)
+        time.sleep(_POLL_S)  # locks of files have no event to wait for

@@ -137,7 +137,7 @@ def open_source(number: int, secret: bytes, form_s: float, deadline_s: float) ->
             if time.monotonic() > ends:
                 connection.close()
                 raise PeerLost(f"the target of hand-over {number} didn't listen within {form_s:g} s: {error}") from error
-            time.sleep(_RETRY_S)
+            time.sleep(_RETRY_S)  # a socket that isn't there yet can't be waited for
     connection.settimeout(deadline_s)
     file = os.memfd_create("epslots-hand-over")
     try:
