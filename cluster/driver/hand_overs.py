@@ -93,8 +93,7 @@ class HandOvers:
 
     def consider_early(self, worker: Hashable, prompt: PromptProgress) -> None:
         """Begin the hand-over of a request whose prompt is being computed, if that pays now."""
-        move = self._scheduler.begin_early_move(prompt.id, worker, prompt.computed, prompt.left)
-        if move is not None:
+        if (move := self._scheduler.begin_early_move(worker, prompt)) is not None:
             self._begin(move)
 
     def _begin(self, move: Move) -> None:

@@ -97,11 +97,13 @@ class PromptProgress(msgspec.Struct, tag=True, frozen=True):
     Attributes:
         computed: its tokens that are computed.
         left: those that are to come.
+        assignment: number of the request's assignment to this rank.
     """
 
     id: str
     computed: int
     left: int
+    assignment: int = 0
 
 
 class HandedOver(msgspec.Struct, tag=True, frozen=True, kw_only=True):

@@ -268,7 +268,7 @@ class RankLoop:
         try:
             self._loaded_engine.batcher.add(request)
         except ConfigError as error:
-            self._send(Outputs((Output(request.id, (), True, "error", str(error)),)))
+            self._send(Outputs((Output(request.id, (), True, "error", str(error), assignment=request.assignment),)))
 
     def _set_placement(self, placing: Placing) -> None:
         """Offer a placement to the group, which adopts it once all ranks have it; all reject an impossible one alike."""

@@ -288,8 +288,8 @@ class Batcher(ABC):
             prompt_logprobs = entry.take_prompt_logprobs()
             self._counters.new_tokens += len(tokens)
             if tokens or prompt_logprobs or entry.reason:
-                ended = entry.reason is not None
-                found.append(Output(id, tokens, ended, entry.reason, entry.error, logprobs, prompt_logprobs))
+                ended, number = entry.reason is not None, entry.request.assignment
+                found.append(Output(id, tokens, ended, entry.reason, entry.error, logprobs, prompt_logprobs, number))
             entry.delivered = len(entry.tokens)
             if entry.reason:
                 del self._entries[id]

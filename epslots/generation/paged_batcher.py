@@ -168,7 +168,7 @@ class PagedBatcher(Batcher):
         for number, (entry, _) in self._running.items() if self._isolation is None else ():
             computed = active[number].current_len() if number in active else 0
             if computed and entry.length - computed > 1:
-                found.append(PromptState(entry.request.id, computed, entry.length - computed))
+                found.append(entry.prompt_state(computed, entry.length - computed))
         return found
 
     def reserve(self, id: str, layout: CacheLayout) -> CacheImage | None:

@@ -122,7 +122,7 @@ class RowAdmission:
         if self._cache.keeps_objects:
             return []
         begun = [running for running in self.running if running.row.length and running.left > 1]
-        return [PromptState(running.entry.request.id, running.row.length, running.left) for running in begun]
+        return [running.entry.prompt_state(running.row.length, running.left) for running in begun]
 
     def reserve(self, id: str, layout: CacheLayout) -> CacheImage | None:
         """A row for the tokens of a request that comes from another rank; None if there is no room beside the others."""

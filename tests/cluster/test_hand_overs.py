@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Hashable
 from contextlib import closing
+from dataclasses import replace
 from unittest.mock import Mock
 
 import msgspec
@@ -93,8 +94,9 @@ def test_both_ranks_get_one_secret(machines: tuple[str, str], kind: str):
 def test_after_a_success_the_target_goes_on():
     driver = Driver()
     driver.hand_overs.take("p", DONE)
-    assert driver.sent == [("d", Submit((REQUEST.after((7,)),))), ("p", Forget("a"))]
-    assert driver.scheduler.count("d", Output("a", (8,))) is not None
+    assert driver.sent == [("d", Submit((replace(REQUEST.after((7,)), assignment=1),))), ("p", Forget("a"))]
+    assert driver.scheduler.count("d", Output("a", (8,))) is None, "it is numbered as at the source"
+    assert driver.scheduler.count("d", Output("a", (8,), assignment=1)) is not None
     counts = driver.hand_overs.counts
     assert (counts.done, counts.failed, counts.nbytes, counts.seconds) == (1, 0, 1000, 0.1)
     assert driver.scheduler._ranks.costs.prompt_token_s == 0.001
@@ -207,7 +209,7 @@ def test_a_hand_over_begins_before_the_first_token():
     driver.hand_overs.consider("b")
     assert len(driver.sent) == 2
     driver.hand_overs.take("p", msgspec.structs.replace(DONE, number=1))
-    assert driver.sent[2:] == [("d", Submit((other.after((7,)),))), ("p", Forget("b"))]
+    assert driver.sent[2:] == [("d", Submit((replace(other.after((7,)), assignment=1),))), ("p", Forget("b"))]
     assert (driver.hand_overs.counts.done, driver.hand_overs.counts.early) == (1, 1)
     driver.end()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from cluster.config import cluster_config
 from cluster.driver import request_router
 from cluster.driver.hand_over_costs import HandOverCosts
 from cluster.driver.hand_overs import HandOvers
+from cluster.driver.request_router import RequestRouter
 from cluster.messages.hand_over import PromptProgress
 from cluster.rank.cache_exchange import HandOverRefused
 from cluster.rank.rank_loop import RankLoop
 from epslots.errors import ConfigError
+from epslots.generation.requests import Output
 from epslots.transport.pair_link import PairLink
 from tests.support.fake_backend import FakeBackend, WatchedLink
 from tests.support.thread_cluster import PROMPTS, check_empty, expected, serve_again, tokens_of, until
@@ -244,6 +247,31 @@ def test_a_target_lost_after_the_end_gives_back(opened: tuple[Cluster, FakeBacke
     pieces = [3]
     Trouble(backend, 1, source=True, do=die_soon)
     assert tokens_of(cluster.generate(LONG[:1], max_new_tokens=40)) == expected(folder, LONG[:1], 40)
+    serve_again(cluster, 2)
+
+
+def test_news_of_an_earlier_assignment_is_refused(
+    opened: tuple[Cluster, FakeBackend], folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A request comes back to its source when the target is lost, and so does, late, news from before the hand-over."""
+    cluster, backend = opened
+    take, early, again = RequestRouter.take, list[Output](), list[Output]()
+
+    def take_late(self: RequestRouter, worker: Any, outputs: Sequence[Output]) -> None:
+        if worker.bundle == 1:
+            backend.workers[1]._die(known=True)
+        elif early and any(output.assignment > early[0].assignment for output in outputs):
+            late = [*early, replace(early[0], tokens=(), finished=True, reason="error", error="says the test")]
+            again.extend(late)
+            take(self, worker, late)
+        else:
+            early.extend(outputs)
+        take(self, worker, outputs)
+
+    monkeypatch.setattr(RequestRouter, "take", take_late)
+    assert tokens_of(cluster.generate(LONG[:1], max_new_tokens=40)) == expected(folder, LONG[:1], 40)
+    assert again, "it came back"
+    monkeypatch.undo()
     serve_again(cluster, 2)
 
 

@@ -15,6 +15,7 @@ from cluster.driver.hand_over_costs import FIRST_SHORT_TOKENS
 from cluster.driver.prefix_index import BLOCK
 from cluster.driver.rank_loads import RankCapacity
 from cluster.driver.scheduler import Scheduler
+from cluster.messages.hand_over import PromptProgress
 from epslots.generation.requests import Output, Request
 
 PREFILL, DECODE = RankCapacity(10_000, 1, role="prefill"), RankCapacity(10_000, 16, role="decode")
@@ -143,7 +144,7 @@ def test_an_early_hand_over_is_judged_by_its_own_way():
         scheduler.serve({"p": RankCapacity(10_000, 1, role="prefill", machine="m"), "d": decode})
         costs.near.fixed_s = costs.far.fixed_s = 0.0
         add(scheduler, LONG[0])
-        move = scheduler.begin_early_move("a", "p", 400, 100)
+        move = scheduler.begin_early_move("p", PromptProgress("a", 400, 100))
         begun.append(move is not None)
         if move is not None:
             scheduler.observe_move(move, 500, 5.0, 0.0, 1000)
