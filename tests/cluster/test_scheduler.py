@@ -312,7 +312,7 @@ def test_a_lost_rank_gives_back_in_order_with_what_had_arrived():
     scheduler.serve({"y": WIDE})
     again = scheduler.assign()
     assert [r.id for _, r in again] == list("abcd")
-    assert again[0][1] == Request("a", (0, 1, 2, 7, 8), 3, resumed=2)
+    assert again[0][1] == Request("a", (0, 1, 2, 7, 8), 3, resumed=2, assignment=1)
 
 
 def test_a_suspect_is_tried_alone_and_in_the_end_given_up():
