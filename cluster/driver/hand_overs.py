@@ -137,7 +137,7 @@ class HandOvers:
 
     def _count(self, event: HandedOver, move: Move, *, moved: bool) -> None:
         if event.failure is None:
-            self._scheduler.observe_move(move, event.tokens, event.copying_s, event.prompt_token_s, event.nbytes)
+            self._scheduler.observe_move(move, event)
         old = self.counts
         if moved:
             self.counts = replace(

@@ -31,7 +31,7 @@ from cluster.driver.rank_loads import RankCapacity, RankLoads
 from cluster.driver.request_queue import RequestQueue, next_in_turn
 from cluster.driver.role_loads import RoleLoads
 from cluster.driver.scheduled_request import Move, MoveClaim, ScheduledRequest
-from cluster.messages.hand_over import PromptProgress
+from cluster.messages.hand_over import HandedOver, PromptProgress
 from epslots.generation.requests import Output, Request
 
 MOST_MOVES = 2
@@ -336,9 +336,10 @@ class Scheduler:
         """Hand-overs under way from or to a rank; any thread may ask."""
         return self._moving[worker]
 
-    def observe_move(self, move: Move, tokens: int, seconds: float, prompt_token_s: float, nbytes: int) -> None:
-        """Note the costs of a hand-over (``HandOverCosts.observe``)."""
-        self._ranks.costs.observe(tokens, seconds, prompt_token_s, nbytes, near=move.near)
+    def observe_move(self, move: Move, end: HandedOver) -> None:
+        """Note the costs of a hand-over that has ended well."""
+        costs, near = self._ranks.costs, move.near
+        costs.observe(end.tokens, end.copying_s, end.prompt_token_s, end.nbytes, end.step_bytes, near=near)
 
     def clear(self) -> list[ScheduledRequest]:
         """Drop all requests; returns those that users still wait for."""

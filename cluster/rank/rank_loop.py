@@ -9,8 +9,7 @@ Three threads meet here, and none waits for another's work:
 Each hand-over has a further one (``hand_over_threads.py``), which asks the stepping thread for pieces of caches.
 
 A group that breaks costs only the current step: the rank sends ``Broken``, waits, and repeats the step in the next epoch. A
-request whose computation raises ends with an error (``generation/batcher.py``), and the rank sends ``Broken`` if that broke
-the group. Any other error ends the rank (``Failed``), because its state is unknown then.
+request that fails ends alone (``generation/batcher.py``), and may break the group, too. Any other error ends the rank.
 """
 
 from __future__ import annotations
@@ -207,6 +206,7 @@ class RankLoop:
         loaded = time.monotonic()
         self._engine = Engine(model)
         self._windows = WindowCutter(model, load.window_steps)
+        self.hand_overs.budget.target_s = self._engine.batcher.chunk_size.target_s
         self._loaded = loaded_report(self._engine, {"model": loaded - began, "cache for requests": time.monotonic() - loaded})
         self._send(self._loaded)
 
@@ -292,9 +292,8 @@ class RankLoop:
             self._send(Broken(self._transport.epoch, str(error), stood=True))
             return
         self._steps += 1
-        if self._reports_prompts:
-            for prompt in self._loaded_engine.batcher.prompts():
-                self._send(PromptProgress(*prompt))
+        for prompt in self._loaded_engine.batcher.prompts() if self._reports_prompts else ():
+            self._send(PromptProgress(*prompt))
         self._end_window(time.perf_counter() - began)
         self._asleep = not header.work
         if self._asleep:
@@ -304,6 +303,7 @@ class RankLoop:
     def _end_window(self, seconds: float) -> None:
         """Note a step of this duration. If a window ends with it, send its load report, unless the last one still waits."""
         assert self._windows is not None
+        self.hand_overs.budget.observe_step(seconds)
         if (report := self._windows.step(self._steps, seconds, waits=self._events.holds_load_report)) is not None:
             self._send(report)
 

@@ -18,9 +18,10 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from epslots.errors import PeerLost
+from epslots.link_sizes import PIECE_BYTES
 from epslots.transport.forming import connect_gloo
 from epslots.transport.gloo_operations import WaitingThread
-from epslots.transport.pair_link import MOST_MESSAGE_BYTES, PIECE_BYTES, prove
+from epslots.transport.pair_link import MOST_MESSAGE_BYTES, prove
 from epslots.transport.torch_transport import cut
 
 _PROBE_EVERY_S = 0.1
@@ -74,6 +75,9 @@ class GlooLink:
         piece = torch.empty(nbytes, dtype=torch.uint8)
         self._wait(self._start(piece, outgoing=False))
         return piece
+
+    def release(self, pieces: int) -> None:
+        """Nothing: each piece has memory of its own, and the source sends one at a time."""
 
     def abort(self) -> None:
         if not self._aborted:

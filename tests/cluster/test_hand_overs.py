@@ -20,7 +20,6 @@ from cluster.driver.rank_loads import RankCapacity
 from cluster.driver.request_router import SOON_S, GroupRouter
 from cluster.driver.scheduler import Scheduler
 from cluster.messages.hand_over import (
-    BYTES_BETWEEN_STEPS,
     Forget,
     GoOn,
     HandedOver,
@@ -35,6 +34,7 @@ from cluster.messages.rank import Command, Outputs, Submit, decode_events, encod
 from cluster.rank.rank_loop import RankLoop
 from epslots.generation.batchers import batcher_for
 from epslots.generation.requests import Output, Request
+from epslots.link_sizes import PIECE_BYTES
 from epslots.rank_groups import Role
 from tests.support import zoo
 from tests.support.clock_loop import ClockLoop
@@ -299,15 +299,17 @@ def test_addresses_go_to_the_other_rank():
     token_s=st.floats(0, 1e-3),
     fixed_s=st.floats(0, 0.1),
     token_bytes=st.integers(1, 2**20),
+    step_bytes=st.sampled_from([PIECE_BYTES, 4 * PIECE_BYTES]),
 )
 def test_hand_overs_begin_when_they_just_end_in_time(
-    prompt: int, chunk: int, prompt_token_s: float, token_s: float, fixed_s: float, token_bytes: int
+    prompt: int, chunk: int, prompt_token_s: float, token_s: float, fixed_s: float, token_bytes: int, step_bytes: int
 ):
     """The target's room isn't kept for longer than the copying takes, by the step. Where little is hidden, none begins."""
     costs = HandOverCosts()
     way, costs.prompt_token_s = costs.far, prompt_token_s
     way.fixed_s, way.token_s, way.token_bytes = fixed_s, token_s, token_bytes
-    steps = 1 + -(-prompt * token_bytes // BYTES_BETWEEN_STEPS)
+    costs.observe(0, 0.0, prompt_token_s=0.0, step_bytes=step_bytes, near=False)
+    steps = 1 + -(-prompt * token_bytes // step_bytes)
     seconds, begins = max(MEETING_S + way.seconds(prompt), steps * chunk * prompt_token_s), False
     for computed in range(chunk, prompt, chunk):
         left_s, before = (prompt - computed) * prompt_token_s, computed - chunk

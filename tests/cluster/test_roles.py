@@ -26,6 +26,7 @@ from epslots.errors import ConfigError
 from epslots.generation.requests import Output
 from epslots.transport.pair_link import PairLink
 from tests.support.fake_backend import FakeBackend, WatchedLink
+from tests.support.handed_over import small_transfers
 from tests.support.thread_cluster import PROMPTS, check_empty, expected, serve_again, tokens_of, until
 
 pytestmark = pytest.mark.usefixtures("one_load_at_a_time", "small_pieces")
@@ -40,8 +41,7 @@ Open = Callable[..., tuple[Cluster, FakeBackend]]
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches of these small models travel in several pieces; and no prompt is short."""
-    monkeypatch.setattr(cluster.rank.cache_exchange, "PIECE_BYTES", 9000)
-    monkeypatch.setattr(cluster.rank.cache_exchange, "BYTES_BETWEEN_STEPS", 2 * 9000)
+    small_transfers(monkeypatch)
     monkeypatch.setattr(HandOverCosts, "stays", lambda *_: False)
 
 

@@ -15,7 +15,7 @@ from cluster.driver.hand_over_costs import FIRST_SHORT_TOKENS
 from cluster.driver.prefix_index import BLOCK
 from cluster.driver.rank_loads import RankCapacity
 from cluster.driver.scheduler import Scheduler
-from cluster.messages.hand_over import PromptProgress
+from cluster.messages.hand_over import HandedOver, PromptProgress
 from epslots.generation.requests import Output, Request
 
 PREFILL, DECODE = RankCapacity(10_000, 1, role="prefill"), RankCapacity(10_000, 16, role="decode")
@@ -147,7 +147,7 @@ def test_an_early_hand_over_is_judged_by_its_own_way():
         move = scheduler.begin_early_move("p", PromptProgress("a", 400, 100))
         begun.append(move is not None)
         if move is not None:
-            scheduler.observe_move(move, 500, 5.0, 0.0, 1000)
+            scheduler.observe_move(move, HandedOver(number=0, failure=None, copying_s=5.0, nbytes=1000, tokens=500))
             assert costs.far.token_s == pytest.approx(0.01) and costs.near.token_s == 0.0
     assert begun == [False, True]
 
