@@ -30,12 +30,12 @@ from cluster.messages.hand_over import (
     encode_link_message,
 )
 from cluster.rank.command_queue import NotYet
-from cluster.rank.copy_budget import MOST_TOGETHER_BYTES, CopyBudget
+from cluster.rank.copy_budget import CopyBudget
 from epslots.errors import EpslotsError, PeerLost, RankMismatchError
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout, CachePiece
 from epslots.generation.piece_copies import PieceReader, PieceWriter, ReadPiece
-from epslots.link_sizes import PIECE_BYTES
+from epslots.link_sizes import BYTES_IN_FLIGHT, PIECE_BYTES
 from epslots.transport.pair_link import PairLink
 
 T = TypeVar("T")
@@ -211,7 +211,7 @@ class _PartWriter:
         if begins:
             self._to_come.extend(layout.pieces(PIECE_BYTES, self._end, part.end))
             self._end = part.end
-        if not 1 <= part.pieces <= min(len(self._to_come), MOST_TOGETHER_BYTES // PIECE_BYTES):
+        if not 1 <= part.pieces <= min(len(self._to_come), BYTES_IN_FLIGHT // PIECE_BYTES):
             raise PeerLost(f"the other end of a link sent {part.pieces} pieces at once; {len(self._to_come)} are to come")
         for _ in range(part.pieces):
             piece = self._to_come.popleft()
@@ -234,7 +234,7 @@ class _PartWriter:
 
 
 def _staged_bytes(layout: CacheLayout) -> int:
-    return min(layout.nbytes, MOST_TOGETHER_BYTES)
+    return min(layout.nbytes, BYTES_IN_FLIGHT)
 
 
 def _check(answer: CacheAnswer) -> None:

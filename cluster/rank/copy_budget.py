@@ -16,8 +16,6 @@ from epslots.link_sizes import BYTES_IN_FLIGHT, PIECE_BYTES
 STEP_SHARE = 0.2
 """Of a step's time, for copies of hand-overs. On a CPU a step is so much later; on a GPU they go beside it, and fetches of
 experts wait behind them for so long."""
-MOST_TOGETHER_BYTES = BYTES_IN_FLIGHT // 2
-"""Bytes that are copied between two steps, at most: while some are written, as many are on the way."""
 FIRST_BYTES_S = 2e9
 """Bytes a second, before a copy was measured: a slow CPU's."""
 _KEPT = 0.8  # weight of what was measured before
@@ -40,9 +38,9 @@ class CopyBudget:
 
     @property
     def step_bytes(self) -> int:
-        """Bytes between two steps: from one piece to ``MOST_TOGETHER_BYTES``."""
+        """Bytes between two steps: from one piece to ``BYTES_IN_FLIGHT``."""
         step_s = self._step_s if self.target_s is None else self.target_s
-        return max(PIECE_BYTES, min(MOST_TOGETHER_BYTES, int(STEP_SHARE * step_s * self.bytes_s)))
+        return max(PIECE_BYTES, min(BYTES_IN_FLIGHT, int(STEP_SHARE * step_s * self.bytes_s)))
 
     def pieces(self) -> int:
         """Pieces that a hand-over may copy now. One at least: or it would starve beside another one."""
@@ -59,8 +57,8 @@ class CopyBudget:
 
     def observe_copy(self, nbytes: int, seconds: float) -> None:
         """Note how long so many bytes took; from any thread."""
-        if nbytes < PIECE_BYTES and self._measured:
-            return  # a few bytes tell of fixed costs
+        if nbytes < PIECE_BYTES // 2:
+            return  # it tells of fixed costs
         now = nbytes / max(seconds, 1e-9)
         self.bytes_s = now + _KEPT * (self.bytes_s - now) if self._measured else now
         self._measured = True

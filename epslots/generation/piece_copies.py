@@ -91,6 +91,8 @@ class PieceReader:
     def __init__(self, device: torch.device, nbytes: int, observe: Observe) -> None:
         self._observe = observe
         self._link = _Link(device, nbytes, observe) if device.type == "cuda" else None
+        self._under_way: list[ReadPiece] = []
+        """The last ones: a hand-over that breaks drops none while it is copied."""
 
     def read(self, image: CacheImage, pieces: Sequence[CachePiece]) -> list[ReadPiece]:
         """Begin to read pieces; all of the last call have arrived.
@@ -104,11 +106,11 @@ class PieceReader:
             self._observe(sum(len(piece.data) for piece in found), time.perf_counter() - began_s)
             return found
         self._link.follow()
-        start = 0
-        for piece in found:
-            piece.gathered, piece.data = piece.data, self._link.host[start : start + len(piece.data)]
+        sizes = [len(piece.data) for piece in found]
+        for piece, memory in zip(found, self._link.host[: sum(sizes)].split(sizes), strict=True):
+            piece.gathered, piece.data = piece.data, memory
             piece.events = self._link.copy(piece.data, piece.gathered)
-            start += len(piece.data)
+        self._under_way = found
         return found
 
     def arrived(self, piece: ReadPiece) -> torch.Tensor:
@@ -122,6 +124,7 @@ class PieceReader:
         """End all copies."""
         if self._link is not None:
             self._link.close()
+        self._under_way = []
 
 
 class PieceWriter:

@@ -8,7 +8,7 @@
     predictor        its weights, and the rows that it remembers
     captured steps   what CUDA graphs of decoding steps keep: activations, and each graph's logits (``captured_sizes.py``)
     communication    NCCL's buffers, on GPUs of several ranks
-    reserve          the rest of the forward pass (attention), allocator fragmentation, the device's context
+    reserve          the rest of the forward pass (attention), hand-overs' pieces, allocator fragmentation, the context
 
 ``memory_report.py`` puts a plan into words, and refuses one that doesn't fit.
 """

@@ -81,7 +81,7 @@ def between_steps(function: Callable[[], Any]) -> Any:
 @pytest.fixture(autouse=True)
 def pieces_of_nine_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_exchange, "PIECE_BYTES", 9)
-    monkeypatch.setattr(cache_exchange, "MOST_TOGETHER_BYTES", 18)
+    monkeypatch.setattr(cache_exchange, "BYTES_IN_FLIGHT", 18)
 
 
 class Budget:

@@ -158,7 +158,7 @@ def test_hand_overs_begin_before_prompts_end(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("most", [1, 4])
 def test_sources_read_and_targets_write_between_steps(monkeypatch: pytest.MonkeyPatch, most: int):
     """Over a link that takes no time: as many pieces before a step, of the source or the target, as its time allows."""
-    monkeypatch.setattr(copy_budget, "MOST_TOGETHER_BYTES", most * PIECE_BYTES)
+    monkeypatch.setattr(copy_budget, "BYTES_IN_FLIGHT", most * PIECE_BYTES)
     cluster = cluster_of(ranks=4, groups=2, prefill_ranks=2, kv_tokens=2000)
     free_link, traffic = HandOverTiming(0.0, 1e18, 1e18, 1e18), traffic_of()
     simulation = RequestSimulation(replace(cluster, kv_token_bytes=PIECE_BYTES // 25, hand_over=free_link), traffic)

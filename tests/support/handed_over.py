@@ -18,7 +18,7 @@ def small_transfers(monkeypatch: pytest.MonkeyPatch, piece_bytes: int = 9000) ->
     """Caches of small models travel in several pieces, of which two are copied between two steps."""
     for module in (cluster.rank.cache_exchange, cluster.rank.copy_budget):
         monkeypatch.setattr(module, "PIECE_BYTES", piece_bytes)
-        monkeypatch.setattr(module, "MOST_TOGETHER_BYTES", 2 * piece_bytes)
+        monkeypatch.setattr(module, "BYTES_IN_FLIGHT", 2 * piece_bytes)
 
 
 def copy_image(source: CacheImage, target: CacheImage, most_bytes: int) -> list[int]:
