@@ -122,7 +122,9 @@ def test_pieces_arrive_and_no_step_waits(gpu: SimulatedMachine):
 def break_off(source: CacheImage, target: CacheImage) -> None:
     both, pieces = HandOver(source, target), list(source.layout.pieces(PIECE))[:2]
     staged = both.bring(both.reader.read(source, pieces))
-    both.writer.write(target, pieces[:1], staged[:1])
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        both.writer.write(target, pieces[:1], staged[:1])
     both.reader.read(source, pieces)
     target.gone = True
     with pytest.raises(CacheGone):
@@ -134,3 +136,26 @@ def test_a_hand_over_that_breaks_leaves_no_copy(gpu: SimulatedMachine):
     """Its memory is free again, whatever was under way: others use it only then."""
     break_off(image_of(1)[1], image_of(2)[1])
     assert gpu.races == []
+
+
+def write_twice(target: CacheImage) -> None:
+    pieces, writer = list(target.layout.pieces(PIECE)), apart(lambda: PieceWriter(target.device, 2 * PIECE, Copies()))
+
+    def bring() -> list[torch.Tensor]:
+        staged = [writer.bring(torch.zeros(PIECE, dtype=torch.uint8)) for _ in range(2)]
+        writer.settle()
+        return staged
+
+    with torch.cuda.stream(torch.cuda.Stream()):  # steps need not be on the stream that the thread allocates on
+        for burst in (pieces[:2], pieces[2:]):
+            writer.write(target, burst, apart(bring))
+            apart(writer.free)
+    apart(writer.close)
+
+
+def test_staged_pieces_are_written_before_the_next_come(gpu: SimulatedMachine):
+    pool, target = image_of(1)
+    torch.cuda.synchronize()
+    write_twice(target)
+    assert gpu.races == []
+    assert int(pool.cpu().count_nonzero()) == (CELLS - TOKENS) * WIDTH
