@@ -34,7 +34,7 @@ from cluster.driver.worker_groups import WorkerGroups
 from cluster.driver.worker_pool import WorkerPool
 from cluster.driver.workers import Deadlines, GroupWorkers, WorkerRecord, Workers, WorkerState
 from cluster.errors import ClusterError, RankFailed, Superseded
-from cluster.messages.hand_over import HandedOver, LinkContact, PromptProgress
+from cluster.messages.hand_over import HandedOver, HandOverContact, PromptProgress
 from cluster.messages.placement import GroupState, LoadReport, PlacementRejected
 from cluster.messages.rank import (
     Adopt,
@@ -264,7 +264,7 @@ class Supervisor:
                 worker.served = True
                 self.groups[worker.group].forget_breaks()
                 self.router.take(worker, outputs)
-            case HandedOver() | LinkContact() | PromptProgress():
+            case HandedOver() | HandOverContact() | PromptProgress():
                 self.router.take_hand_over(worker, event)
             case Asleep(epoch, step):
                 self.groups[worker.group].router.fell_asleep(worker, epoch, step)

@@ -1,4 +1,4 @@
-"""A request's cache over a link: the source's side and the target's. Each runs in a thread of its own, beside the steps.
+"""A request's cache over a connection: the source's side and the target's. Each runs in a thread of its own, beside the steps.
 
     CacheOffer -> CacheAnswer -> (CachePart -> pieces) ... -> CacheSent -> CacheAnswer
 
@@ -25,9 +25,9 @@ from cluster.messages.hand_over import (
     CacheOffer,
     CachePart,
     CacheSent,
-    LinkMessage,
-    decode_link_message,
-    encode_link_message,
+    CacheMessage,
+    decode_cache_message,
+    encode_cache_message,
 )
 from cluster.rank.command_queue import NotYet
 from cluster.rank.copy_budget import CopyBudget
@@ -36,10 +36,10 @@ from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout, CachePiece
 from epslots.generation.piece_copies import PieceReader, PieceWriter, ReadPiece
 from epslots.link_sizes import BYTES_IN_FLIGHT, PIECE_BYTES
-from epslots.transport.pair_link import PairLink
+from epslots.transport.pair_connection import PairConnection
 
 T = TypeVar("T")
-M = TypeVar("M", bound=LinkMessage)
+M = TypeVar("M", bound=CacheMessage)
 
 
 class BetweenSteps(Protocol):
@@ -113,7 +113,7 @@ class _PartReader:
         return self._copies.read(self._image, chosen)
 
 
-def send_cache(link: PairLink, image: CacheImage, between_steps: BetweenSteps, budget: CopyBudget) -> SendingTimes:
+def send_cache(connection: PairConnection, image: CacheImage, between_steps: BetweenSteps, budget: CopyBudget) -> SendingTimes:
     """Send a held request's cache, or that of a prompt as it is computed; returns when the target has all of it.
 
     Args:
@@ -122,30 +122,30 @@ def send_cache(link: PairLink, image: CacheImage, between_steps: BetweenSteps, b
     Raises:
         HandOverRefused: the target refuses it.
         CacheGone: the request has ended, or has given up its place.
-        PeerLost: the link is broken.
+        PeerLost: the connection is broken.
     """
     began_s = time.monotonic()
-    _send(link, CacheOffer(image.layout))
-    _check(_receive(link, CacheAnswer))
+    _send(connection, CacheOffer(image.layout))
+    _check(_receive(connection, CacheAnswer))
     digest = xxhash.xxh3_128()
     with closing(PieceReader(image.device, _staged_bytes(image.layout), budget.observe_copy)) as copies:
         reader = _PartReader(image, copies, budget, began_s)
         while not reader.done:
             pieces = between_steps(reader.next_pieces)
-            _send(link, CachePart(reader.end, len(pieces)))
+            _send(connection, CachePart(reader.end, len(pieces)))
             for piece in pieces:
                 data = copies.arrived(piece)
                 digest.update(data.numpy().data)
-                link.send_piece(data)
-    _send(link, CacheSent(digest.digest()))
-    _check(_receive(link, CacheAnswer))
+                connection.send_piece(data)
+    _send(connection, CacheSent(digest.digest()))
+    _check(_receive(connection, CacheAnswer))
     ended_s = time.monotonic()
     assert reader.held_from_s is not None, "all of it was read"
     return SendingTimes(ended_s - reader.held_from_s, ended_s - began_s - reader.waited_s)
 
 
 def take_cache(
-    link: PairLink, reserve: Callable[[CacheLayout], CacheImage | None], between_steps: BetweenSteps, budget: CopyBudget
+    connection: PairConnection, reserve: Callable[[CacheLayout], CacheImage | None], between_steps: BetweenSteps, budget: CopyBudget
 ) -> CacheImage:
     """Take a request's cache; returns its place, when all of it is there and the source was told so.
 
@@ -156,26 +156,26 @@ def take_cache(
     Raises:
         HandOverRefused: there is no room, the layout is another model's, or the bytes aren't those that were sent.
         CacheGone: the place was given up.
-        PeerLost: the link is broken.
+        PeerLost: the connection is broken.
     """
-    layout = _receive(link, CacheOffer).layout
+    layout = _receive(connection, CacheOffer).layout
     try:
         image = between_steps(lambda: reserve(layout))
     except RankMismatchError as error:
-        raise _refused(link, str(error)) from error
+        raise _refused(connection, str(error)) from error
     if image is None:
-        raise _refused(link, f"its cache has no room for {layout.tokens} tokens now")
-    _send(link, CacheAnswer())
-    with closing(_PartWriter(link, image, budget)) as writer:
+        raise _refused(connection, f"its cache has no room for {layout.tokens} tokens now")
+    _send(connection, CacheAnswer())
+    with closing(_PartWriter(connection, image, budget)) as writer:
         while not writer.done:
-            writer.receive(_receive(link, CachePart))
+            writer.receive(_receive(connection, CachePart))
             while writer.received:
-                link.release(between_steps(writer.write_some))
+                connection.release(between_steps(writer.write_some))
             writer.copies.free()
-    if _receive(link, CacheSent).digest != writer.digest.digest():
-        raise _refused(link, "the bytes that arrived have another digest than those that were sent")
+    if _receive(connection, CacheSent).digest != writer.digest.digest():
+        raise _refused(connection, "the bytes that arrived have another digest than those that were sent")
     between_steps(image.complete)
-    _send(link, CacheAnswer())
+    _send(connection, CacheAnswer())
     return image
 
 
@@ -188,10 +188,10 @@ class _PartWriter:
         received: pieces that aren't written yet, and their bytes on the device.
     """
 
-    def __init__(self, link: PairLink, image: CacheImage, budget: CopyBudget) -> None:
+    def __init__(self, connection: PairConnection, image: CacheImage, budget: CopyBudget) -> None:
         self.copies = PieceWriter(image.device, _staged_bytes(image.layout), budget.observe_copy)
         self.digest, self.received = xxhash.xxh3_128(), deque[tuple[CachePiece, torch.Tensor]]()
-        self._link, self._image, self._budget = link, image, budget
+        self._connection, self._image, self._budget = connection, image, budget
         self._end, self._to_come = 0, deque[CachePiece]()
 
     @property
@@ -200,22 +200,22 @@ class _PartWriter:
         return self._end == self._image.layout.tokens and not self._to_come
 
     def receive(self, part: CachePart) -> None:
-        """Take pieces off the link.
+        """Take pieces off the connection.
 
         Raises:
-            PeerLost: the link is broken, or there are no such pieces.
+            PeerLost: the connection is broken, or there are no such pieces.
         """
         layout, begins = self._image.layout, not self._to_come
         if not (self._end < part.end <= layout.tokens if begins else part.end == self._end):
-            raise PeerLost(f"the other end of a link sent a part up to token {part.end} of {layout.tokens}, after {self._end}")
+            raise PeerLost(f"the other end of a connection sent a part up to token {part.end} of {layout.tokens}, after {self._end}")
         if begins:
             self._to_come.extend(layout.pieces(PIECE_BYTES, self._end, part.end))
             self._end = part.end
         if not 1 <= part.pieces <= min(len(self._to_come), BYTES_IN_FLIGHT // PIECE_BYTES):
-            raise PeerLost(f"the other end of a link sent {part.pieces} pieces at once; {len(self._to_come)} are to come")
+            raise PeerLost(f"the other end of a connection sent {part.pieces} pieces at once; {len(self._to_come)} are to come")
         for _ in range(part.pieces):
             piece = self._to_come.popleft()
-            data = self._link.receive_piece(layout.piece_bytes(piece))
+            data = self._connection.receive_piece(layout.piece_bytes(piece))
             self.digest.update(data.numpy().data)
             self.received.append((piece, self.copies.bring(data)))
         self.copies.settle()
@@ -242,17 +242,17 @@ def _check(answer: CacheAnswer) -> None:
         raise HandOverRefused(f"the other rank refuses: {answer.refusal}")
 
 
-def _refused(link: PairLink, why: str) -> HandOverRefused:
-    _send(link, CacheAnswer(why))
+def _refused(connection: PairConnection, why: str) -> HandOverRefused:
+    _send(connection, CacheAnswer(why))
     return HandOverRefused(why)
 
 
-def _send(link: PairLink, message: LinkMessage) -> None:
-    link.send(encode_link_message(message))
+def _send(connection: PairConnection, message: CacheMessage) -> None:
+    connection.send(encode_cache_message(message))
 
 
-def _receive(link: PairLink, kind: type[M]) -> M:
-    message = decode_link_message(link.receive())
+def _receive(connection: PairConnection, kind: type[M]) -> M:
+    message = decode_cache_message(connection.receive())
     if not isinstance(message, kind):
-        raise PeerLost(f"the other end of a link sent {type(message).__name__}, and {kind.__name__} was due")
+        raise PeerLost(f"the other end of a connection sent {type(message).__name__}, and {kind.__name__} was due")
     return message

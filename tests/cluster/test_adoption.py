@@ -19,7 +19,7 @@ from cluster.messages.rank import Adopted, Form, GiveUp, Load, Loaded, Origin, d
 from cluster.rank.rank_loop import RankLoop
 from epslots.config import LoadConfig, load_config
 from epslots.errors import ConfigError
-from tests.support.fake_backend import WatchedLink
+from tests.support.fake_backend import WatchedConnection
 from tests.support.grouped_ranks import TOKENS_TRAVEL
 from tests.support.handed_over import small_transfers
 from tests.support.lasting_backend import LastingBackend, abandon
@@ -431,7 +431,7 @@ def test_a_driver_may_die_amid_a_hand_over(
     first, backend = drive(prefill_ranks=1)
     reached, goes_on = threading.Event(), threading.Event()
 
-    def wait_once(link: WatchedLink) -> None:
+    def wait_once(link: WatchedConnection) -> None:
         if link.source == source and link.messages == 5 and not reached.is_set():
             reached.set()
             assert goes_on.wait(PATIENCE_S)

@@ -1,4 +1,4 @@
-"""A cache over a link, without a model: what is sent when, what is timed, and what a target doesn't believe."""
+"""A cache over a connection, without a model: what is sent when, what is timed, and what a target doesn't believe."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import pytest
 import torch
 import xxhash
 
-from cluster.messages.hand_over import CacheAnswer, CacheOffer, CachePart, CacheSent, decode_link_message, encode_link_message
+from cluster.messages.hand_over import CacheAnswer, CacheOffer, CachePart, CacheSent, decode_cache_message, encode_cache_message
 from cluster.rank import cache_exchange
 from cluster.rank.cache_exchange import send_cache, take_cache
 from cluster.rank.command_queue import NotYet
 from epslots.errors import PeerLost
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout, KeptTensor
-from epslots.transport.pair_link import PairLink
+from epslots.transport.pair_connection import PairConnection
 
-ANSWERS = [encode_link_message(CacheAnswer())] * 2
+ANSWERS = [encode_cache_message(CacheAnswer())] * 2
 
 
-class Link:
+class Connection:
     """One end, whose other end has said all that it will say.
 
     Attributes:
@@ -34,7 +34,7 @@ class Link:
         self._comes = list(comes)
 
     def send(self, message: bytes) -> None:
-        self.said.append(decode_link_message(message))
+        self.said.append(decode_cache_message(message))
 
     def send_piece(self, data: torch.Tensor) -> None:
         self.said.append(len(data))
@@ -107,12 +107,12 @@ class Budget:
 def send(image: Image, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], float, float]:
     """What a source says; for how long its request stood still, and for how long it copied."""
     monkeypatch.setattr(cache_exchange.time, "monotonic", lambda: image.now_s)
-    link = Link(ANSWERS)
+    connection = Connection(ANSWERS)
     budget: Any = Budget()
-    times = send_cache(cast(PairLink, link), cast(CacheImage, image), between_steps, budget)
+    times = send_cache(cast(PairConnection, connection), cast(CacheImage, image), between_steps, budget)
     assert budget.copied == image.layout.nbytes
-    assert isinstance(link.said[0], CacheOffer) and isinstance(link.said[-1], CacheSent)
-    return link.said[1:-1], times.held_s, times.copying_s
+    assert isinstance(connection.said[0], CacheOffer) and isinstance(connection.said[-1], CacheSent)
+    return connection.said[1:-1], times.held_s, times.copying_s
 
 
 def test_a_prompts_parts_follow_its_steps(monkeypatch: pytest.MonkeyPatch):
@@ -160,11 +160,11 @@ def test_a_target_touches_its_cache_between_steps_alone():
 
     digest = xxhash.xxh3_128_digest(bytes(layout.nbytes))
     messages = (CacheOffer(layout), CachePart(7, 2), CachePart(7, 1), CacheSent(digest))
-    link = Link([encode_link_message(message) for message in messages])
+    connection = Connection([encode_cache_message(message) for message in messages])
     budget: Any = Budget()
-    assert take_cache(cast(PairLink, link), reserve, between, budget) is place
+    assert take_cache(cast(PairConnection, connection), reserve, between, budget) is place
     assert done == ["reserve", "write", "write", "step", "write", "step", "complete"]
-    assert link.said == [CacheAnswer(), 2, 1, CacheAnswer()], "what is written is released"
+    assert connection.said == [CacheAnswer(), 2, 1, CacheAnswer()], "what is written is released"
     assert budget.copied == layout.nbytes
 
 
@@ -183,7 +183,7 @@ def test_a_target_touches_its_cache_between_steps_alone():
 def test_parts_that_lead_nowhere_are_refused(end: int, pieces: int, message: str):
     """Backwards, on the spot, or past the end: the target would wait for ever, or write beyond its room."""
     layout = Image(7).layout
-    link = Link([encode_link_message(message) for message in (CacheOffer(layout), CachePart(3, 1), CachePart(end, pieces))])
+    connection = Connection([encode_cache_message(message) for message in (CacheOffer(layout), CachePart(3, 1), CachePart(end, pieces))])
 
     class Place:
         device = torch.device("cpu")
@@ -196,22 +196,22 @@ def test_parts_that_lead_nowhere_are_refused(end: int, pieces: int, message: str
 
     budget: Any = Budget()
     with pytest.raises(PeerLost, match=message):
-        take_cache(cast(PairLink, link), lambda _: cast(CacheImage, Place()), between_steps, budget)
+        take_cache(cast(PairConnection, connection), lambda _: cast(CacheImage, Place()), between_steps, budget)
 
 
 def test_a_part_is_ended_before_the_next_begins():
     """Else pieces would be taken for others."""
     layout = Image(12).layout
     messages = (CacheOffer(layout), CachePart(9, 2), CachePart(12, 1))
-    link, place = Link([encode_link_message(message) for message in messages]), Image(12)
+    connection, place = Connection([encode_cache_message(message) for message in messages]), Image(12)
     budget: Any = Budget()
     with pytest.raises(PeerLost, match="a part up to token 12 of 12, after 9"):
-        take_cache(cast(PairLink, link), lambda _: cast(CacheImage, place), between_steps, budget)
+        take_cache(cast(PairConnection, connection), lambda _: cast(CacheImage, place), between_steps, budget)
 
 
 def test_more_pieces_than_are_staged_are_refused():
     """A target has memory for so many."""
-    link = Link([encode_link_message(message) for message in (CacheOffer(Image(12).layout), CachePart(12, 3))])
+    connection = Connection([encode_cache_message(message) for message in (CacheOffer(Image(12).layout), CachePart(12, 3))])
     budget: Any = Budget()
     with pytest.raises(PeerLost, match="3 pieces at once"):
-        take_cache(cast(PairLink, link), lambda _: cast(CacheImage, Image(12)), between_steps, budget)
+        take_cache(cast(PairConnection, connection), lambda _: cast(CacheImage, Image(12)), between_steps, budget)

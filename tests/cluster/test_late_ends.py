@@ -10,7 +10,7 @@ import pytest
 
 from cluster.driver.request_router import RequestRouter
 from cluster.driver.workers import Deadlines
-from cluster.messages.hand_over import HandedOver, HandOver, LinkOrder
+from cluster.messages.hand_over import HandedOver, HandOver, ConnectionOrder
 from cluster.rank.hand_over_threads import HandOverThreads
 from epslots.errors import PeerLost
 from tests.support.rank_helpers import PATIENCE_S
@@ -28,7 +28,7 @@ def test_a_link_that_ends_late_belongs_to_none(forget: bool):
 
     batcher: Any = SimpleNamespace(resume=resumed.append)
     threads = HandOverThreads(lambda: batcher, lambda function: function(), told.append, open_late)
-    threads.give(HandOver("a", LinkOrder(number=7, secret=b"", kind="memory", form_s=1.0, deadline_s=1.0)))
+    threads.give(HandOver("a", ConnectionOrder(number=7, secret=b"", kind="memory", form_s=1.0, deadline_s=1.0)))
     assert opening.wait(PATIENCE_S)
     threads.abort_all("says the test", forget=forget)
     ends.set()

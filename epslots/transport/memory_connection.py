@@ -1,4 +1,4 @@
-"""``MemoryLink``: a ``PairLink`` through shared memory, for two processes of one machine.
+"""``MemoryConnection``: a ``PairConnection`` through shared memory, for two processes of one machine.
 
 Pieces are copied into an anonymous memory file, which has cells for several; a socket carries messages, the file's descriptor,
 and the news that a piece is in a cell, or that a cell is free. Neither has a name on a disk: if either process is killed, the
@@ -22,7 +22,7 @@ import torch
 from epslots.errors import PeerLost
 from epslots.link_sizes import BYTES_IN_FLIGHT, PIECE_BYTES
 from epslots.transport.forming import seal
-from epslots.transport.pair_link import MOST_MESSAGE_BYTES, prove
+from epslots.transport.pair_connection import MOST_MESSAGE_BYTES, prove
 
 _HEAD = struct.Struct("<cIB")
 """Kind; bytes; the cell of a piece, or how many are free again."""
@@ -31,16 +31,16 @@ _CELLS = BYTES_IN_FLIGHT // PIECE_BYTES
 _RETRY_S = 0.002  # until the other end listens: a socket that nothing listens at has no event to wait for
 
 
-class MemoryLink:
-    """One end of a link. Make it with ``open_source`` or ``open_target``.
+class MemoryConnection:
+    """One end of a connection. Make it with ``open_source`` or ``open_target``.
 
     Args:
-        connection: to the other end.
+        sock: to the other end.
         memory: shared with it, ``BYTES_IN_FLIGHT`` bytes; None = there are only messages yet.
     """
 
-    def __init__(self, connection: socket.socket, memory: mmap.mmap | None = None) -> None:
-        self._connection = connection
+    def __init__(self, sock: socket.socket, memory: mmap.mmap | None = None) -> None:
+        self._sock = sock
         self._memory = torch.empty(0) if memory is None else torch.frombuffer(memory, dtype=torch.uint8)
         self._free = list(range(_CELLS))
         """A heap: the first ones are used most, and what is never used is no memory."""
@@ -76,8 +76,8 @@ class MemoryLink:
 
     def abort(self) -> None:
         with suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits in it
-        self._connection.close()
+            self._sock.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits in it
+        self._sock.close()
 
     def _await(self, kind: bytes) -> tuple[int, int]:
         """The size and the number in the next head of a kind; the news of free cells may come before it."""
@@ -98,11 +98,11 @@ class MemoryLink:
 
     def _foreign(self, sent: str, due: str) -> PeerLost:
         self.abort()
-        return PeerLost(f"the other end of a link sent {sent}, and {due}")
+        return PeerLost(f"the other end of a connection sent {sent}, and {due}")
 
     def _write(self, data: bytes) -> None:
         try:
-            self._connection.sendall(data)
+            self._sock.sendall(data)
         except OSError as error:
             raise self._lost(error) from error
 
@@ -110,9 +110,9 @@ class MemoryLink:
         found = bytearray()
         try:
             while len(found) < count:
-                part = self._connection.recv(min(count - len(found), 1 << 20))
+                part = self._sock.recv(min(count - len(found), 1 << 20))
                 if not part:
-                    raise ConnectionResetError("its process has closed the connection, or has ended")
+                    raise ConnectionResetError("its process has closed the sock, or has ended")
                 found += part
         except OSError as error:
             raise self._lost(error) from error
@@ -120,11 +120,11 @@ class MemoryLink:
 
     def _lost(self, error: OSError) -> PeerLost:
         self.abort()
-        return PeerLost(f"the other end of a link is gone or silent: {error}")
+        return PeerLost(f"the other end of a connection is gone or silent: {error}")
 
 
-def open_source(number: int, secret: bytes, form_s: float, deadline_s: float) -> MemoryLink:
-    """The source's end of a hand-over's link; waits until the target listens.
+def open_source(number: int, secret: bytes, form_s: float, deadline_s: float) -> MemoryConnection:
+    """The source's end of a hand-over's connection; waits until the target listens.
 
     Args:
         number: of the hand-over.
@@ -135,55 +135,55 @@ def open_source(number: int, secret: bytes, form_s: float, deadline_s: float) ->
     Raises:
         PeerLost: the target didn't come in time, or another process came.
     """
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     ends = time.monotonic() + form_s
     while True:
         try:
-            connection.connect(_address(number, secret))
+            sock.connect(_address(number, secret))
             break
         except OSError as error:
             if time.monotonic() > ends:
-                connection.close()
+                sock.close()
                 raise PeerLost(f"the target of hand-over {number} didn't listen within {form_s:g} s: {error}") from error
             time.sleep(_RETRY_S)  # a socket that isn't there yet can't be waited for
-    connection.settimeout(deadline_s)
+    sock.settimeout(deadline_s)
     file = os.memfd_create("epslots-hand-over")
     try:
         os.ftruncate(file, BYTES_IN_FLIGHT)
-        link = MemoryLink(connection, mmap.mmap(file, BYTES_IN_FLIGHT))
-        prove(link, secret, number, source=True)
-        connection.sendmsg([b"f"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file]))])
+        connection = MemoryConnection(sock, mmap.mmap(file, BYTES_IN_FLIGHT))
+        prove(connection, secret, number, source=True)
+        sock.sendmsg([b"f"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file]))])
     except OSError as error:
-        connection.close()
+        sock.close()
         raise PeerLost(f"no memory can be shared with the target of hand-over {number}: {error}") from error
     finally:
         os.close(file)
-    return link
+    return connection
 
 
-def open_target(number: int, secret: bytes, form_s: float, deadline_s: float) -> MemoryLink:
-    """The target's end of a hand-over's link; waits for the source. Arguments and errors as ``open_source``."""
+def open_target(number: int, secret: bytes, form_s: float, deadline_s: float) -> MemoryConnection:
+    """The target's end of a hand-over's connection; waits for the source. Arguments and errors as ``open_source``."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
         listening.settimeout(form_s)
         try:
             listening.bind(_address(number, secret))
             listening.listen(1)
-            connection, _ = listening.accept()
+            sock, _ = listening.accept()
         except OSError as error:
             raise PeerLost(f"the source of hand-over {number} didn't connect within {form_s:g} s: {error}") from error
-    connection.settimeout(deadline_s)
-    prove(MemoryLink(connection), secret, number, source=False)
+    sock.settimeout(deadline_s)
+    prove(MemoryConnection(sock), secret, number, source=False)
     try:
-        _, files, _, _ = socket.recv_fds(connection, 1, 1)
+        _, files, _, _ = socket.recv_fds(sock, 1, 1)
         shared = [mmap.mmap(file, BYTES_IN_FLIGHT) for file in files]
         for file in files:
             os.close(file)
         if len(shared) != 1:
             raise ConnectionResetError("it sent no memory")
     except (OSError, ValueError) as error:
-        connection.close()
+        sock.close()
         raise PeerLost(f"the source of hand-over {number} shared no memory: {error}") from error
-    return MemoryLink(connection, shared[0])
+    return MemoryConnection(sock, shared[0])
 
 
 def _address(number: int, secret: bytes) -> str:
