@@ -62,7 +62,7 @@ class GroupDeal:
         """The group of each bundle, by number."""
         return [group for block in self._blocks for group in block.bundles]
 
-    def settled(self, ranks: int) -> GroupDeal:
+    def with_size(self, ranks: int) -> GroupDeal:
         """The same for so many ranks, with a size: further groups will have it, too."""
         return self if self._blocks else self._with([_BundleBlock((0,) * ranks, 1, ranks)])
 
@@ -72,7 +72,7 @@ class GroupDeal:
         return found
 
     def changed(self, ranks: int | None, groups: int | None) -> tuple[GroupDeal, int]:
-        """The deal for so many ranks and groups, and the number of ranks. One group must be ``settled`` if others are to come.
+        """The deal for so many ranks and groups, and the number of ranks. A further group needs a deal ``with_size``.
 
         Args:
             ranks: None = as many as the groups have.

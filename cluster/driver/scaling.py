@@ -29,7 +29,7 @@ class Scaling:
             ClusterError: there is no room for them, or they don't come up; the others go on.
         """
         async with self._changing:
-            old = self._groups.deal.settled(self._pool.size)
+            old = self._groups.deal.with_size(self._pool.size)
             deal, count = old.changed(ranks, groups)
             self._check_heir(old, deal)
             common = old.common(deal)

@@ -1,6 +1,6 @@
 """What Ray knows of a cluster that outlives its driver: claims and beats in its key-value store, placement groups, actors.
 
-All calls ask the cluster's head, and wait for it. The names are those of ``records.py``.
+All calls ask the cluster's head, and wait for it. The names are those of ``descriptions.py``.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ray.experimental import internal_kv
 from ray.util import list_named_actors
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
+from cluster.lasting.descriptions import GroupName, RankName
 from cluster.lasting.lease import Claim, Sight
-from cluster.lasting.records import GroupName, RankName
 
 NAMESPACE = "epslots"
 _DIGITS = 12  # of a term, in keys: they sort as terms do

@@ -23,8 +23,8 @@ from cluster.messages.hand_over import (
     GoOn,
     HandedOver,
     HandOver,
-    LinkContact,
-    LinkContacts,
+    HandOverContact,
+    HandOverContacts,
     PromptProgress,
     Release,
     TakeOver,
@@ -167,7 +167,7 @@ Command = (
     | SetPlacement
     | HandOver
     | TakeOver
-    | LinkContacts
+    | HandOverContacts
     | GoOn
     | Forget
     | Release
@@ -355,7 +355,7 @@ Event = (
     | LoadReport
     | GroupState
     | PlacementRejected
-    | LinkContact
+    | HandOverContact
     | HandedOver
     | PromptProgress
     | RankStopped

@@ -8,8 +8,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from cluster.lasting.descriptions import Lasting
 from cluster.lasting.lease import Claim, Fate, LeaseRegistry, OrphanWatch, Sight
-from cluster.lasting.records import Lasting
 
 logger = logging.getLogger("epslots.cluster")
 

@@ -20,7 +20,7 @@ from epslots.group.rank_group import group_of
 from epslots.placement.placement import pack
 from epslots.runtime import runtime_of, stats
 from epslots.telemetry import WindowMeter
-from epslots.transport.pair_link import machine_of_this
+from epslots.transport.pair_connection import machine_of_this
 
 
 def loaded_report(engine: Engine, seconds: dict[str, float]) -> Loaded:

@@ -23,8 +23,8 @@ from cluster.actor_process import ActorProcess
 from cluster.driver.backend import WorkerDied
 from cluster.errors import ClusterError
 from cluster.lasting import ray_registry
+from cluster.lasting.descriptions import GroupName, Lasting, RankName
 from cluster.lasting.lease import LEASE_S
-from cluster.lasting.records import GroupName, Lasting, RankName
 from cluster.lasting.settings import differences
 from cluster.messages.rank import Load
 from cluster.ray_backend.bundles import remove_group

@@ -15,7 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 from cluster.actor_process import ActorProcess
 from cluster.driver.backend import WorkerDied
 from cluster.errors import Superseded
-from cluster.lasting.records import SUPERSEDED, RankDescription, with_term
+from cluster.lasting.descriptions import SUPERSEDED, RankDescription, with_term
 from cluster.ray_backend.driver_lease import DriverLease
 
 _CONTROL, _EVENTS = "control", "events"  # concurrency groups of Ray

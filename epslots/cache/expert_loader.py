@@ -101,7 +101,7 @@ class ExpertLoader:
         try:
             if copies is not None:
                 experts_F, slots_F, from_peers = _peers_first(experts_F, slots_F, copies)
-                self.link.settle([self._rows[slot] for slot in slots_F[:from_peers].tolist()])
+                self.link.wait_cancelled([self._rows[slot] for slot in slots_F[:from_peers].tolist()])
                 self._exchange(layer, experts_F[:from_peers], slots_F[:from_peers], copies, agreed)
                 started.extend(slots_F[:from_peers].tolist())
                 self._unconfirmed.append((layer, experts_F[:from_peers]))
@@ -151,7 +151,7 @@ class ExpertLoader:
     def wait_all(self) -> None:
         """Make every slot complete for what is computed next, and free for what may be written next."""
         self.wait(np.flatnonzero(self.in_flight))
-        self.link.settle()
+        self.link.wait_cancelled()
 
     def poll(self, slots: IntArray) -> None:
         """Find out which of these slots have received their records: int64 [any number], without duplicates."""
@@ -222,15 +222,15 @@ class ExpertLoader:
             agreed=agreed,
         )
 
-    def pass_slot(self, giver: int, taker: int, evicted: int) -> None:
-        """Pass a slot from a layer to its neighbour in the pool; its expert moves to an empty slot of the giver.
+    def give_slot(self, giver: int, taker: int, evicted: int) -> None:
+        """Give a slot of one layer to its neighbour in the pool; its expert moves to an empty slot of the giver.
 
         Args:
             evicted: the giver's expert that loses its slot first; -1 = the giver has an empty slot.
         """
         self.wait_all()
         self._empty_slot(giver, self.pool.boundary_slot(giver, taker), evicted)
-        self.pool.pass_slot(giver, taker)
+        self.pool.give_slot(giver, taker)
 
     def cede_level(self, evicted: Sequence[int]) -> None:
         """Let each layer of the pool cede the last slot that it uses; its expert moves to an empty slot of the layer.

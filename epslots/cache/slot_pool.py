@@ -116,7 +116,7 @@ class SlotPool:
         self._unpublished[layer] = True
         return _vacate(self.slot_of[layer], self.expert_of, experts)
 
-    def pass_slot(self, giver: int, taker: int) -> None:
+    def give_slot(self, giver: int, taker: int) -> None:
         """Shift the boundary between two neighbouring layers by one slot, ``boundary_slot``, which must be empty."""
         assert abs(giver - taker) == 1 and self.quotas[giver] > 1 and self.expert_of[self.boundary_slot(giver, taker)] == -1
         assert not self.levels, "the cache's cells are in the way"

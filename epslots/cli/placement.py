@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional
 
 import typer
 
+from epslots.cli.column_table import Columns, column_table
 from epslots.cli.option_groups import takes_groups
-from epslots.cli.record_table import Columns, record_table
 from epslots.errors import ConfigError
 from epslots.placement.placement import MOST_RANKS
 from epslots.streams import table_console
@@ -109,7 +109,7 @@ def replay(
             scores[name] = run(loads_WLE, start, plan_window, time.perf_counter, advance)
     if not as_json:
         title = f"{count} windows: planned after each, scored on the next"
-        table_console(_PLAIN_WIDTH).print(record_table(title, _SCORES, scores.items()))
+        table_console(_PLAIN_WIDTH).print(column_table(title, _SCORES, scores.items()))
         return
     shape = {
         "windows": count,

@@ -344,7 +344,7 @@ class DeviceSlots:
         """
         last_use, decayed = self._last_use.cpu().numpy(), self._decayed.cpu().numpy()
         steps: list[int] = self._steps[:, 0].tolist()
-        adopt_device_tables(self._pool)
+        read_device_tables(self._pool)
         for layer, history in enumerate(histories):
             experts = len(history.last_use)
             history.last_use[:] = last_use[layer, :experts]
@@ -360,7 +360,7 @@ class DeviceSlots:
         return steps, tallies, verdicts
 
 
-def adopt_device_tables(pool: SlotPool) -> None:
+def read_device_tables(pool: SlotPool) -> None:
     """Copy the pool's device tables to the host's; a no-op where they are the same memory, as on the CPU."""
     for host, device in ((pool.slot_of, pool.slot_of_device), (pool.expert_of, pool.expert_of_device)):
         if host.ctypes.data != device.data_ptr():

@@ -136,7 +136,7 @@ class Batcher(ABC):
     @property
     @abstractmethod
     def _capture_obstacle(self) -> str | None:
-        """Why decoding passes aren't captured, as a sentence's end; None if they may be."""
+        """Why decoding steps aren't captured, as a sentence's end; None if they may be."""
 
     @abstractmethod
     def close(self) -> None:

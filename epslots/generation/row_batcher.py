@@ -347,7 +347,7 @@ class RowBatcher(Batcher):
         return [partial(entry.add_prompt_logprobs, wanted, found)]
 
     def _prompt_rows(self, running: RunningRow, width: int) -> tuple[range, bool]:
-        """Positions whose log-probabilities a pass gives, and whether all of the batch's are known then; it has one row.
+        """Positions whose log-probabilities a step gives, and whether all of the batch's are known then; it has one row.
 
         A prompt that has to be computed whole may want more logits than are planned: it is computed again for the next ones.
         """

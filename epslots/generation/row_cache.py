@@ -108,7 +108,7 @@ class StepOfRows:
         self.cache = owner._fill_cache(rows, np.array([row.number for row in rows], np.int64), width)
 
     def commit(self) -> None:
-        """The pass has ended well: its tokens and states are the rows' own."""
+        """The step has ended well: its tokens and states are the rows' own."""
         self._owner._commit(self._rows, self._width)
 
 
@@ -318,7 +318,7 @@ class RowCache:
             self._templates[index].let_go()
 
     def _fill_cache(self, rows: Sequence[Row], row_B: IntArray, width: int) -> Cache:
-        """The model's cache as the pass over these rows is to find it."""
+        """The model's cache as the step of these rows is to find it."""
         new_cells = {window: table.lay_out(row_B, width) for window, table in self._tables.items()}
         past = max(row.length for row in rows)
         (left_rows, left_states), self._left = self._left, ([], {})

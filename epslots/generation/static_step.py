@@ -32,7 +32,7 @@ class StaticStep:
         span: S.
 
     Attributes:
-        new_states: pools of states, and what the step leaves of them for its rows. Filled by each pass through Python.
+        new_states: pools of states, and what the step leaves of them for its rows. Filled by each step through Python.
     """
 
     def __init__(self, cache: RowCache, batch: int, span: int) -> None:

@@ -45,9 +45,9 @@ class SlotCeding:
             return
         if levels == self.levels:
             return
-        settle = self._runtime.telemetry.settle
-        if settle is not None:
-            settle()  # the device decides about slots
+        collect = self._runtime.telemetry.collect
+        if collect is not None:
+            collect()  # the device decides about slots
         with self._loader.pool.lock:
             while self.levels < levels:
                 self._loader.wait_all()

@@ -174,13 +174,13 @@ class ExpertCache:
         self._loader.fetch(self.pool_layer, experts, slots, evicted, plan.migration_copies, agreed=agreed, urgent=False)
         self._telemetry.count(self._index, migrations=len(experts), migration_s=time.perf_counter() - began)
 
-    def pass_slot(self, taker: ExpertCache, evicted: int) -> None:
+    def give_slot(self, taker: ExpertCache, evicted: int) -> None:
         """Pass a slot to a neighbouring layer of the pool; both layers' ranges change.
 
         Args:
             evicted: this layer's expert that is evicted before; -1 = the layer has an empty slot.
         """
-        self._loader.pass_slot(self.pool_layer, taker.pool_layer, evicted)
+        self._loader.give_slot(self.pool_layer, taker.pool_layer, evicted)
 
     def wait_for_all(self) -> None:
         """Wait for all fetches into the layer's slots."""

@@ -47,7 +47,7 @@ from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
 from epslots.planner.layer_state import LayerState
 from epslots.planner.plan import RankPlan
 from epslots.planner.reuse_distance import stack_distances
-from epslots.planner.use_history import UseHistory, record_use, used_experts
+from epslots.planner.use_history import UseHistory, note_use, used_experts
 from epslots.telemetry import Telemetry
 from epslots.transport.lockstep import Gathered
 
@@ -170,13 +170,13 @@ class MoELayer:
         """Whether ``lend_slots`` is in force."""
         return self._lent_by is not None
 
-    def pass_slot(self, taker: MoELayer, evicted: int) -> None:
+    def give_slot(self, taker: MoELayer, evicted: int) -> None:
         """Pass a slot to a neighbouring layer of the pool.
 
         Args:
             evicted: this layer's expert that is evicted before; -1 = the layer has an empty slot.
         """
-        self.cache.pass_slot(taker.cache, evicted)
+        self.cache.give_slot(taker.cache, evicted)
         self.use_slot_range()
         taker.use_slot_range()
 
@@ -304,7 +304,7 @@ class MoELayer:
         used_E = used_experts(counts_RE)
         if not np.count_nonzero(used_E):  # no rank has tokens
             return planner.no_work
-        self._record_uses(used_E, gathered.counts_R[planner.rank])
+        self._note_uses(used_E, gathered.counts_R[planner.rank])
         if planner.alone:
             planner.refresh(self.cache.slot_of_E)
         plan = planner.plan(counts_RE, self.scores)
@@ -361,7 +361,7 @@ class MoELayer:
                 f"device={str(hidden_TH.device)!r} instead of moving it"
             )
 
-    def _record_uses(self, used_E: BoolArray, counts: IntArray) -> None:
+    def _note_uses(self, used_E: BoolArray, counts: IntArray) -> None:
         """Enter the experts that a step uses on any rank into the history, and count them.
 
         Args:
@@ -375,7 +375,7 @@ class MoELayer:
         slots = None
         if self._learns:
             slots = self.cache.slots if self.planner.alone else int(self.planner.state.quota_R.sum())
-        record_use(self.history, used_E, self.steps, slots)
+        note_use(self.history, used_E, self.steps, slots)
 
 
 def plan_alone(cache: ExpertCache, budgets: FetchBudgets | None = None, cpu_share: CpuShare | None = None) -> LayerPlanner:
