@@ -1,7 +1,7 @@
 """``Scheduler``: which rank serves which request, and what moves when a rank is lost. Pure decisions.
 
     queued     waits for a rank with room, in the order of priority and arrival
-    assigned   a rank serves it; its tokens until now are recorded here
+    assigned   a rank serves it; its tokens until now are kept here
     ending     the user needs no more of it, but its rank doesn't know yet; the rank's last output is awaited
 
 A request goes to a rank as soon as one has room, and not before: a queued request can still go to a rank that comes later.

@@ -4,7 +4,7 @@
                -> WorkerGroups        the process groups of the workers that have loaded the model
                -> ControllerClient    for each group: the controller, its windows and its placements
                -> RequestRouter       requests and their outputs
-    all of them -> Workers            records of the workers; send and lose
+    all of them -> Workers            the workers; send and lose
 
 Everything runs in one thread, on one asyncio loop. A worker's life: started -> loads (or is
 adopted) -> ready -> member -> lost -> replaced.

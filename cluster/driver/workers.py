@@ -1,4 +1,4 @@
-"""The workers of a cluster as the driver knows them: their records, and how they are reached, watched and lost."""
+"""The workers of a cluster as the driver knows them, and how they are reached, watched and lost."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def put_beat(name: str, term: int, beat: bytes) -> None:
 
 
 def doom(name: str, id: str) -> None:
-    """Put a rank or a placement group on record as doomed, by its id. From now on no driver adopts it."""
+    """Mark a rank or a placement group as doomed, by its id. From now on no driver adopts it."""
     internal_kv._internal_kv_put(_doom_key(name) + id, b"", True, namespace=NAMESPACE)
 
 

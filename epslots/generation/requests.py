@@ -1,4 +1,4 @@
-"""The records between an engine's user and its batcher: a request, and its outputs."""
+"""A request to an engine, and its outputs: the dataclasses between an engine's user and its batcher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The records of one layer's step, in the order in which they come to be, and who fills each.
+"""The dataclasses of one layer's step, in the order in which they come to be, and who fills each.
 
     Assignment  the rule (assignment.py): how many pairs each rank computes, and the fetches that this takes
     LayerPlan   ``LayerPlanner.decide``: what follows from it for every rank's slots; the same on all ranks

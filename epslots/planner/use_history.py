@@ -162,7 +162,7 @@ def note_use(history: UseHistory, used_E: BoolArray, step: int, slots: int | Non
     Args:
         used_E: the experts that the step uses, on any rank.
         step: the layer's step, counted from 1.
-        slots: slots of the layer, over all ranks. None: only the uses are recorded, which is enough for policies that don't
+        slots: slots of the layer, over all ranks. None: only the uses are entered, which is enough for policies that don't
             learn (``cache_policy.learns``).
     """
     arrays = (history.last_use, history.decayed, history.holds, history.follows, history.hits, history.weights)
