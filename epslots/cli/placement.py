@@ -174,7 +174,7 @@ def plan(
     balances = [[balancedness(rank_loads(holders(one), window_LE)) for window_LE in loads_WLE] for one in (start, found)]
     before, after = (sum(one) / len(one) for one in balances)
     typer.echo(
-        f"{output}: {int(found.wanted_LRE.sum())} copies are to stay resident, and every expert has a home; balance over the "
+        f"{output}: {int(found.wanted_LRE.sum())} copies are to stay resident, and every expert has a home; balance over "
         f"the loads' windows {before:.3f} -> {after:.3f}"
     )
 

@@ -7,7 +7,7 @@
         logits = model(past_key_values=step.cache, attention_mask=step.attention_mask, position_ids=step.position_ids, ...)
         step.commit()
 
-All memory is allocated at the start, from the memory plan's own ``CacheTensor``s: a pool of cells for each tensor that grows with
+All memory is allocated at the start, from the memory plan's ``CacheTensor``s: a pool of cells for each tensor that grows with
 tokens, and of rows for each state. With ``kv_tokens="auto"``, cells are in slots of experts (``cell_memory.py``). A row is a
 list of cells (``cell_table.py``). A step's layers (``row_layers.py``) read from pools what the model's own layers would keep,
 and write new tokens into free cells. Nothing is moved when a row comes or goes, and rows may share cells.
