@@ -174,7 +174,7 @@ class Cluster(ClusterControl):
                 generation.give_up()
 
     def submit(self, prompt: Prompt, **settings: Any) -> Generation:
-        """Start to continue one prompt; returns a generation: iterate it for text as it comes, or ask it for its ``result``.
+        """Start to continue one prompt. Returns a generation: iterate it for text as it comes, or ask it for its ``result``.
 
         It is cancelled when it is closed or dropped, and when a loop over it is left and no other reader remains.
 

@@ -203,7 +203,7 @@ class ClusterControl:
         return self._supervisor.controllers[group]
 
     def scale(self, ranks: int | None = None, *, groups: int | None = None) -> None:
-        """Change the number of ranks, of groups, or of a group's ranks, while requests go on; returns when that many serve.
+        """Change the number of ranks, of groups, or of a group's ranks, while requests go on. Returns when that many serve.
 
         Groups of several are of one size. With ``ranks`` alone or ``groups`` alone whole groups come and go; with both, groups
         change their size, too: each forms anew with its new ranks, whenever these are there. What came last goes first. Of one

@@ -44,7 +44,7 @@ LOAD_DEADLINE_S = 3600.0
 
 @dataclass(frozen=True)
 class ComparedAs:
-    """Marks a setting whose effect is the same on all ranks: they compare it under this name when they form a group."""
+    """Marks a setting that all ranks must have alike. They compare it under this name when they form a group."""
 
     name: str
 
@@ -252,7 +252,7 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.host_compute == "on"
 
     def has_link(self, device: str) -> bool:
-        """Whether experts come to this kind of device by a link from the host, or from the disk, while it computes."""
+        """Whether this kind of device computes while experts come from the host or the disk."""
         return device == "cuda" or self.link is not None or self.host_memory is not None
 
     def compared(self, effects: Mapping[str, str]) -> dict[str, str]:

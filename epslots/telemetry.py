@@ -259,7 +259,10 @@ class Telemetry:
         count_distances(self._reuse_LD[layer], distances)
 
     def reuse(self) -> tuple[IntArray, IntArray]:
-        """Stack distances that the host has counted, int64 [L, E + 1], and the uses that they are a sample of, int64 [L]."""
+        """Stack distances that the host has counted, int64 [L, E + 1].
+
+        With them, the uses that they are a sample of, int64 [L].
+        """
         return self._reuse_LD.copy(), self._uses_LE.sum(1)
 
     def set_slots(self, layer: int, slots: int) -> None:

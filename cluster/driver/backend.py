@@ -12,7 +12,7 @@ from typing import NoReturn, Protocol
 
 
 class WorkerDied(Exception):
-    """A worker's or the controller's process has ended, or is taken for dead; the message says why, if that is known."""
+    """A worker's or the controller's process has ended, or is taken for dead. The message says why, if that is known."""
 
 
 class WorkerHandle(Protocol):

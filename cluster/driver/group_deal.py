@@ -90,7 +90,7 @@ class GroupDeal:
         return found, groups * size
 
     def common(self, other: GroupDeal) -> GroupDeal:
-        """The deal of the bundles that have been dealt alike here and there; with one group alone, that of one group."""
+        """The deal of those bundles that both deal alike. With one group alone, that of one group."""
         pairs = zip(self._blocks, other._blocks, strict=False)
         return self._with([block for block, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)])
 
@@ -131,7 +131,7 @@ class GroupDeal:
 
 
 def runs(groups: Sequence[int]) -> list[tuple[int, int]]:
-    """Groups of bundles that follow each other, each with its number of bundles: ``0 0 1`` -> ``(0, 2), (1, 1)``."""
+    """The number of bundles of each run of equal groups. ``0 0 1`` -> ``(0, 2), (1, 1)``."""
     found: list[tuple[int, int]] = []
     for group in groups:
         if found and found[-1][0] == group:

@@ -312,7 +312,7 @@ class WorkerPool:
             raise ClusterError(f"{self._lost}; it wasn't back within {self._give_up_s:g} s (give_up_after_s)") from None
 
     def missing(self) -> tuple[str, ...]:
-        """A line for each rank that doesn't serve, with the reason and the next step, for people; empty if all serve."""
+        """A line for each rank that doesn't serve: the reason and the next step, for people. Empty if all serve."""
         if self._lost:
             return (f"{self._lost}; waiting for it to come back",)
         lines = [f"rank {bundle} was given up: {error}" for bundle, error in sorted(self._given_up.items())]

@@ -116,7 +116,9 @@ def actors_of(name: str) -> list[tuple[RankName, ActorHandle[Any]]]:
 
 
 def remove_groups(name: str, before_term: int, *, pending: bool = False) -> None:
-    """Remove a cluster's placement groups of earlier terms, and end the ranks on them: this process last, if it is one.
+    """Remove a cluster's placement groups of earlier terms, and end the ranks on them.
+
+    This process ends last, if it is one of them.
 
     Args:
         pending: only those that Ray hasn't made yet.

@@ -1,4 +1,4 @@
-"""``OrphanGuard``: a rank's thread that notices when its cluster has no driver, and ends the rank if none comes in time."""
+"""``OrphanGuard``: a thread that ends its rank when no driver comes in time."""
 
 from __future__ import annotations
 

@@ -1,16 +1,13 @@
 """``RankLoop``: one rank's life. It carries out commands, makes steps together with the other ranks, and sends events.
 
-Three threads meet here, and none waits for another's work:
-
     stepping   ``_main``: loads, forms groups, steps the engine; sleeps when no rank has work
     commands   calls ``command``: queues it for the stepping thread, or aborts a group whose operation is stuck
     events     calls ``events``: waits for the next batch (``event_queue.py``)
 
-Each hand-over has a further one (``hand_over_threads.py``), which asks the stepping thread for pieces of caches.
-
-A group that breaks costs only the current step: the rank sends ``Broken``, waits, and repeats the step in the next epoch. A
-request whose computation raises ends with an error (``generation/batcher.py``), and the rank sends ``Broken`` if that broke
-the group. Any other error ends the rank (``Failed``), because its state is unknown then.
+None of these threads waits for another's work. Each hand-over has a thread more (``hand_over_threads.py``), which asks the
+stepping thread for pieces of caches. A group that breaks costs only the current step: the rank sends ``Broken``, waits, and
+repeats the step in the next epoch. A request whose computation raises ends with an error (``generation/batcher.py``), and the
+rank sends ``Broken`` if that broke the group. Any other error ends the rank (``Failed``): its state is unknown then.
 """
 
 from __future__ import annotations
@@ -394,5 +391,5 @@ class RankLoop:
         self._events.send(event)
 
     def events(self, term: int = 0) -> bytes | None:
-        """Wait for events, and take all of them when it is time; returns None once a newer driver's term has begun."""
+        """Wait for events, and take all of them; None once a newer driver's term has begun."""
         return self._events.take(term)

@@ -1,4 +1,4 @@
-"""A rank's reports: what it loaded, its load window by window, all its counters, the state of its group, and its failure."""
+"""A rank's reports: its load order, load windows, counters, group state and failure."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class RayActorHandle:
                     ray.kill(self._actor)
 
     def forget(self) -> None:
-        """Drop the actor, because its Ray is gone: Ray must not be asked about it any more, and never answers what was."""
+        """Drop the actor, because its Ray is gone. A Ray that is gone must not be asked, and never answers earlier calls."""
         self._actor = None
         for asked in self._asked:
             asked.cancel()

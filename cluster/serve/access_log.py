@@ -54,7 +54,7 @@ def line_of(summary: RequestSummary, now: float) -> dict[str, Any]:
 
 
 class AccessLog:
-    """Writes lines in a thread of its own: a slow disk, or a pipe without a reader, holds up no request.
+    """Writes lines in a thread of its own. A slow disk, or a pipe without a reader, holds up no request.
 
     Args:
         output: where to; standard error by default.

@@ -112,7 +112,7 @@ class ServiceOptions:
 
 @dataclass(frozen=True)
 class ServeRanks(RayOptions):
-    """The ranks of a service; by default, they run in a Ray of its own, and outlive its process when that is killed."""
+    """The ranks of a service. By default they run in a Ray of its own, and outlive its process when that is killed."""
 
     name: Annotated[
         Optional[str],

@@ -195,7 +195,9 @@ class Service:
 
     @contextmanager
     def admitted(self, choices: int) -> Iterator[tuple[ServedModel, HeldPlaces]]:
-        """Take a request, if there is room for its choices: before its prompts are read, which costs more than to refuse it.
+        """Within the context, a request's choices have their place in the service.
+
+        It is taken before prompts are read, which costs more than a refusal.
 
         Raises:
             ApiError: there is no room now, or never; or the model doesn't serve.

@@ -160,7 +160,7 @@ class LockstepGroup:
         return (self._first_rows[running.entry.request.id] + running.row.length) % self._counts.tokens
 
     def end(self, now_s: float, seconds: float) -> tuple[list[int], list[int]]:
-        """The step that began is made; returns the ranks that have a request's first token, and those that have an end.
+        """End the step that began. Returns the ranks with a request's first token, and the ranks with a request's end.
 
         Args:
             now_s: at its end.

@@ -1,4 +1,6 @@
-"""Predicted decoding steps of ranks in lock-step, each a thread with a simulated GPU of its own, joined by simulated NCCL.
+"""Predicted decoding steps of ranks in lock-step.
+
+Each rank is a thread with a simulated GPU of its own, joined by simulated NCCL.
 
 As in ``predicted_steps.py``; but a step is a bare forward pass of the model, and one of the usual path: none is captured.
 """

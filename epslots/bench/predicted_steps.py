@@ -206,7 +206,7 @@ def load_twin(
     share: float,
     **settings: Any,
 ) -> PreTrainedModel:
-    """A tiny twin on a simulated GPU, whose kernels and copies take the time of the true model's from then on.
+    """A tiny twin of a model on a simulated GPU. Its kernels and copies take the true model's time from then on.
 
     Args:
         sizes: of ``tiny_twin``.

@@ -223,7 +223,7 @@ class ExpertLoader:
         )
 
     def give_slot(self, giver: int, taker: int, evicted: int) -> None:
-        """Give a slot of one layer to its neighbour in the pool; its expert moves to an empty slot of the giver.
+        """Give a slot of one layer to its neighbour in the pool. Its expert moves to an empty slot of the giver.
 
         Args:
             evicted: the giver's expert that loses its slot first; -1 = the giver has an empty slot.
@@ -233,7 +233,7 @@ class ExpertLoader:
         self.pool.give_slot(giver, taker)
 
     def cede_level(self, evicted: Sequence[int]) -> None:
-        """Let each layer of the pool cede the last slot that it uses; its expert moves to an empty slot of the layer.
+        """Let each layer of the pool cede the last slot that it uses. Its expert moves to an empty slot of the layer.
 
         Args:
             evicted: each layer's expert that loses its slot first; -1 = the layer has an empty slot.

@@ -1,4 +1,4 @@
-"""``epslots trace record | replay``: the experts that each token of some prompts chooses, and hit rates of caches on them."""
+"""``epslots trace record | replay``: routing of prompts, and hit rates of caches on it."""
 
 from __future__ import annotations
 

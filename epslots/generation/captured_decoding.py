@@ -66,7 +66,7 @@ Step = TypeVar("Step", bound=DecodingStep)
 
 
 def capture_obstacle(model: PreTrainedModel, of_cache: str | None) -> str | None:
-    """Why no decoding step of a model can be captured, as a sentence's end; None if nothing is known to be in the way.
+    """Why no decoding step of a model can be captured, as a sentence's end. None if nothing is known to be in the way.
 
     Args:
         of_cache: what obstructs it in the cache that serves the model.

@@ -216,7 +216,7 @@ class RankGroup:
 
 
 def slot_pools(runtime: Runtime, handshakes: Sequence[Handshake]) -> list[tuple[int, ...]]:
-    """The layers between which slots may move, by pool; none, where layers of some rank cede slots to its KV cache."""
+    """The layers between which slots may move, by pool. There are none where some rank's layers cede slots to its cache."""
     if any(handshake.levels >= 0 for handshake in handshakes):
         return [(layer,) for layer in range(len(runtime.layers))]
     return [loader.store_layers for loader in runtime.loaders]

@@ -132,7 +132,10 @@ def bring_to_interface(module: nn.Module) -> None:
 
 
 def mixes_tokens(model: PreTrainedModel) -> bool:
-    """Whether the experts of a token depend on the other tokens of its step, later and other sequences' ones too (doge)."""
+    """Whether a token's experts depend on the other tokens of its step (doge).
+
+    Later tokens and those of other sequences count, too.
+    """
     return any(type(module).__name__ in _MIXES_TOKENS for module in model.modules())
 
 
@@ -143,7 +146,7 @@ def rebuilt_conversions(model: PreTrainedModel) -> list[WeightConverter]:
 
 
 def expert_rows(operations: Sequence[ConversionOps]) -> int:
-    """Rows of one expert in a tensor that has all experts' rows below one another; 1 in one that has them apart."""
+    """Rows of one expert in a tensor that has all experts' rows below one another. 1 in a tensor that has them apart."""
     return operations[0].rows if operations and isinstance(operations[0], SplitRows) else 1
 
 

@@ -1,16 +1,14 @@
-"""The memory plan: the bytes that a rank needs. Pure arithmetic on integers; nothing is read or allocated.
+"""The memory plan: the bytes that a rank needs. ``memory_report.py`` puts it into words. Pure arithmetic on integers.
 
-    dense weights    everything that isn't an expert; every rank holds all of it
-    slots            the pool: quota of each MoE layer x bytes of one of its slots
-    KV cache         keys, values, latents and states of all requests, as the engine allocates them (``model_shape.py``)
-    workspace        the activations of one MoE layer for one step; the logits, and the choice of tokens
-    unpacking        one matrix at a time, where slots hold experts packed
-    predictor        its weights, and the rows that it remembers
-    captured steps   what CUDA graphs of decoding steps keep: activations, and each graph's logits (``captured_sizes.py``)
-    communication    NCCL's buffers, on GPUs of several ranks
-    reserve          the rest of the forward pass (attention), allocator fragmentation, the device's context
-
-``memory_report.py`` puts a plan into words, and refuses one that doesn't fit.
+dense weights    everything that isn't an expert; every rank holds all of it
+slots            the pool: quota of each MoE layer x bytes of one of its slots
+KV cache         keys, values, latents and states of all requests, as the engine allocates them (``model_shape.py``)
+workspace        the activations of one MoE layer for one step; the logits, and the choice of tokens
+unpacking        one matrix at a time, where slots hold experts packed
+predictor        its weights, and the rows that it remembers
+captured steps   what CUDA graphs of decoding steps keep: activations, and each graph's logits (``captured_sizes.py``)
+communication    NCCL's buffers, on GPUs of several ranks
+reserve          the rest of the forward pass (attention), allocator fragmentation, the device's context
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The slots of one layer on one rank: which experts a step finds there, which it lacks, and which are in flight.
+"""The slots of one layer on one rank: a step's hits, misses and fetches in flight.
 
 ``MoELayer`` calls ``schedule``, ``fetch`` and ``migrate``, ``ExpertCompute`` calls ``begin_pass``, and the layer before calls
 ``prefetch``. All fetches go through the pool's ``ExpertLoader``.

@@ -10,13 +10,11 @@
     combine    results back to their tokens; weight and sum over k, in fp32 and in fixed order
     migrate    behind all that, fetches for the placement's sake (expert_cache.py)
 
-One rank and many go the same way. Where no expert can be missing on any rank, a step takes no plan and no host
-synchronisation. No Python loop runs over tokens or experts.
+One rank and many go the same way. Where no expert can be missing on any rank, a step has no plan and no host synchronisation.
 
-Glossary: a *pair* is one (token, k). A *slot* holds one expert's weights on the device; a rank *hits* an expert that is in one
-of its slots, and *misses* another. A *pass* is one grouped product over part of the layer's experts, where these are more
-than its slots or come late. *Residents* are the experts in slots; some are *evicted* for fetches. A *migration* is a fetch for
-the placement's sake.
+Glossary: a *pair* is one (token, k). A *slot* holds one expert's weights on the device; *residents* are the experts in slots.
+A rank *hits* a resident expert and *misses* another; some residents are *evicted* for fetches. A *pass* is one grouped product
+over part of the layer's experts. A *migration* is a fetch for the placement's sake.
 
 Legend of shape suffixes: T tokens, K experts per token, N = T * K pairs, M pairs computed here, R ranks, E experts, H hidden
 size.

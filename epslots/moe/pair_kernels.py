@@ -80,7 +80,7 @@ class PairKernels(Protocol):
         ...
 
     def weighted_sum(self, results_NH: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Each token's results, weighted and summed over k: in the order of k, at least in fp32; [T, H] in ``dtype``."""
+        """Each token's results, weighted and summed over k, [T, H] in ``dtype``. In the order of k, at least in fp32."""
         ...
 
 

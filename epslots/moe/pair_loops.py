@@ -1,4 +1,4 @@
-"""What a layer's step does with its pairs, as compiled loops for the CPU: one call where torch takes five operations or more.
+"""The pairs of a layer's step, handled by compiled loops on the CPU. One call does the work of five torch operations or more.
 
 With few tokens each of torch's operations takes longer than its work. ``pair_kernels.TorchPairKernels`` is the twin.
 

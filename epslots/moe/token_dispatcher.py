@@ -60,7 +60,7 @@ def dispatch(
     *,
     agreed: bool,
 ) -> Dispatch:
-    """Send own pairs where the plan wants them computed, and take in those of others, in the cheaper of two ways.
+    """Send own pairs where the plan wants them computed, and take in those of others. By the cheaper of two ways.
 
     Args:
         plan: in which some pairs travel.

@@ -94,7 +94,9 @@ class RowBytes(NamedTuple):
 
 
 class ReadyProduct:
-    """A product with matrices, by their addresses: a call fills in its rows alone, and few rows take little longer than that.
+    """A product with matrices whose addresses are filled in already.
+
+    A call fills in its rows alone, and a product of few rows takes little longer than that.
 
     Args:
         dtype: of rows and results.

@@ -155,7 +155,7 @@ class ModelPlanner:
         return shifts
 
     def change_level(self, rank: int, change: int, scores: Callable[[int], IntArray]) -> list[int]:
-        """Let each layer of a rank cede one more slot to its KV cache, or use one again (``change`` is 1 or -1).
+        """Let each layer of a rank cede one more slot to its KV cache, or use one again. ``change`` is 1 or -1.
 
         Called between steps, on all ranks alike.
 

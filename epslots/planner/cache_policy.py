@@ -79,7 +79,9 @@ def policy_name(policy: str | Policy) -> str:
 
 
 def resolve_policy(policy: str | Policy) -> Policy:
-    """The policy of a name; or the user's own function of a ``UseHistory`` row [E] to int64 scores [E], after a trial call.
+    """The policy of a name, or the user's own function after a trial call.
+
+    A function takes a ``UseHistory`` row [E] to int64 scores [E].
 
     Raises:
         ConfigError: no policy has that name, or the function returns anything else.

@@ -32,7 +32,7 @@ from epslots.planner.token_splits import token_splits
 
 @dataclass
 class FetchBudgets:
-    """Bytes that each rank may still fetch in this step; one object for all layers of a model, renewed by ``ModelPlanner``.
+    """Bytes that each rank may still fetch in this step. One object for all layers of a model, renewed by ``ModelPlanner``.
 
     Attributes:
         prefetch: for the next layer; None = no bound.

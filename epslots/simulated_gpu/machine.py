@@ -1,4 +1,4 @@
-"""``SimulatedMachine``: the state of all simulated GPUs of a process, and what has been found out about the code on them.
+"""``SimulatedMachine``: all simulated GPUs of a process, and the findings about the code on them.
 
 Everything that is done to a device comes here: ``operators.py`` brings torch's operations, ``cuda_api.py`` the calls of
 ``torch.cuda``. A machine counts them by source line, orders them (``ordering.py``) and times them (``timeline.py``).
