@@ -89,7 +89,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def planned_tokens(self) -> int:
-        """``kv_tokens``; of "auto", a number in its place where sizes are chosen once: those of captured steps."""
+        """``kv_tokens``; for "auto", the number by which sizes that are chosen once are planned: those of captured steps."""
         return DEFAULT_KV_TOKENS if isinstance(self.kv_tokens, str) else self.kv_tokens
 
     def step_tokens(self, whole_prompts: bool) -> int:
@@ -226,7 +226,7 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
         return EngineConfig(**{name: getattr(self, name) for name in EngineConfig.__struct_fields__})
 
     def check_costs(self, costs: Costs | None) -> None:
-        """Refuse costs that don't say what this configuration needs.
+        """Refuse costs that lack one that this configuration needs.
 
         Raises:
             ConfigError: experts are to be computed on the host, and the costs of that are missing.

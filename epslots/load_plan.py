@@ -176,7 +176,7 @@ def _plan_memory(
 
     Args:
         free: from ``_free_memory``.
-        gpu_fetches: as in ``MemoryPlan``.
+        gpu_fetches: whether a GPU can fetch experts by itself, from a store in memory.
     """
     checkpoint, prefetch = opened.checkpoint, parse_prefetch(config.prefetch)
     predictor_bytes = planned_bytes(

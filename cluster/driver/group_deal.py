@@ -79,7 +79,7 @@ class GroupDeal:
             groups: None = as many as there are, or, if the ranks aren't those of so many, as many of this size as they make.
 
         Raises:
-            ConfigError: there is no way to it.
+            ConfigError: the bundles can't be divided so.
         """
         if self._began_alone and self.groups == 1 and groups in (None, 1) and ranks is not None:
             return GroupDeal(1, None), ranks

@@ -25,7 +25,7 @@ class Scaling:
         """Have so many ranks and groups (``GroupDeal.changed``); returns when they serve.
 
         Raises:
-            ConfigError: there is no way to it.
+            ConfigError: the bundles can't be divided so.
             ClusterError: there is no room for them, or they don't come up; the others go on.
         """
         async with self._changing:

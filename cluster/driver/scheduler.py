@@ -158,8 +158,8 @@ class Scheduler:
     def assign(self) -> list[tuple[Hashable, Request]]:
         """Assign queued requests to ranks with room; returns pairs of rank and request.
 
-        In the order of their turns, for each role: one that waits for a rank of a role lets none pass it that wants such a
-        rank, too, or those that need little room would pass it for ever. Others needn't wait for what it waits for.
+        Each role has its turns: no request overtakes one that waits for a rank of the same role, or requests of little room
+        would overtake it for ever. Requests for other roles don't wait for it.
         """
         assigned, full = [], set[RankLoads]()
         lines = self._queue.lines()
@@ -212,7 +212,7 @@ class Scheduler:
         self._served.setdefault(worker, {})[entry.request.id] = entry
 
     def count(self, worker: Hashable, output: Output) -> ScheduledRequest | None:
-        """Record a rank's output; returns its request, or None if no caller needs the output.
+        """Enter a rank's output; returns its request, or None if no caller needs the output.
 
         Outputs of a rank that was reserved for lost, and whose requests have moved, are ignored.
         """

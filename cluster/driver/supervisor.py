@@ -177,7 +177,7 @@ class Supervisor:
         """Change the number of ranks and groups; returns when that many serve (``Scaling.scale``).
 
         Raises:
-            ConfigError: there is no way to it.
+            ConfigError: the bundles can't be divided so.
             ClusterError: there is no room for them, or they don't come up; the others go on.
         """
         await self._scaling.scale(ranks, groups)

@@ -73,7 +73,7 @@ def create_app(service: Service, keys: ApiKeys, *, local: bool, on_close: Callab
     """The ASGI application of a service.
 
     Args:
-        service: what it serves.
+        service: answers the requests.
         keys: the API keys; none = everybody is let in.
         local: without keys, the service is for this machine alone.
         on_close: called at the end, in the loop's thread.

@@ -20,7 +20,7 @@ class RecentLatencies:
     """Keeps the times to first token and per output token of requests. For one thread.
 
     Args:
-        clock: seconds, as ``RequestSummary`` has them.
+        clock: seconds, the clock of ``RequestSummary``.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:

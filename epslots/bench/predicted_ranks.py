@@ -2,7 +2,7 @@
 
 Each rank is a thread with a simulated GPU of its own, joined by simulated NCCL.
 
-As in ``predicted_steps.py``; but a step is a bare forward pass of the model, and one of the usual path: none is captured.
+A step is a bare forward pass of the model, on the usual path: none is captured. Models are those of ``predicted_steps.py``.
 """
 
 from __future__ import annotations

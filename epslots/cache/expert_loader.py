@@ -85,9 +85,9 @@ class ExpertLoader:
             experts_F: ids, int64 [F].
             slots_F: slots of the pool, int64 [F]; empty, or those of ``evicted``.
             evicted: the layer's experts that lose their slots, int64 [any number]; -1 is skipped.
-            copies: what comes from peers, and what goes to them; all else comes from the host store. Experts that go to peers
+            copies: the experts that come from peers, and go to them; others come from the host store. Experts that go to peers
                 aren't among ``evicted``, and have left on return, so no slot is reused while a peer reads it.
-            agreed: whether the ranks go without comparing sizes first, which they derive from the same plan.
+            agreed: whether ranks skip the comparison of sizes, which follow from the same plan.
             urgent: whether the running step needs them.
 
         Raises:
@@ -248,7 +248,7 @@ class ExpertLoader:
         pool.set_levels(pool.levels + 1)
 
     def take_back_level(self, *, complete: bool) -> None:
-        """Let each layer use the slot again that it ceded last; it is empty. What was read from it must be done.
+        """Let each layer use the slot again that it ceded last. It is empty, and no read of it is under way.
 
         Args:
             complete: load the missing experts of the layers that have a slot for every one now.

@@ -90,7 +90,7 @@ class PackedWeight:
 
 
 Weight = torch.Tensor | PackedWeight
-"""[Q, inputs, outputs], or transposed as the module has it."""
+"""[Q, inputs, outputs], or transposed if the module's are."""
 
 
 def weights_of(layer: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> dict[str, Weight]:

@@ -204,7 +204,7 @@ class DeviceSlots:
         pairs: the most (token, k) pairs of a step.
         policy: the eviction policy, one of ``DEVICE_POLICIES``. It may be another than the host's: each continues with the
             history that the other leaves.
-        left: as in ``DeviceLayer``; None = unbounded.
+        left: int64 [1], bytes that the running step may still fetch ahead; None = unbounded.
 
     Attributes:
         layers: each layer's state.
@@ -329,7 +329,7 @@ class DeviceSlots:
         self._kernels.copy(self.layers[layer], self._missing)
 
     def choose(self, layer: int, usage_E: torch.Tensor, running: torch.Tensor) -> None:
-        """Choose a layer's prefetches; arguments as for ``Kernels.choose``."""
+        """Choose a layer's prefetches by its predicted usage (``Kernels.choose``)."""
         self._kernels.choose(self.layers[layer], usage_E, running)
 
     def copy_ahead(self, layer: int) -> None:

@@ -1,6 +1,7 @@
 """``TorchKernels``: the decisions about slots as torch operations, for the CPU, and as the reference of the Triton kernels.
 
-Legend of shape suffixes as in ``device_slots.py``.
+Legend of shape suffixes: L layers of the pool, E experts, Q slots of a layer, N (token, k) pairs, M misses, F prefetches of a
+layer at most, D rows of ``UseHistory.decayed``.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ def start_rank(
     """Fill the slots of a rank that has just loaded, and let it join the others; alone without ``transport``.
 
     Where all ranks together have a slot for every expert of a layer, each fills its own share. With a placement, each fills
-    its slots as the placement wants it. Arguments as ``join`` takes them.
+    its slots as the placement wants it. Arguments are those of ``join``.
 
     Raises:
         ConfigError: the placement is for other ranks or another model.

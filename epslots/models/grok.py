@@ -3,8 +3,8 @@
 Written from xAI's published computation (github.com/xai-org/grok-1, model.py) and, for Grok-2, from SGLang's (models/grok.py,
 and its attention). Both are decoders of sandwich-normed layers: attention whose logits are capped by tanh, then experts that a
 softmax over all of them chooses and weighs. Grok-2 adds a dense MLP beside the experts, caps of the router's and the final
-logits, and a temperature of attention that grows with a token's position. All gates are GELU's tanh form, as in xAI's code,
-whatever a conversion's configuration says.
+logits, and a temperature of attention that grows with a token's position. All gates are GELU's tanh form, as in xAI's code;
+a conversion's configuration isn't asked.
 
 ``own_models.py`` has the names in checkpoints.
 

@@ -210,7 +210,8 @@ def plan_memory(
         engine: requests and tokens to have room for; by default those of ``EngineConfig``.
         reserve_bytes: memory to keep free; None = ``default_reserve``.
         predictor_bytes: of the prefetchers' predictor.
-        capturable, gpu_fetches: on a GPU, as in ``MemoryPlan``.
+        capturable: on a GPU, whether decoding steps may be captured.
+        gpu_fetches: whether a GPU can fetch experts by itself, from a store in memory.
         memory_note: the origin of ``memory_bytes``, for messages.
 
     Raises:

@@ -115,10 +115,10 @@ class ExpertCache:
         self._telemetry.count_planned(self._index, hits=uses - misses, misses=misses, passes=passes)
 
     def fetch(self, plan: RankPlan, *, agreed: bool) -> None:
-        """Begin the fetches that need not wait for anything computed, and send peers their copies.
+        """Begin the fetches that wait for no pass, and send peers their copies.
 
         Args:
-            agreed: as in ``Transport.exchange``.
+            agreed: whether ranks skip the comparison of sizes, which follow from the same plan.
         """
         if plan.copies is not None:
             self._fetch(plan.passes[0] if plan.passes else NO_PASS, plan.copies, agreed=agreed)
@@ -161,7 +161,7 @@ class ExpertCache:
         """Do this rank's part of the step's migrations, behind its demand.
 
         Args:
-            agreed: as in ``Transport.exchange``.
+            agreed: whether ranks skip the comparison of sizes, which follow from the same plan.
         """
         if plan.migrated < 0 and plan.migration_copies is None:
             return
@@ -175,7 +175,7 @@ class ExpertCache:
         self._telemetry.count(self._index, migrations=len(experts), migration_s=time.perf_counter() - began)
 
     def give_slot(self, taker: ExpertCache, evicted: int) -> None:
-        """Pass a slot to a neighbouring layer of the pool; both layers' ranges change.
+        """Give a slot to a neighbouring layer of the pool; both layers' ranges change.
 
         Args:
             evicted: this layer's expert that is evicted before; -1 = the layer has an empty slot.

@@ -49,7 +49,7 @@ from epslots.planner.use_history import UseHistory, note_use, used_experts
 from epslots.telemetry import Telemetry
 from epslots.transport.lockstep import Gathered
 
-# One step in so many is asked how soon its experts are used again; each layer in its turn.
+# One step in so many is sampled for stack distances; the layers take turns.
 REUSE_EVERY = 16
 
 RouteObserver = Callable[[int, torch.Tensor], None]
@@ -103,7 +103,7 @@ class MoELayer:
         steps: steps that ``history`` counts; the same on all ranks of a group, as ``history`` is.
         prefetch_target: this layer as the one before sees it.
         prefetcher: predicts for the next layer; None where nothing is predicted.
-        room: divides steps that there is no memory for, on all ranks alike; None = there always is.
+        room: divides steps that exceed the memory, on all ranks alike; None = no step does.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class MoELayer:
     def form(self, peers: Peers, planner: LayerPlanner, *, complete: bool) -> None:
         """Make all steps from now on with these peers, by plans of this planner. Called between steps.
 
-        A layer outlives its groups: each epoch's group brings other ranks, another table of who holds what and other costs.
+        A layer outlives its groups: each epoch's group brings other ranks, other residents and other costs.
 
         Args:
             complete: whether no expert will ever be missing on any of the ranks: then each computes its own tokens.
@@ -140,7 +140,7 @@ class MoELayer:
         self._resident = self.experts if complete else None
 
     def prefetch_by(self, prefetcher: Prefetcher) -> None:
-        """Predict for the next layer from now on. Layers look at each other in a circle, so none can be made with it."""
+        """Predict for the next layer from now on. Layers form a circle, so none is made with it."""
         self.prefetcher = prefetcher
 
     def observe(self, observer: RouteObserver | None) -> None:
@@ -153,13 +153,13 @@ class MoELayer:
         return self._observer is not None
 
     def lend_slots(self, experts: ResidentExperts) -> None:
-        """Let ``experts`` rule the layer's slots, compute every step and prefetch, until ``take_slots_back``."""
+        """Let ``experts`` decide about the layer's slots, compute every step and prefetch, until ``take_slots_back``."""
         assert self._lent_by is None, "the slots are lent already"
         self._lent_by = self._resident, self.prefetcher
         self._resident, self.prefetcher = experts, None
 
     def take_slots_back(self) -> None:
-        """End what ``lend_slots`` began."""
+        """Decide about the layer's slots by its own plans again."""
         assert self._lent_by is not None, "the slots aren't lent"
         (self._resident, self.prefetcher), self._lent_by = self._lent_by, None
 
@@ -169,7 +169,7 @@ class MoELayer:
         return self._lent_by is not None
 
     def give_slot(self, taker: MoELayer, evicted: int) -> None:
-        """Pass a slot to a neighbouring layer of the pool.
+        """Give a slot to a neighbouring layer of the pool.
 
         Args:
             evicted: this layer's expert that is evicted before; -1 = the layer has an empty slot.
@@ -272,7 +272,7 @@ class MoELayer:
         if arrived is None:
             self._prefetch_alone(self.prefetcher, usage)
         results_NH = experts.execute_resident(batch.hidden_TH, batch.ids_N)
-        # Mostly they have arrived while the layer's kernels were queued. A guess isn't worth a wait.
+        # Predictions mostly arrive while the layer's kernels are queued. A guess isn't worth a wait.
         if arrived is not None and arrived.query():
             self._prefetch_alone(self.prefetcher, usage)
         return results_NH
@@ -297,7 +297,7 @@ class MoELayer:
         return gathered
 
     def plan(self, gathered: Gathered) -> RankPlan:
-        """Decide for all ranks who computes what, and for this one what is fetched when."""
+        """Plan the step for all ranks; returns this rank's part, with its passes."""
         planner, counts_RE = self.planner, gathered.counts_R[:, :-1]
         used_E = used_experts(counts_RE)
         if not np.count_nonzero(used_E):  # no rank has tokens
@@ -316,7 +316,7 @@ class MoELayer:
             self.prefetcher.fetch(gathered.predicted_R, gathered.busy_R, self.cache.pool)
 
     def dispatch(self, batch: Batch, plan: RankPlan, gathered: Gathered) -> Dispatch:
-        """Send own pairs to the ranks that compute them, and take in those that this rank computes."""
+        """Send own pairs to the ranks that compute them, and receive those that this rank computes."""
         if not plan.moved:
             return LocalDispatch(batch.hidden_TH, batch.ids_N)
         self._telemetry.count(self.index, pairs_sent=plan.sent, pairs_received=plan.received)
@@ -340,7 +340,7 @@ class MoELayer:
             self._telemetry.count(self.index, compute_s=seconds)
 
     def migrate(self, plan: RankPlan) -> None:
-        """Begin what is fetched for the placement's sake; the step's last exchange."""
+        """Begin this rank's migrations; the step's last exchange."""
         self.cache.migrate(plan, agreed=self._peers.agreed)
         self._peers.note(exchanging=False)
 

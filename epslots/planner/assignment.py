@@ -55,10 +55,10 @@ class Assign:
 
         Args:
             counts_RE: (token, k) pairs of each rank's own tokens for each expert.
-            holds_RE: who holds what before the step.
+            holds_RE: the experts that each rank holds before the step.
             quota_R: slots of the layer on each rank.
             home_E: the home rank of each expert. Any will do; a good one saves fetches.
-            costs: what things cost, the same on all ranks.
+            costs: of operations, the same on all ranks.
             remote_ns_RE: nanoseconds that each rank would have saved lately with a copy of each expert (``remote_costs.py``);
                 only ``assign`` uses them. By default no copy is bought for idle slots.
             spare_RE: the copies that may be evicted for others (``spare_replicas``), where the placement wants some; by

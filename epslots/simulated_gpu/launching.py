@@ -49,7 +49,12 @@ def kernel_work(
 def launch(
     machine: SimulatedMachine, work: DeviceWork, number: int, compute: Callable[[], Any], results: Sequence[torch.Tensor]
 ) -> None:
-    """A kernel on the current stream of a device; arguments as for ``StepCapture.record``."""
+    """Launch a kernel on the current stream of a device.
+
+    Args:
+        number: of the device.
+        compute: does the work once more; returns ``results``, in new memory.
+    """
     stream = current_stream(number).stream_id
     if machine.capture is not None:
         machine.capture.record(work, stream, compute, results)
@@ -116,7 +121,7 @@ def launch_kernel(
     Args:
         function: called with the arguments' memory; may look at any value. In a captured step it is called at each replay.
         reads, writes: tensors of the device that it accesses, and pinned ones.
-        moves: as in ``kernel_work``.
+        moves: the memory that it really moves, where that is less than all of ``reads`` and ``writes``.
         link: what it reads of pinned memory; None = nothing.
         flops: multiplications and additions.
 

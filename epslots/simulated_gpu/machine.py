@@ -54,7 +54,7 @@ class DeviceWork:
 
     Attributes:
         name: of the kernel, or "H2D", "D2H", "P2P".
-        engine: as in ``Operation``.
+        engine: what serves it; "" = nothing does.
         seconds: on its engine.
         reads, writes: device and pinned memory that it accesses.
         nbytes: bytes that it moves.

@@ -154,7 +154,7 @@ def open_source(number: int, secret: bytes, form_s: float, deadline_s: float) ->
 
 
 def open_target(number: int, secret: bytes, form_s: float, deadline_s: float) -> MemoryConnection:
-    """The target's end of a hand-over's connection; waits for the source. Arguments and errors as ``open_source``."""
+    """The target's end of a hand-over's connection; waits for the source (see ``open_source``)."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
         listening.settimeout(form_s)
         try:
