@@ -1,4 +1,4 @@
-"""``ClusterControl``: what a cluster's user sees of it and does to it, apart from requests. The base of ``Cluster``."""
+"""``ClusterControl``: reports and commands of a cluster's user, apart from requests. The base of ``Cluster``."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def _plan_ram(memory: MemoryPlan, config: LoadConfig, neighbours: int) -> HostMe
 
 
 def store_manifest(opened: OpenModel, expert_format: str | None) -> Manifest:
-    """What the model's host store holds.
+    """The contents of the model's host store.
 
     Args:
         opened: its layers have the layouts of slots and records.

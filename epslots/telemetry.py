@@ -102,7 +102,7 @@ class Stats(msgspec.Struct, frozen=True):
     steps: int = 0
     """Forward passes, those included in which only other ranks had tokens."""
     zero_miss_steps: int = 0
-    """Those in which the rank missed in no layer."""
+    """Steps in which the rank missed in no layer."""
 
     def total(self, counter: str) -> Any:
         """The sum over layers of a number of ``LayerStats``, by its name."""

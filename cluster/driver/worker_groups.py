@@ -68,7 +68,7 @@ class WorkerGroups:
         self.deal = GroupDeal(groups, None if groups == 1 else self.division.group_size)
 
     def role_of(self, number: int) -> Role:
-        """What a group serves, one that was added later, too."""
+        """The role of a group, also of one that was added later."""
         return self.division.role_of(number)
 
     def number_of(self, bundle: int) -> int:

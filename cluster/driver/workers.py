@@ -82,7 +82,7 @@ class Worker:
 
     @property
     def proven(self) -> bool:
-        """It has worked, or lived, long enough that its end isn't taken for a failed start."""
+        """Whether it has worked, or lived for long: then its end isn't a failed start."""
         return self.served or time.monotonic() - self.since_s > _PROVEN_S
 
     def failure(self, event: Failed) -> RankFailed:

@@ -1,4 +1,4 @@
-"""What Ray knows of a cluster that outlives its driver: claims and beats in its key-value store, placement groups, actors.
+"""Ray's knowledge of a cluster that outlives its driver: claims and beats in its key-value store, placement groups, actors.
 
 All calls ask the cluster's head, and wait for it. The names are those of ``descriptions.py``.
 """

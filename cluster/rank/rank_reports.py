@@ -24,7 +24,7 @@ from epslots.transport.pair_connection import machine_of_this
 
 
 def loaded_report(engine: Engine, seconds: dict[str, float]) -> Loaded:
-    """What a rank that has loaded its model can serve; ``seconds``: duration of each stage of loading."""
+    """The capacity of a rank that has loaded its model; ``seconds``: duration of each stage of loading."""
     batcher = engine.batcher
     return Loaded(
         limits=model_limits(engine.model, batcher.capacity),

@@ -27,7 +27,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 def _left_out() -> ImportError:
-    """What Ray takes for a lack of its dashboard's dependencies: the node's agent then serves nothing."""
+    """Ray takes this for a lack of its dashboard's dependencies: the node's agent then serves nothing."""
     return ImportError("left out")
 
 

@@ -1,4 +1,4 @@
-"""``epslots serve``: its options, and what is checked before anything is loaded. ``epslots/cli`` finds it by an entry point.
+"""``epslots serve``: its options, and its checks before anything is loaded. ``epslots/cli`` finds it by an entry point.
 
 config.py      the settings
 run.py         the process's life

@@ -236,7 +236,7 @@ class RequestSimulation:
         self._assign_soon()
 
     def _take(self, rank: int, outputs: list[Output]) -> None:
-        """As ``RequestRouter.take``."""
+        """Take a rank's outputs, like ``RequestRouter.take``."""
         for output in outputs:
             if self._scheduler.count(rank, output) is None:
                 continue

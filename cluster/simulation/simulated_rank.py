@@ -167,7 +167,7 @@ class SimulatedRank:
         return self._step
 
     def _plan(self, balanced: int | None) -> RowBatch | None:
-        """As ``RowBatcher`` plans: where the cache is full, the last rows are given up."""
+        """The next batch by the rules of ``RowBatcher``: where the cache is full, the last rows are given up."""
         while active := self._admission.active:
             states = [RowState(known=one.entry.length, computed=one.row.length, stop=one.stop) for one in active]
             room = self._chunk.prompt_tokens(sum(map(decodes, states)), balanced)

@@ -28,7 +28,7 @@ from epslots.progress import Advance
 
 
 class RecordKey(NamedTuple):
-    """A record by its layer and expert: what a ``DiskStore`` gives for ``request``."""
+    """A record by its layer and expert, as ``DiskStore.request`` returns it."""
 
     layer: int
     expert: int

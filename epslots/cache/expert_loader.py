@@ -138,7 +138,7 @@ class ExpertLoader:
         return bool(self._transfers)
 
     def wait(self, slots: IntArray) -> None:
-        """Make these slots, int64 [any number], complete for what is computed next. Duplicates are allowed.
+        """Make these slots, int64 [any number], complete for the next computation. Duplicates are allowed.
 
         Raises:
             StoreError: a record can't be read, or differs from its digest. Its slot is empty again.
@@ -149,7 +149,7 @@ class ExpertLoader:
             self._finish(slot, self._transfers[slot])
 
     def wait_all(self) -> None:
-        """Make every slot complete for what is computed next, and free for what may be written next."""
+        """Make every slot complete for the next computation, and free for the next writer."""
         self.wait(np.flatnonzero(self.in_flight))
         self.link.wait_cancelled()
 

@@ -299,7 +299,7 @@ def _plan_table(result: MemoryPlan, found: FoundModel, host: HostMemoryPlan | No
 
 
 def _describe_reads(host: HostMemoryPlan, read_speed: float | None) -> str:
-    """What the disk costs a token, were all experts used equally often."""
+    """The disk's cost for a token, were all experts used equally often."""
     text = f"{format_bytes(host.read_bytes_per_token)} read for a token if experts are used evenly, less if not"
     if read_speed is None:
         return f"{text}; the disk's speed is measured once the store is built"

@@ -48,7 +48,7 @@ class FitOptions:
     seed: Annotated[int, typer.Option(min=0, help="Seed of the fit.")] = 0
 
     def settings(self) -> FitSettings:
-        """The same for the fit. ConfigError: the memory is no number of bytes."""
+        """The options as settings of the fit. ConfigError: the memory is no number of bytes."""
         from epslots.prefetch.fit import FitSettings
         from epslots.units import parse_bytes
 

@@ -35,7 +35,7 @@ class SideStream:
         return None if self._stream is None else self._stream.record_event()
 
     def wait_for(self, mark: torch.cuda.Event | None) -> None:
-        """What is queued on the current stream from now on comes after this work."""
+        """Put the current stream behind this work."""
         if mark is not None:
             torch.cuda.current_stream(self._device).wait_event(mark)
 
@@ -53,6 +53,6 @@ class SideStream:
         self._promised = self._read = None
 
     def join(self) -> None:
-        """What is queued on the current stream from now on comes after all of the side stream's work."""
+        """Put the current stream behind all of the side stream's work."""
         self.wait_for(self.mark())
         self._promised = self._read = None

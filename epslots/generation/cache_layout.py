@@ -61,7 +61,7 @@ CachePiece = tuple[TensorRange, ...]
 
 
 class CacheLayout(msgspec.Struct, frozen=True):
-    """What a batcher keeps of one request.
+    """The tensors that a batcher keeps of one request.
 
     Attributes:
         kind: of the batcher's cache.

@@ -189,7 +189,7 @@ class _Vocabulary:
 
 
 class _TokenList:
-    """What ``LLTokenizer`` asks of a tokenizer."""
+    """The interface that ``LLTokenizer`` asks of a tokenizer."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None

@@ -59,7 +59,7 @@ class RowAdmission:
 
     Args:
         cache: the rows, and cells for their tokens.
-        support: what the model's layers allow.
+        support: the abilities of the model's layers.
         counters: of the batcher.
         exchange: of memory with the experts; None = the cache's size is fixed.
 

@@ -275,7 +275,7 @@ class RowBatcher(Batcher):
         return self._prompt_logprobs(part[0], logits_BLV, wanted)
 
     def _make_captured(self, part: Sequence[RunningRow]) -> list[Callable[[], None]] | None:
-        """The same by a captured step; None where it can't be, or while some requests have prompts to compute."""
+        """Make a batch by a captured step; None where it can't be captured, or while prompts are to be computed."""
         assert self._batch is not None
         active = self._admission.active
         longest = 1 + max(one.row.length for one in part)

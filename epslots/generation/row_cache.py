@@ -1,4 +1,4 @@
-"""``RowCache``: what a model's layers keep of many requests, each of which is a *row*.
+"""``RowCache``: the cache of many requests in the model's own layers; each request is a *row*.
 
     with cache.step([row, other], width=1) as step:     # of rows from cache.open()
         logits = model(past_key_values=step.cache, attention_mask=step.attention_mask, position_ids=step.position_ids, ...)
@@ -82,7 +82,7 @@ def _minimax_cache(model: PreTrainedModel) -> Cache:
 
 
 class StepOfRows:
-    """One forward pass over some rows: what the model is called with.
+    """One forward pass over some rows, with the model's arguments.
 
     Attributes:
         cache: ``past_key_values``.

@@ -62,7 +62,7 @@ class RowSupport:
         """Why no step over rows can be captured, as a sentence's end; None if it may.
 
         Args:
-            tensors: what the model's cache keeps of a row.
+            tensors: those that the model's cache keeps of a row.
         """
         in_the_cache = any(tensor.layer == OF_THE_CACHE for tensor in tensors)
         by_row = self.modules or self.rotaries or not self.together or in_the_cache

@@ -84,4 +84,4 @@ class StaticPages:
             yield {**batch.get_model_kwargs(), **tensors}
 
     def keep_states(self) -> None:
-        """Nothing is left to keep."""
+        """Do nothing: the step has kept its states itself."""

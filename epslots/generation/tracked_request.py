@@ -147,7 +147,7 @@ class TrackedRequest:
         """Tokens of the text so far, those before it was moved included."""
         return self.length - self.prompt_length
 
-    # --- what the next token's logits are changed by ---
+    # --- edits of the next token's logits ---
 
     @property
     def allowed(self) -> Any:

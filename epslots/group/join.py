@@ -1,7 +1,7 @@
 """How ranks become one model: they compare versions, publish their slots, agree on costs, and step together from then on.
 
 ``load`` calls ``start_rank``, which fills a rank's slots and calls ``join``. After a loss the survivors form the next epoch's
-group and ``join`` again: the common table of who holds what is rebuilt from each rank's own slots.
+group and ``join`` again: the common table of residents is rebuilt from each rank's own slots.
 """
 
 from __future__ import annotations

@@ -230,7 +230,7 @@ class GrokDecoderLayer(GradientCheckpointingLayer):
 
 
 class GrokPreTrainedModel(PreTrainedModel):
-    """What transformers asks of a model; of its implementations of attention none caps logits as Grok does."""
+    """transformers' base class. Of its implementations of attention, none caps logits as Grok does."""
 
     config_class = GrokConfig
     base_model_prefix = "model"
@@ -295,7 +295,7 @@ class GrokModel(GrokPreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _temperature(self, position_BW: torch.Tensor) -> torch.Tensor | None:
-        """What the attention logits of each token are multiplied by: the logarithm of its position, to a base of 1,024."""
+        """The factor of each token's attention logits: the logarithm of its position, to a base of 1,024."""
         base = self.config.attn_temperature_len
         if base <= 0:
             return None

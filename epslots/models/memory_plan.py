@@ -131,13 +131,13 @@ class MemoryPlan(msgspec.Struct, frozen=True):
 
     @property
     def captured_bytes(self) -> int:
-        """What the graphs of these steps keep."""
+        """Bytes that the graphs of these steps keep."""
         sizes = self.captured_sizes
         return sizes.nbytes(self.shape, moe_workspace_bytes(self.shape, sizes.rows, self.ranks))
 
     @property
     def communication_bytes(self) -> int:
-        """What NCCL takes after the plan is made, when ranks connect and first exchange."""
+        """Bytes that NCCL takes after the plan is made, when ranks connect and first exchange."""
         return NCCL_BYTES if self.device == "cuda" and self.ranks > 1 else 0
 
     @property

@@ -153,7 +153,7 @@ def scatter_rows(rows_NH: torch.Tensor, place_N: torch.Tensor) -> torch.Tensor:
 
 
 class CompiledPairKernels(TorchPairKernels):
-    """``PairKernels`` by compiled loops, for one thread at a time; torch does what they don't take.
+    """``PairKernels`` by compiled loops, for one thread at a time; torch does the rest.
 
     Args:
         experts: E.

@@ -25,7 +25,7 @@ _Emit = Callable[..., Value | None]
 
 
 def emits(emit: _Emit, *given: Any, constants: int = 0, returns: Any = types.void) -> Any:
-    """What numba wants of an intrinsic: its signature, and a function that emits its body.
+    """An intrinsic in numba's form: its signature, and a function that emits its body.
 
     Args:
         emit: called with the builder, the values of constants and the integers; returns the result, if there is one.

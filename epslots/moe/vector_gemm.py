@@ -100,7 +100,7 @@ class ReadyProduct:
 
     Args:
         dtype: of rows and results.
-        matrices, weights: where they lie. Who has the product sees to it that they do when it is called.
+        matrices, weights: their addresses. The product's owner keeps them valid.
         bias, activation: as of ``ready_product``.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Plans one layer's step for all ranks: who computes what, what is fetched, evicted and migrated.
+"""Plans one layer's step for all ranks: the work of each, and its fetches, evictions and migrations.
 
 Every rank has a planner for each layer. All planners get the same integers and come to the same plans, so none is
 sent. ``MoELayer`` calls ``plan``, and ``prefetch`` for the next layer; the simulator calls ``decide``. A rank alone plans the

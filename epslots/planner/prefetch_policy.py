@@ -239,7 +239,7 @@ class PrefetchPolicy:
 
     @property
     def verdict(self) -> PrefetchVerdict:
-        """What earlier predictions came to."""
+        """The outcome of earlier predictions."""
         return PrefetchVerdict(self.active, self._predicted, self._used)
 
     def set_verdict(self, verdict: PrefetchVerdict) -> None:

@@ -35,7 +35,7 @@ def kernel_work(
     *,
     beside: bool = False,
 ) -> DeviceWork:
-    """What a kernel does, and for how long: the longer of its bytes' and its flops' time.
+    """A kernel's work. It lasts for the longer of its bytes' and its flops' time.
 
     Args:
         beside: whether it leaves the multiprocessors to others: it waits for the link most of the time.
@@ -122,7 +122,7 @@ def launch_kernel(
         function: called with the arguments' memory; may look at any value. In a captured step it is called at each replay.
         reads, writes: tensors of the device that it accesses, and pinned ones.
         moves: the memory that it really moves, where that is less than all of ``reads`` and ``writes``.
-        link: what it reads of pinned memory; None = nothing.
+        link: its reads of pinned memory; None = none.
         flops: multiplications and additions.
 
     Returns:
