@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from epslots.link_sizes import PIECE_BYTES
+from epslots.piece_sizes import PIECE_BYTES
 
 LEAST_LEFT_TOKENS = 8
 FIRST_SECONDS = 0.02

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from cluster.driver.scheduled_request import Move
 from cluster.driver.scheduler import Scheduler
 from cluster.messages.hand_over import (
+    ConnectionOrder,
     Forget,
     GoOn,
     HandedOver,
     HandOver,
     HandOverContact,
     HandOverContacts,
-    ConnectionOrder,
     PromptProgress,
     Release,
     TakeOver,
@@ -158,7 +158,10 @@ class HandOvers:
         self._drop_stale()
 
     def give_up(self, workers: Collection[Hashable]) -> None:
-        """A group makes no steps: end those that wait for its prompts, or they would hold their places at the targets."""
+        """End the hand-overs that wait for prompts of a group that makes no steps.
+
+        They would hold their places at the targets.
+        """
         self._drop_stale()
         for number, move in list(self._moves.items()):
             if move.source in workers and not move.entry.began:

@@ -69,7 +69,7 @@ class GoOn(msgspec.Struct, tag=True, frozen=True):
 
 
 class Forget(msgspec.Struct, tag=True, frozen=True):
-    """Drop a request whose cache was handed over, and say nothing of its end: it may come back at once, under its old id."""
+    """Drop a request whose cache was handed over, without an event. It may come back at once under its old id."""
 
     id: str
 

@@ -257,7 +257,7 @@ class Asleep(msgspec.Struct, tag=True, frozen=True):
 
 
 class WakesOthers(msgspec.Struct, tag=True, frozen=True):
-    """This rank slept, and begins a step of this epoch for which it got no request: its cache waits for slots of experts."""
+    """This rank, which slept, begins a step of this epoch without a request. Its cache waits for slots of experts."""
 
     epoch: int
 

@@ -22,10 +22,10 @@ import xxhash
 
 from cluster.messages.hand_over import (
     CacheAnswer,
+    CacheMessage,
     CacheOffer,
     CachePart,
     CacheSent,
-    CacheMessage,
     decode_cache_message,
     encode_cache_message,
 )
@@ -35,7 +35,7 @@ from epslots.errors import EpslotsError, PeerLost, RankMismatchError
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout, CachePiece
 from epslots.generation.piece_copies import PieceReader, PieceWriter, ReadPiece
-from epslots.link_sizes import BYTES_IN_FLIGHT, PIECE_BYTES
+from epslots.piece_sizes import BYTES_IN_FLIGHT, PIECE_BYTES
 from epslots.transport.pair_connection import PairConnection
 
 T = TypeVar("T")
@@ -145,7 +145,10 @@ def send_cache(connection: PairConnection, image: CacheImage, between_steps: Bet
 
 
 def take_cache(
-    connection: PairConnection, reserve: Callable[[CacheLayout], CacheImage | None], between_steps: BetweenSteps, budget: CopyBudget
+    connection: PairConnection,
+    reserve: Callable[[CacheLayout], CacheImage | None],
+    between_steps: BetweenSteps,
+    budget: CopyBudget,
 ) -> CacheImage:
     """Take a request's cache; returns its place, when all of it is there and the source was told so.
 
@@ -207,12 +210,16 @@ class _PartWriter:
         """
         layout, begins = self._image.layout, not self._to_come
         if not (self._end < part.end <= layout.tokens if begins else part.end == self._end):
-            raise PeerLost(f"the other end of a connection sent a part up to token {part.end} of {layout.tokens}, after {self._end}")
+            raise PeerLost(
+                f"the other end of a connection sent a part up to token {part.end} of {layout.tokens}, after {self._end}"
+            )
         if begins:
             self._to_come.extend(layout.pieces(PIECE_BYTES, self._end, part.end))
             self._end = part.end
         if not 1 <= part.pieces <= min(len(self._to_come), BYTES_IN_FLIGHT // PIECE_BYTES):
-            raise PeerLost(f"the other end of a connection sent {part.pieces} pieces at once; {len(self._to_come)} are to come")
+            raise PeerLost(
+                f"the other end of a connection sent {part.pieces} pieces at once; {len(self._to_come)} are to come"
+            )
         for _ in range(part.pieces):
             piece = self._to_come.popleft()
             data = self._connection.receive_piece(layout.piece_bytes(piece))

@@ -11,7 +11,7 @@ The simulator decides by it, too.
 
 from __future__ import annotations
 
-from epslots.link_sizes import BYTES_IN_FLIGHT, PIECE_BYTES
+from epslots.piece_sizes import BYTES_IN_FLIGHT, PIECE_BYTES
 
 STEP_SHARE = 0.2
 """Of a step's time, for copies of hand-overs. On a CPU a step is so much later; on a GPU they go beside it, and fetches of

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from cluster.messages.hand_over import HandedOver, HandOver, HandOverContact, HandOverContacts, ConnectionOrder, TakeOver
+from cluster.messages.hand_over import ConnectionOrder, HandedOver, HandOver, HandOverContact, HandOverContacts, TakeOver
 from cluster.messages.rank import Contact
 from cluster.rank.cache_exchange import BetweenSteps, HandOverRefused, send_cache, take_cache
 from cluster.rank.command_queue import NotYet

@@ -1,15 +1,13 @@
 """``RankLoop``: one rank's life. It carries out commands, makes steps together with the other ranks, and sends events.
 
-Three threads meet here, and none waits for another's work:
-
     stepping   ``_main``: loads, forms groups, steps the engine; sleeps when no rank has work
     commands   calls ``command``: queues it for the stepping thread, or aborts a group whose operation is stuck
     events     calls ``events``: waits for the next batch (``event_queue.py``)
 
-Each hand-over has a further one (``hand_over_threads.py``), which asks the stepping thread for pieces of caches.
-
-A group that breaks costs only the current step: the rank sends ``Broken``, waits, and repeats the step in the next epoch. A
-request that fails ends alone (``generation/batcher.py``), and may break the group, too. Any other error ends the rank.
+None of these threads waits for another's work. Each hand-over has a thread more (``hand_over_threads.py``), which asks the
+stepping thread for pieces of caches. A group that breaks costs only the current step: the rank sends ``Broken``, waits, and
+repeats the step in the next epoch. A request whose computation raises ends with an error (``generation/batcher.py``), and the
+rank sends ``Broken`` if that broke the group. Any other error ends the rank (``Failed``): its state is unknown then.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 
-from cluster.lasting.records import RankDescription
+from cluster.lasting.descriptions import RankDescription
 from cluster.messages.hand_over import Forget, GoOn, HandOver, HandOverContacts, PromptProgress, Release, TakeOver
 from cluster.messages.placement import GetGroupState, PlacementRejected, SetPlacement
 from cluster.messages.rank import (
@@ -51,7 +49,7 @@ from cluster.messages.rank import (
 from cluster.rank.command_queue import CommandQueue, Errand, Forming, Placing, Queued
 from cluster.rank.contact_store import ContactStore
 from cluster.rank.event_queue import EventQueue
-from cluster.rank.hand_over_threads import HandOverThreads, Connect, connect
+from cluster.rank.hand_over_threads import Connect, HandOverThreads, connect
 from cluster.rank.rank_reports import WindowCutter, failure_of, group_state, loaded_report, rank_report
 from epslots.config import LOAD_DEADLINE_S
 from epslots.devices import cpu_share, make_current, resolve_device, wait_for_freed_memory
@@ -83,9 +81,7 @@ class RankLoop:
         hand_overs: those under way.
     """
 
-    def __init__(
-        self, form: FormTransport, clock: Callable[[], float] = time.monotonic, connect: Connect = connect
-    ) -> None:
+    def __init__(self, form: FormTransport, clock: Callable[[], float] = time.monotonic, connect: Connect = connect) -> None:
         self._form_transport = form
         self._thread = threading.Thread(target=self._main, name="epslots-steps", daemon=True)
         self._news = threading.Condition()
@@ -271,7 +267,7 @@ class RankLoop:
             self._send(Outputs((Output(request.id, (), True, "error", str(error), assignment=request.assignment),)))
 
     def _set_placement(self, placing: Placing) -> None:
-        """Offer a placement to the group, which adopts it once all ranks have it; all reject an impossible one alike."""
+        """Offer a placement to the group, which follows it once all ranks have it; all reject an impossible one alike."""
         group = group_of(self._loaded_engine.model)
         if group is None or not self._serving or group.transport.epoch != placing.epoch:
             return
@@ -396,5 +392,5 @@ class RankLoop:
         self._events.send(event)
 
     def events(self, term: int = 0) -> bytes | None:
-        """Wait for events, and take all of them when it is time; returns None once a newer driver's term has begun."""
+        """Wait for events, and take all of them; None once a newer driver's term has begun."""
         return self._events.take(term)

@@ -3,7 +3,7 @@
 The source holds its request between two steps, and the target makes room between two of its own. Then the bytes go as in
 ``rank/cache_exchange.py``: between two steps the source reads as many pieces as its ``CopyBudget`` allows, and the target
 writes as many when all of these have come. Those of a prompt that is being computed follow its steps. Pieces of a rank take
-turns on its link. Copies delay no step.
+turns on its network. Copies delay no step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cluster.messages.hand_over import HandedOver
 from cluster.rank.copy_budget import CopyBudget
 from cluster.simulation.simulated_rank import SimulatedRank
 from epslots.generation.cache_image import CacheImage
-from epslots.link_sizes import BYTES_IN_FLIGHT, PIECE_BYTES
+from epslots.piece_sizes import BYTES_IN_FLIGHT, PIECE_BYTES
 from epslots.simulation.grouped_cluster import GroupedCluster
 
 _IN_FLIGHT = BYTES_IN_FLIGHT // PIECE_BYTES
@@ -100,7 +100,7 @@ class CacheTransfers:
         self._growing: dict[int, list[_Transfer]] = {}
         """By source: those that wait for its prompts."""
         self._free_s = [0.0] * len(ranks)
-        """When each rank's link is free."""
+        """When each rank's network is free."""
 
     def take(self, number: int, target: int) -> None:
         """A rank is to take the cache of a hand-over."""
@@ -193,7 +193,7 @@ class CacheTransfers:
             self._at(now_s + self._cluster.hand_over.fixed_s, partial(self._complete, one))
 
     def _carry(self, one: _Transfer, nbytes: int, now_s: float) -> float:
-        """When a piece is there: it goes as soon as both links are free."""
+        """When a piece is there: it goes as soon as both ranks' networks are free."""
         timing, source, target = self._cluster.hand_over, one.source, one.target
         same_node = self._cluster.node_of(source) == self._cluster.node_of(target)
         begins_s = max(now_s, self._free_s[source], self._free_s[target])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from epslots.link_sizes import PIECE_BYTES
+from epslots.piece_sizes import PIECE_BYTES
 from epslots.planner.cost_model import Costs
 
 
@@ -116,8 +116,8 @@ HOST_COPY_BYTES_S = 10e9
 class HandOverTiming:
     """How long a request's cache takes from one rank to another, piece by piece.
 
-    A piece goes out of its device, is copied into the link's memory, goes over the network between two nodes, is copied out of
-    that memory, and goes into the other device. While one is in a stage, another is in the next.
+    A piece goes out of its device, is copied into a connection's memory, crosses the network between two nodes, is copied out
+    of that memory, and goes into the other device. While one is in a stage, another is in the next.
 
     Attributes:
         fixed_s: seconds of its messages.

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from epslots.errors import PeerLost
-from epslots.link_sizes import PIECE_BYTES
+from epslots.piece_sizes import PIECE_BYTES
 from epslots.transport.forming import connect_gloo
 from epslots.transport.gloo_operations import WaitingThread
 from epslots.transport.pair_connection import MOST_MESSAGE_BYTES, prove

@@ -20,7 +20,7 @@ from heapq import heappop, heappush
 import torch
 
 from epslots.errors import PeerLost
-from epslots.link_sizes import BYTES_IN_FLIGHT, PIECE_BYTES
+from epslots.piece_sizes import BYTES_IN_FLIGHT, PIECE_BYTES
 from epslots.transport.forming import seal
 from epslots.transport.pair_connection import MOST_MESSAGE_BYTES, prove
 
@@ -35,7 +35,7 @@ class MemoryConnection:
     """One end of a connection. Make it with ``open_source`` or ``open_target``.
 
     Args:
-        sock: to the other end.
+        sock: the socket to the other end.
         memory: shared with it, ``BYTES_IN_FLIGHT`` bytes; None = there are only messages yet.
     """
 
@@ -112,7 +112,7 @@ class MemoryConnection:
             while len(found) < count:
                 part = self._sock.recv(min(count - len(found), 1 << 20))
                 if not part:
-                    raise ConnectionResetError("its process has closed the sock, or has ended")
+                    raise ConnectionResetError("its process has closed the connection, or has ended")
                 found += part
         except OSError as error:
             raise self._lost(error) from error
@@ -162,7 +162,7 @@ def open_source(number: int, secret: bytes, form_s: float, deadline_s: float) ->
 
 
 def open_target(number: int, secret: bytes, form_s: float, deadline_s: float) -> MemoryConnection:
-    """The target's end of a hand-over's connection; waits for the source. Arguments and errors as ``open_source``."""
+    """The target's end of a hand-over's connection; waits for the source (see ``open_source``)."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
         listening.settimeout(form_s)
         try:

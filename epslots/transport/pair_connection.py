@@ -1,8 +1,8 @@
 """``PairConnection``: a connection of two processes beside their groups' exchanges, for bytes that may take their time.
 
-``MemoryConnection`` (``memory_connection.py``) joins processes of one machine through shared memory, ``GlooConnection`` (``gloo_connection.py``)
-any two by torch.distributed. A connection serves one hand-over; a further one makes its own. At most ``BYTES_IN_FLIGHT`` of pieces
-are sent and not yet released.
+``MemoryConnection`` joins processes of one machine through shared memory, ``GlooConnection`` any two by torch.distributed.
+A connection serves one hand-over; a further one makes its own. At most ``BYTES_IN_FLIGHT`` of pieces are sent and not yet
+released.
 """
 
 from __future__ import annotations

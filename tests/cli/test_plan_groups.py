@@ -9,8 +9,8 @@ import pytest
 
 from cluster.config import cluster_config
 from epslots.errors import ConfigError
-from epslots.link_sizes import PIECE_BYTES
 from epslots.models.known_shapes import known_shape
+from epslots.piece_sizes import PIECE_BYTES
 from epslots.rank_groups import RankGroups, divide_ranks
 from epslots.simulation.timing import DEVICES, HAND_OVER_FIXED_S, HOST_COPY_BYTES_S, LINK_SHARE
 

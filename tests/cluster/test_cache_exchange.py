@@ -10,7 +10,14 @@ import pytest
 import torch
 import xxhash
 
-from cluster.messages.hand_over import CacheAnswer, CacheOffer, CachePart, CacheSent, decode_cache_message, encode_cache_message
+from cluster.messages.hand_over import (
+    CacheAnswer,
+    CacheOffer,
+    CachePart,
+    CacheSent,
+    decode_cache_message,
+    encode_cache_message,
+)
 from cluster.rank import cache_exchange
 from cluster.rank.cache_exchange import send_cache, take_cache
 from cluster.rank.command_queue import NotYet
@@ -183,7 +190,9 @@ def test_a_target_touches_its_cache_between_steps_alone():
 def test_parts_that_lead_nowhere_are_refused(end: int, pieces: int, message: str):
     """Backwards, on the spot, or past the end: the target would wait for ever, or write beyond its room."""
     layout = Image(7).layout
-    connection = Connection([encode_cache_message(message) for message in (CacheOffer(layout), CachePart(3, 1), CachePart(end, pieces))])
+    connection = Connection(
+        [encode_cache_message(message) for message in (CacheOffer(layout), CachePart(3, 1), CachePart(end, pieces))]
+    )
 
     class Place:
         device = torch.device("cpu")

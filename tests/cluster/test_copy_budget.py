@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.rank.copy_budget import FIRST_BYTES_S, STEP_SHARE, CopyBudget
-from epslots.link_sizes import BYTES_IN_FLIGHT, PIECE_BYTES
+from epslots.piece_sizes import BYTES_IN_FLIGHT, PIECE_BYTES
 
 MOST = BYTES_IN_FLIGHT // PIECE_BYTES
 

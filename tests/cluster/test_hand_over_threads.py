@@ -1,4 +1,4 @@
-"""A rank's hand-overs beside its steps, with a batcher and connections that do as told: what ends early, and what begins later."""
+"""A rank's hand-overs beside its steps, with a batcher and connections as told: what ends early, and what begins later."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster.messages.hand_over import HandedOver, HandOver, HandOverContact, ConnectionOrder, TakeOver
+from cluster.messages.hand_over import ConnectionOrder, HandedOver, HandOver, HandOverContact, TakeOver
 from cluster.rank import hand_over_threads
 from cluster.rank.contact_store import ContactStore
 from cluster.rank.hand_over_threads import HandOverThreads

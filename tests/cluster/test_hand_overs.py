@@ -34,7 +34,7 @@ from cluster.messages.rank import Command, Outputs, Submit, decode_events, encod
 from cluster.rank.rank_loop import RankLoop
 from epslots.generation.batchers import batcher_for
 from epslots.generation.requests import Output, Request
-from epslots.link_sizes import PIECE_BYTES
+from epslots.piece_sizes import PIECE_BYTES
 from epslots.rank_groups import Role
 from tests.support import zoo
 from tests.support.clock_loop import ClockLoop

@@ -136,7 +136,7 @@ class Trouble:
     def __init__(self, backend: FakeBackend, number: int, *, source: bool, do: Callable[[WatchedConnection], None]) -> None:
         self.done = False
         self._number, self._source, self._do = number, source, do
-        backend.on_link = self._take
+        backend.on_connection = self._take
 
     def _take(self, connection: WatchedConnection) -> None:
         if not self.done and connection.source == self._source and connection.messages == self._number:
@@ -151,7 +151,7 @@ def test_a_cut_connection_costs_nothing(opened: tuple[Cluster, FakeBackend], fol
     cluster, backend = opened
     for number in range(1, 40):
         before = counts(cluster)
-        trouble = Trouble(backend, number, source=source, do=lambda connection: connection.connection.abort())
+        trouble = Trouble(backend, number, source=source, do=lambda connection: connection.inner.abort())
         assert tokens_of(cluster.generate(LONG[:1], max_new_tokens=40)) == expected(folder, LONG[:1], 40)
         if not trouble.done:
             break
@@ -189,7 +189,7 @@ def test_a_lost_rank_costs_no_token(open_cluster: Open, folder: Path, source: bo
     for number in range(1, 60) if EVERY_MESSAGE else some:
         trouble = Trouble(backend, number, source=source, do=lambda connection: connection.worker._die(known=True))
         assert tokens_of(cluster.generate(LONG[:1], max_new_tokens=40)) == expected(folder, LONG[:1], 40)
-        backend.on_link = lambda _: None
+        backend.on_connection = lambda _: None
         if not trouble.done:
             break
         serve_again(cluster, 2)
@@ -233,7 +233,7 @@ def test_a_target_lost_after_the_end_gives_back(opened: tuple[Cluster, FakeBacke
     cluster, backend = opened
 
     def die_soon(connection: WatchedConnection) -> None:
-        receive = connection.connection.receive
+        receive = connection.inner.receive
 
         def received() -> bytes:
             found = receive()
@@ -242,7 +242,7 @@ def test_a_target_lost_after_the_end_gives_back(opened: tuple[Cluster, FakeBacke
                 until(cluster, lambda: len(cluster._supervisor.groups[1].members) == 0)
             return found
 
-        connection.connection.receive = received
+        connection.inner.receive = received
 
     pieces = [3]
     Trouble(backend, 1, source=True, do=die_soon)
@@ -323,13 +323,13 @@ def test_bytes_that_changed_are_refused(opened: tuple[Cluster, FakeBackend], fol
     cluster, backend = opened
 
     def spoil(connection: WatchedConnection) -> None:
-        send_piece = connection.connection.send_piece
+        send_piece = connection.inner.send_piece
 
         def spoiled(data: Any) -> None:
             data[0] ^= 1
             send_piece(data)
 
-        connection.connection.send_piece = spoiled
+        connection.inner.send_piece = spoiled
 
     Trouble(backend, 1, source=True, do=spoil)
     assert tokens_of(cluster.generate(LONG[:1], max_new_tokens=40)) == expected(folder, LONG[:1], 40)

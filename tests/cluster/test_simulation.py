@@ -23,7 +23,7 @@ from cluster.simulation.trace_counts import TraceCounts
 from epslots.config import EngineConfig
 from epslots.errors import ConfigError
 from epslots.generation.cell_table import CellTable
-from epslots.link_sizes import BYTES_IN_FLIGHT, PIECE_BYTES
+from epslots.piece_sizes import BYTES_IN_FLIGHT, PIECE_BYTES
 from epslots.placement.rank_speeds import USUAL
 from epslots.planner.cache_policy import DEFAULT_POLICY, POLICIES
 from epslots.rank_groups import divide_ranks

@@ -42,7 +42,7 @@ PURE = (
     "rank.copy_budget",
     "rank.event_pace",
     "lasting.lease",
-    "lasting.records",
+    "lasting.descriptions",
     "serve.schema",
     "serve.answer_schema",
     "serve.request_settings",

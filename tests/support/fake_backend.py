@@ -86,21 +86,21 @@ class _Transport(LocalTransport):
 
 
 class WatchedConnection:
-    """A real link of a hand-over, whose every message and piece may meet with something.
+    """A real connection of a hand-over, whose every message and piece may meet with something.
 
     Attributes:
         messages: sent and received at this end until now.
     """
 
-    def __init__(self, link: PairConnection, worker: FakeWorker, source: bool, backend: FakeBackend) -> None:
-        self.link, self.worker, self.source, self.messages = link, worker, source, 0
+    def __init__(self, connection: PairConnection, worker: FakeWorker, source: bool, backend: FakeBackend) -> None:
+        self.inner, self.worker, self.source, self.messages = connection, worker, source, 0
         self._backend = backend
-        self.abort = link.abort
+        self.abort = connection.abort
 
     def __getattr__(self, name: str) -> Any:
         self.messages += 1
-        self._backend.on_link(self)
-        return getattr(self.link, name)
+        self._backend.on_connection(self)
+        return getattr(self.inner, name)
 
 
 class FakeWorker:
@@ -304,7 +304,7 @@ class FakeBackend:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.workers: dict[int, FakeWorker] = {}
         self.faults_done: list[tuple[int, Fault]] = []
-        self.on_link: Callable[[WatchedConnection], None] = lambda _: None
+        self.on_connection: Callable[[WatchedConnection], None] = lambda _: None
         """Called before each message of a hand-over, in its thread."""
         self.bundles = 0
         self.closed = False

@@ -1,4 +1,4 @@
-"""Connections of two processes: bytes arrive as they were sent, a bounded number at a time; strangers and lost ends are noticed."""
+"""Connections of two processes: bytes arrive as sent, a bounded number at a time; strangers and lost ends are seen."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch.distributed import HashStore
 
 from epslots.errors import PeerLost
-from epslots.link_sizes import PIECE_BYTES
+from epslots.piece_sizes import PIECE_BYTES
 from epslots.transport import memory_connection, pair_connection
 from epslots.transport.gloo_connection import open_gloo_connection
 from epslots.transport.memory_connection import _CELLS as CELLS
@@ -187,12 +187,13 @@ def test_strangers_are_refused():
     assert memory_connection._address(7, SECRET) != memory_connection._address(7, OTHER)
     source, target = together(*ends_of("memory", 7))
     found = together(
-        partial(pair_connection.prove, source, OTHER, 7, source=True), partial(pair_connection.prove, target, SECRET, 7, source=False)
+        partial(pair_connection.prove, source, OTHER, 7, source=True),
+        partial(pair_connection.prove, target, SECRET, 7, source=False),
     )
     assert all(isinstance(error, PeerLost) for error in found)
 
 
-def test_foreign_messages_end_a_link():
+def test_foreign_messages_end_a_connection():
     source, target = together(*ends_of("memory", 8))
     source.send(b"a message")
     with pytest.raises(PeerLost, match="was due"):
@@ -207,7 +208,7 @@ def test_foreign_messages_end_a_link():
         target.receive_piece(8)
 
 
-def test_memory_is_gone_with_its_link():
+def test_memory_is_gone_with_its_connection():
     """Nothing has a name: no file, no socket and no descriptor is left."""
     gc.collect()
     before = set(Path("/proc/self/fd").iterdir())
