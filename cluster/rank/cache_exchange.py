@@ -114,7 +114,7 @@ class _PartReader:
 
 
 def send_cache(connection: PairConnection, image: CacheImage, between_steps: BetweenSteps, budget: CopyBudget) -> SendingTimes:
-    """Send a held request's cache, or that of a prompt as it is computed; returns when the target has all of it.
+    """Send the cache of a held request, or of a prompt while it is computed. Returns when the target has all of it.
 
     Args:
         budget: of this rank.

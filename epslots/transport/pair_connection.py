@@ -45,7 +45,7 @@ class PairConnection(Protocol):
         ...
 
     def release(self, pieces: int) -> None:
-        """The oldest of the pieces that were received are of no more use: the source may send as many further ones."""
+        """Free the memory of the oldest pieces that were received. The source may send as many more."""
         ...
 
     def abort(self) -> None:

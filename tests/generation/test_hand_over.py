@@ -286,7 +286,7 @@ class TestRoom:
         assert source.hold(LONG.id) is None and not source.prompts(), "its batch is prepared"
         source.step()
         image = source.hold(LONG.id)
-        assert image is not None and source.prompts() == [(LONG.id, 32, 28)]
+        assert image is not None and source.prompts() == [(LONG.id, 32, 28, 0)]
         assert (image.advance(), image.layout.tokens) == (32, 60)
         assert source.prepare()
         assert image.advance() == 32
