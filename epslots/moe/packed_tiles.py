@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 from epslots.moe import vector_code as code
 from epslots.moe.code_kinds import KINDS, RUN, SCALES, CodeKind
-from epslots.moe.product_tiles import emits, for_each, looped
+from epslots.moe.product_tiles import ROW_BLOCK, emits, for_each, looped
 from epslots.moe.vector_code import F32, I8, I32, I64, LANES, Value
 from epslots.moe.weight_forms import FORMS, BFloat16PairForm, WeightForm
 
@@ -68,7 +68,7 @@ def _unpack_row(b: Any, halved: int, kind: CodeKind, form: WeightForm, *args: Va
             if rest is not None:
                 stored = b.select(b.icmp_unsigned(">", b.add(column, I64(RUN)), held), rest, stored)
             if table is not None:
-                form.store_looked_up(b, table, stored, code.offset(b, out, column, form.weight_bytes))
+                form.store_looked_up(b, table, stored, code.offset(b, out, column, form.weight_bytes), alike=not halved)
                 return []
             numbers = [kind.read(b, stored, middles[half * halved])[half] for half in range(2)]
             values = [b.fmul(*each) for each in zip(numbers, factors, strict=True)]
@@ -110,62 +110,79 @@ def unpack_row(context, halved, kind, form, codes, ahead, scales, zeros, width, 
     return emits(_unpack_row, halved, kind, form, codes, ahead, scales, zeros, width, columns, held, out, constants=1)
 
 
-_MOST_ROWS = max(kind.few for kind in KINDS.values()) if code.host_has("avx512bf16") else 0
+_MOST_ROWS = ROW_BLOCK if code.host_has("avx512bf16") else 0
 
 
 def tiled_rows(kind: int) -> int:
     """Inputs up to which ``codes_tile`` multiplies them with codes of a kind; 0 = none."""
-    return min(_MOST_ROWS, KINDS[kind].few)
+    return _MOST_ROWS if _can_be_tiled(KINDS[kind]) else 0
+
+
+def _can_be_tiled(kind: CodeKind) -> bool:
+    return kind.words is not None or kind.table is not None
 
 
 @for_each({rows: rows for rows in range(1, _MOST_ROWS + 1)})
-@for_each(KINDS)
+@for_each({number: kind for number, kind in KINDS.items() if _can_be_tiled(kind)})
 def _codes_tile(b: Any, halved: int, rows: int, kind: CodeKind, *args: Value) -> None:
-    if rows > kind.few:
-        return
     codes, far, ahead, scales, zeros, width, columns, inputs, row_stride, out, out_stride, out_far = args
     form, starts = BFloat16PairForm(), [codes, b.add(codes, far)]
     starts_x = [code.offset(b, inputs, I64(row), row_stride) for row in range(rows)]
-    scales_far = b.mul(zeros, I64(2))
+    scales_far, rounds = b.mul(zeros, I64(2)), kind.table is not None and rows > kind.few
+    joins = kind.words is not None and not halved
 
     def block(position: Value, scale: Value, *totals: Value) -> list[Value]:
         places = [[b.add(b.add(scale, far), I64(4 * half * halved)) for half in range(2)] for far in (I64(0), scales_far)]
-        tables = [_table_of(b, form, kind, [b.add(place, zeros) for place in side]) for side in places]
+        factors = [[code.splat(b, code.load(b, place, F32, 4)) for place in side[: 1 + halved]] for side in places]
+        looks_up = None
+        if kind.table is not None:
+            sides = zip(places, factors, strict=True)
+            looks_up = [_table_of(b, form, kind, [b.add(place, zeros) for place in side[: 1 + halved]], own if rounds else None) for side, own in sides]
 
         def run(column: Value, *sums: Value) -> list[Value]:
-            results = list(sums)
+            stored = [b.add(start, b.lshr(column, I64(1)) if kind.nibbles else column) for start in starts]
+            for at in stored:
+                code.prefetch(b, b.add(at, ahead))
+            if looks_up is not None:
+                words = [form.looked_up(b, table, at, alike=alike) for (table, alike), at in zip(looks_up, stored)]
+            else:
+                words = kind.words(b, stored)
             x = [form.inputs(b, code.offset(b, start, column, form.row_bytes)) for start in starts_x]
-            for side in range(2):
-                stored = b.add(starts[side], b.lshr(column, I64(1)) if kind.nibbles else column)
-                code.prefetch(b, b.add(stored, ahead))
-                words = [form.looked_up(b, tables[side], stored)] if kind.words is None else kind.words(b, stored)
-                for row in range(rows):
-                    for word in words:
-                        results[2 * row + side] = form.multiply(b, word, x[row], results[2 * row + side])
-            return results
+            return [form.multiply(b, words[i % 2], x[i // 2], total) for i, total in enumerate(sums)]
 
-        end, nothing = b.add(position, width), [code.constant(F32, 0.0)] * (2 * rows)
+        end = b.add(position, width)
         last = b.select(b.icmp_unsigned("<", end, columns), end, columns)
-        sums = looped(b, position, I64(RUN), last, nothing, run)
-        factors = [_factor_of(b, side) for side in places]
-        return [b.add(scale, I64(4 << halved)), *(code.fma(b, one, factors[i % 2], totals[i]) for i, one in enumerate(sums))]
+        if rounds:
+            return [b.add(scale, I64(4 << halved)), *looped(b, position, I64(RUN), last, list(totals), run)]
+        sums = looped(b, position, I64(RUN), last, [code.constant(F32, 0.0)] * (2 * rows), run)
+        if not joins:
+            both = [_in_halves(b, side[0], side[-1]) for side in factors]
+            scaled = [code.fma(b, one, both[i % 2], totals[i]) for i, one in enumerate(sums)]
+        else:
+            factor = _in_halves(b, factors[0][0], factors[1][0])
+            scaled = [code.fma(b, one.value, factor, total) for one, total in zip(code.halved(b, code.partial_sums(sums)), totals)]
+        return [b.add(scale, I64(4 << halved)), *scaled]
 
-    _, *sums = looped(b, I64(0), width, columns, [scales, *[code.constant(F32, 0.0)] * (2 * rows)], block, whole=False)
-    for i, total in enumerate(code.sums_across(b, sums)):
+    nothing = [code.constant(F32, 0.0)] * (rows if joins else 2 * rows)
+    _, *totals = looped(b, I64(0), width, columns, [scales, *nothing], block, whole=False)
+    level = code.partial_sums(totals)
+    if joins:
+        held = [[(2 * row + side, lane) for side in range(2) for lane in range(LANES // 2)] for row in range(rows)]
+        level = [code.PartialSums(*each) for each in zip(totals, held)]
+    for i, total in enumerate(code.sums_of(b, level)):
         place = code.offset(b, out, I64(i // 2), out_stride)
         code.store(b, total, b.add(place, out_far) if i % 2 else place, 4)
 
 
-def _table_of(b: Any, form: BFloat16PairForm, kind: CodeKind, zeros: list[Value]) -> Any:
-    """What codes of both halves of a run are looked up in; None if they aren't."""
-    if kind.table is None:
-        return None
-    return form.make_table(b, [kind.table(b, code.splat(b, code.load(b, zero, F32, 4))) for zero in zeros])
+def _table_of(b: Any, form: BFloat16PairForm, kind: CodeKind, zeros: list[Value], factors):
+    """What codes of both halves of a run are looked up in, and whether both are looked up in the same."""
+    tables = [kind.table(b, code.splat(b, code.load(b, zero, F32, 4))) for zero in zeros]
+    if factors is not None:
+        tables = [b.fmul(table, factor) for table, factor in zip(tables, factors)]
+    return form.make_table(b, [tables[0], tables[-1]]), tables[0] == tables[-1]
 
 
-def _factor_of(b: Any, scales: list[Value]) -> Value:
-    """The scale of each lane of a run's sums: the first half's lanes hold the first half of its columns."""
-    first, second = (code.splat(b, code.load(b, scale, F32, 4)) for scale in scales)
+def _in_halves(b: Any, first: Value, second: Value) -> Value:
     half = LANES // 2
     return b.shuffle_vector(first, second, ir.Constant(code.vector(I32), [*range(half), *range(LANES + half, 2 * LANES)]))
 
