@@ -4,7 +4,8 @@
 
 Codes of 4 bits are looked up in a register where the processor can (AVX-512): in a table of a block's sixteen weights. Others
 yield the code's value over a power of two, ``factor``, which enters the scale: the float's bits are moved into those of a
-float16, which is converted exactly. To add a kind, add an entry in ``KINDS``.
+float16, which is converted exactly; or both bytes of a bfloat16 are looked up (``words``). To add a kind, add an entry in
+``KINDS``.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class CodeKind(NamedTuple):
         middle: the zero of blocks that have none.
         read: the numbers of a run of codes less their zero (all lanes), as two vectors in the order of columns.
         table: the numbers of all codes less a zero; None if they aren't looked up.
-        words: bfloat16 numbers of the runs of codes at two addresses, a vector each; None if there is a table, or no instruction.
-        few: rows up to which it takes less time to scale a block's sums than its table (Zen 4).
+        words: a vector of bfloat16 numbers for the run of codes at each of two addresses; None if there is a table, or the
+            processor can't look up bytes (AVX512-VBMI).
     """
 
     nibbles: bool
@@ -46,7 +47,6 @@ class CodeKind(NamedTuple):
     read: Callable[[Any, Value, Value], list[Value]]
     table: Callable[[Any, Value], Value] | None = None
     words: Callable[[Any, Sequence[Value]], list[Value]] | None = None
-    few: int = 2
 
 
 def _e4m3(b: Any, codes: Value, lanes: int) -> list[Value]:
@@ -76,36 +76,33 @@ def _read_int8(b: Any, address: Value, zero: Value) -> list[Value]:
 
 def _words_e4m3(b: Any, addresses: Sequence[Value]) -> list[Value]:
     codes = _in_eights(b, addresses)
-    return _signed_words(b, [code.look_up_bytes(b, tables, codes) for tables in _E4M3_BYTES], codes)
+    return _signed_words(b, codes, *(code.look_up_bytes(b, tables, codes) for tables in _E4M3_BYTES))
 
 
 def _words_int8(b: Any, addresses: Sequence[Value]) -> list[Value]:
-    """The magnitude of -128 has the index of 0, and the same low byte."""
+    """-128 has the index of 0, and the same low byte."""
     codes = _in_eights(b, addresses)
     magnitudes = b.select(b.icmp_signed("<", codes, _byte(0)), b.neg(codes), codes)
     low, high = (code.look_up_bytes(b, tables, magnitudes) for tables in _INT8_BYTES)
-    high = b.select(b.icmp_unsigned("==", codes, _byte(128)), _byte(_bfloat16_bits(128.0) >> 8), high)
-    return _signed_words(b, [low, high], codes)
+    is_least = b.icmp_unsigned("==", codes, _byte(128))
+    return _signed_words(b, codes, low, b.select(is_least, _byte(_bfloat16_bits(128.0) >> 8), high))
 
 
 def _in_eights(b: Any, addresses: Sequence[Value]) -> Value:
-    """A run of codes at each of two addresses, by turns eight of each, as ``_signed_words`` takes them."""
-    first, second = (code.load(b, address, code.vector(I8, RUN)) for address in addresses)
-    places = [RUN * side + 8 * part + lane for part in range(RUN // 8) for side in range(2) for lane in range(8)]
-    return _bytes_at(b, first, second, places)
+    """The runs of codes at two addresses in one vector, by turns eight of each: as ``_signed_words`` takes them."""
+    runs = [code.load(b, address, code.vector(I8, RUN)) for address in addresses]
+    return _bytes_of(b, *runs, [RUN * side + 8 * part + lane for part in range(4) for side in range(2) for lane in range(8)])
 
 
-def _signed_words(b: Any, magnitudes: Sequence[Value], codes: Value) -> list[Value]:
-    """Numbers with the codes' signs, by the low and the high bytes of magnitudes: a vector of those at each address."""
-    low, high = magnitudes[0], b.or_(magnitudes[1], b.and_(codes, _byte(128)))
-    words = []
-    for side in range(2):  # this order is an instruction's: pairs of bytes in each sixteen
-        places = [16 * part + 8 * side + lane + 2 * RUN * byte for part in range(RUN // 8) for lane in range(8) for byte in range(2)]
-        words.append(b.bitcast(_bytes_at(b, low, high, places), BF16_PAIRS))
-    return words
+def _signed_words(b: Any, codes: Value, low: Value, high: Value) -> list[Value]:
+    """Numbers by both bytes of their magnitudes, with the codes' signs: those of each run in a vector."""
+    high = b.or_(high, b.and_(codes, _byte(128)))
+    # An instruction's order, which pairs the bytes of each eight.
+    places = [16 * part + lane + 2 * RUN * byte for part in range(4) for lane in range(8) for byte in range(2)]
+    return [b.bitcast(_bytes_of(b, low, high, [8 * side + place for place in places]), BF16_PAIRS) for side in range(2)]
 
 
-def _bytes_at(b: Any, first: Value, second: Value, places: Sequence[int]) -> Value:
+def _bytes_of(b: Any, first: Value, second: Value, places: Sequence[int]) -> Value:
     return b.shuffle_vector(first, second, ir.Constant(code.vector(I32, 2 * RUN), list(places)))
 
 
@@ -113,11 +110,11 @@ def _byte(value: int) -> Value:
     return code.constant(I8, value, 2 * RUN)
 
 
-def _byte_tables(magnitudes: Sequence[float]) -> list[list[Value]]:
+def _byte_tables(numbers: Sequence[float]) -> list[list[Value]]:
     """The low bytes of 128 bfloat16 numbers in two vectors, and the high ones."""
-    words = [_bfloat16_bits(magnitude) for magnitude in magnitudes]
-    halves, lanes = (words[: 2 * RUN], words[2 * RUN :]), code.vector(I8, 2 * RUN)
-    return [[ir.Constant(lanes, [word >> shift & 255 for word in half]) for half in halves] for shift in (0, 8)]
+    words = [_bfloat16_bits(number) for number in numbers]
+    halves, kind = (words[: 2 * RUN], words[2 * RUN :]), code.vector(I8, 2 * RUN)
+    return [[ir.Constant(kind, [word >> shift & 255 for word in half]) for half in halves] for shift in (0, 8)]
 
 
 def _bfloat16_bits(value: float) -> int:

@@ -1,13 +1,15 @@
 """The inner loops of products with packed matrices (``code_kinds.py``): one unpacks a row, for products that read it then.
 
-Another multiplies bfloat16 inputs with codes, and the sums of a block with its scale: for a row or two that takes half of the
-time, on processors that multiply pairs of bfloat16 numbers. Weights aren't rounded there.
+Another multiplies up to eight bfloat16 inputs with codes that become numbers in registers, where the processor multiplies
+pairs of these. It scales the sums of a block, so weights aren't rounded. For more than two inputs it scales a table instead, if
+codes are looked up in one, to the weights of ``unpack_row``.
 
 A row's scales and zeros are written down first, as two floats a block of columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -110,81 +112,91 @@ def unpack_row(context, halved, kind, form, codes, ahead, scales, zeros, width, 
     return emits(_unpack_row, halved, kind, form, codes, ahead, scales, zeros, width, columns, held, out, constants=1)
 
 
+_HALF = LANES // 2
 _MOST_ROWS = ROW_BLOCK if code.host_has("avx512bf16") else 0
+_TILED = {number: kind for number, kind in KINDS.items() if kind.words is not None or kind.table is not None}
+# Inputs up to which scaling a block's sums takes less time than scaling its table (Zen 4).
+_UNROUNDED = 2
 
 
 def tiled_rows(kind: int) -> int:
     """Inputs up to which ``codes_tile`` multiplies them with codes of a kind; 0 = none."""
-    return _MOST_ROWS if _can_be_tiled(KINDS[kind]) else 0
-
-
-def _can_be_tiled(kind: CodeKind) -> bool:
-    return kind.words is not None or kind.table is not None
+    return _MOST_ROWS if kind in _TILED else 0
 
 
 @for_each({rows: rows for rows in range(1, _MOST_ROWS + 1)})
-@for_each({number: kind for number, kind in KINDS.items() if _can_be_tiled(kind)})
+@for_each(_TILED)
 def _codes_tile(b: Any, halved: int, rows: int, kind: CodeKind, *args: Value) -> None:
     codes, far, ahead, scales, zeros, width, columns, inputs, row_stride, out, out_stride, out_far = args
     form, starts = BFloat16PairForm(), [codes, b.add(codes, far)]
     starts_x = [code.offset(b, inputs, I64(row), row_stride) for row in range(rows)]
-    scales_far, rounds = b.mul(zeros, I64(2)), kind.table is not None and rows > kind.few
-    joins = kind.words is not None and not halved
+    rounds, joins = kind.table is not None and rows > _UNROUNDED, kind.words is not None and not halved
 
     def block(position: Value, scale: Value, *totals: Value) -> list[Value]:
-        places = [[b.add(b.add(scale, far), I64(4 * half * halved)) for half in range(2)] for far in (I64(0), scales_far)]
-        factors = [[code.splat(b, code.load(b, place, F32, 4)) for place in side[: 1 + halved]] for side in places]
-        looks_up = None
-        if kind.table is not None:
-            sides = zip(places, factors, strict=True)
-            looks_up = [_table_of(b, form, kind, [b.add(place, zeros) for place in side[: 1 + halved]], own if rounds else None) for side, own in sides]
+        sides = scale, b.add(scale, b.mul(zeros, I64(2)))
+        places = [[b.add(side, I64(4 * half * halved)) for half in range(2)] for side in sides]
+        factors = [_splats(b, side) for side in places]
+        tables = [_table(b, kind, _splats(b, [b.add(place, zeros) for place in side])) for side in places]
+        if rounds:
+            tables = [[b.fmul(*each) for each in zip(*both, strict=True)] for both in zip(tables, factors, strict=True)]
+        joined = [form.make_table(b, table) if table else None for table in tables]
 
         def run(column: Value, *sums: Value) -> list[Value]:
+            x = [form.inputs(b, code.offset(b, start, column, form.row_bytes)) for start in starts_x]
             stored = [b.add(start, b.lshr(column, I64(1)) if kind.nibbles else column) for start in starts]
             for at in stored:
                 code.prefetch(b, b.add(at, ahead))
-            if looks_up is not None:
-                words = [form.looked_up(b, table, at, alike=alike) for (table, alike), at in zip(looks_up, stored)]
+            if kind.words is None:
+                alike = not halved or tables[0][0] == tables[0][1]
+                words = [form.looked_up(b, *each, alike=alike) for each in zip(joined, stored, strict=True)]
             else:
                 words = kind.words(b, stored)
-            x = [form.inputs(b, code.offset(b, start, column, form.row_bytes)) for start in starts_x]
             return [form.multiply(b, words[i % 2], x[i // 2], total) for i, total in enumerate(sums)]
 
         end = b.add(position, width)
-        last = b.select(b.icmp_unsigned("<", end, columns), end, columns)
+        last, following = b.select(b.icmp_unsigned("<", end, columns), end, columns), b.add(scale, I64(4 << halved))
         if rounds:
-            return [b.add(scale, I64(4 << halved)), *looped(b, position, I64(RUN), last, list(totals), run)]
+            return [following, *looped(b, position, I64(RUN), last, list(totals), run)]
         sums = looped(b, position, I64(RUN), last, [code.constant(F32, 0.0)] * (2 * rows), run)
-        if not joins:
-            both = [_in_halves(b, side[0], side[-1]) for side in factors]
-            scaled = [code.fma(b, one, both[i % 2], totals[i]) for i, one in enumerate(sums)]
-        else:
-            factor = _in_halves(b, factors[0][0], factors[1][0])
-            scaled = [code.fma(b, one.value, factor, total) for one, total in zip(code.halved(b, code.partial_sums(sums)), totals)]
-        return [b.add(scale, I64(4 << halved)), *scaled]
+        return [following, *_add_scaled(b, joins, sums, factors, totals)]
 
-    nothing = [code.constant(F32, 0.0)] * (rows if joins else 2 * rows)
-    _, *totals = looped(b, I64(0), width, columns, [scales, *nothing], block, whole=False)
-    level = code.partial_sums(totals)
-    if joins:
-        held = [[(2 * row + side, lane) for side in range(2) for lane in range(LANES // 2)] for row in range(rows)]
-        level = [code.PartialSums(*each) for each in zip(totals, held)]
-    for i, total in enumerate(code.sums_of(b, level)):
+    zero = [code.constant(F32, 0.0)] * (rows if joins else 2 * rows)
+    _, *totals = looped(b, I64(0), width, columns, [scales, *zero], block, whole=False)
+    for i, total in enumerate(_results(b, joins, totals)):
         place = code.offset(b, out, I64(i // 2), out_stride)
         code.store(b, total, b.add(place, out_far) if i % 2 else place, 4)
 
 
-def _table_of(b: Any, form: BFloat16PairForm, kind: CodeKind, zeros: list[Value], factors):
-    """What codes of both halves of a run are looked up in, and whether both are looked up in the same."""
-    tables = [kind.table(b, code.splat(b, code.load(b, zero, F32, 4))) for zero in zeros]
-    if factors is not None:
-        tables = [b.fmul(table, factor) for table, factor in zip(tables, factors)]
-    return form.make_table(b, [tables[0], tables[-1]]), tables[0] == tables[-1]
+def _splats(b: Any, places: list[Value]) -> list[Value]:
+    return [code.splat(b, code.load(b, place, F32, 4)) for place in places]
+
+
+def _table(b: Any, kind: CodeKind, zeros: list[Value]) -> list[Value]:
+    """What codes of both halves of a run are looked up in; nothing if they aren't."""
+    return [] if kind.table is None else [kind.table(b, zero) for zero in zeros]
+
+
+def _add_scaled(b: Any, joins: bool, sums: list[Value], factors: list[list[Value]], totals: Sequence[Value]) -> list[Value]:
+    """Totals plus a block's sums times its scales; ``joins``: both sides' are halved and share a vector, and a register."""
+    if joins:
+        sums = [each.value for each in code.halved(b, code.partial_sums(sums))]
+        scales = [_in_halves(b, factors[0][0], factors[1][0])]
+    else:
+        scales = [_in_halves(b, *side) for side in factors]
+    return [code.fma(b, one, scales[i % len(scales)], totals[i]) for i, one in enumerate(sums)]
 
 
 def _in_halves(b: Any, first: Value, second: Value) -> Value:
-    half = LANES // 2
-    return b.shuffle_vector(first, second, ir.Constant(code.vector(I32), [*range(half), *range(LANES + half, 2 * LANES)]))
+    """The lower lanes of one vector, and the upper ones of another: a run's sums hold its columns' halves so."""
+    return b.shuffle_vector(first, second, ir.Constant(code.vector(I32), [*range(_HALF), *range(LANES + _HALF, 2 * LANES)]))
+
+
+def _results(b: Any, joins: bool, totals: list[Value]) -> list[Value]:
+    """The results of each input with both sides."""
+    if not joins:
+        return code.sums_across(b, totals)
+    held = [[(2 * row + side, lane) for side in range(2) for lane in range(_HALF)] for row in range(len(totals))]
+    return code.sums_of(b, [code.PartialSums(*each) for each in zip(totals, held, strict=True)])
 
 
 @intrinsic(prefer_literal=True)
