@@ -1,8 +1,8 @@
 """The inner loops of products with packed matrices (``code_kinds.py``): one unpacks a row, for products that read it then.
 
 Another multiplies up to eight bfloat16 inputs with codes that become numbers in registers, where the processor multiplies
-pairs of these. It scales the sums of a block, so weights aren't rounded. For more than two inputs, where codes are looked up in
-a table, it scales that instead, to the weights of ``unpack_row``.
+pairs of these. It scales the sums of a block, so weights aren't rounded. For more than two inputs, where codes are looked up
+in a table, it scales that instead, to the weights of ``unpack_row``.
 
 A row's scales and zeros are written down first, as two floats a block of columns.
 """
