@@ -172,12 +172,12 @@ def _splats(b: Any, places: list[Value]) -> list[Value]:
 
 
 def _table(b: Any, kind: CodeKind, zeros: list[Value]) -> list[Value]:
-    """What codes of both halves of a run are looked up in; nothing if they aren't."""
+    """The tables of the codes of both halves of a run; none if codes aren't looked up."""
     return [] if kind.table is None else [kind.table(b, zero) for zero in zeros]
 
 
 def _add_scaled(b: Any, joins: bool, sums: list[Value], factors: list[list[Value]], totals: Sequence[Value]) -> list[Value]:
-    """Totals plus a block's sums times its scales; ``joins``: both sides' are halved and share a vector, and a register."""
+    """Add a block's sums times its scales to totals; ``joins``: those of both sides are halved, and share a register."""
     if joins:
         sums = [each.value for each in code.halved(b, code.partial_sums(sums))]
         scales = [_in_halves(b, factors[0][0], factors[1][0])]
@@ -187,7 +187,7 @@ def _add_scaled(b: Any, joins: bool, sums: list[Value], factors: list[list[Value
 
 
 def _in_halves(b: Any, first: Value, second: Value) -> Value:
-    """The lower lanes of one vector, and the upper ones of another: a run's sums hold its columns' halves so."""
+    """The lower lanes of one vector with the upper ones of another."""
     return b.shuffle_vector(first, second, ir.Constant(code.vector(I32), [*range(_HALF), *range(LANES + _HALF, 2 * LANES)]))
 
 
