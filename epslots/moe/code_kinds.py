@@ -90,8 +90,10 @@ def _words_int8(b: Any, addresses: Sequence[Value]) -> list[Value]:
 
 def _in_eights(b: Any, addresses: Sequence[Value]) -> Value:
     """The runs of codes at two addresses in one vector, by turns eight of each: as ``_signed_words`` takes them."""
-    runs = [code.load(b, address, code.vector(I8, RUN)) for address in addresses]
-    return _bytes_of(b, *runs, [RUN * side + 8 * part + lane for part in range(4) for side in range(2) for lane in range(8)])
+    first, second = (code.load(b, address, code.vector(I8, RUN)) for address in addresses)
+    return _bytes_of(
+        b, first, second, [RUN * side + 8 * part + lane for part in range(4) for side in range(2) for lane in range(8)]
+    )
 
 
 def _signed_words(b: Any, codes: Value, low: Value, high: Value) -> list[Value]:

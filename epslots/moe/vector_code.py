@@ -98,7 +98,7 @@ def look_up_words(b: Any, table: Value, indices: Value) -> Value:
 
 
 def look_up_bytes(b: Any, tables: Sequence[Value], indices: Value) -> Value:
-    """Of 128 bytes in two tables the one whose number the lowest seven bits of each of 64 indices are (AVX512-VBMI)."""
+    """The bytes of a table of 128, in two vectors, at the lowest seven bits of each index (AVX512-VBMI)."""
     kinds = [vector(I8, 4 * LANES)] * 3
     look_up = intrinsic_of(b, "llvm.x86.avx512.vpermi2var.qi.512", kinds[0], kinds)
     return b.call(look_up, [tables[0], indices, tables[1]])
