@@ -356,14 +356,14 @@ def check_kv_tokens(given: object) -> None:
         raise ConfigError(f"kv_tokens={given!r}; allowed: an int, at least 0, or 'auto'")
 
 
-def check_count(name: str, given: object, least: int = 1) -> None:
+def check_count(name: str, given: object) -> None:
     """Refuse a number that counts nothing.
 
     Raises:
-        ConfigError: it isn't an int, or less than ``least``.
+        ConfigError: it isn't an int, or less than one.
     """
-    if not isinstance(given, int) or isinstance(given, bool) or given < least:
-        raise ConfigError(f"{name}={given!r}; allowed: an int, at least {least}")
+    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+        raise ConfigError(f"{name}={given!r}; allowed: an int, at least 1")
 
 
 Target = TypeVar("Target", bound=Callable[..., Any])

@@ -3,8 +3,9 @@
     weight = round((code - zero) * (group * row))
 
 Many rows have the bits that they have with unpacked slots (``vector_gemm.product``), unless columns are permuted: the same
-loops multiply, and what they read is in a core's cache. For a few rows, codes are multiplied as they are, in pairs of bfloat16
-numbers, and the sums of blocks scaled: only results are rounded. ``cache/unpacking.py`` is the twin.
+loops multiply, and what they read is in a core's cache. For up to eight rows of bfloat16, codes become numbers in registers.
+The sums of blocks are scaled then, if codes have 8 bits or if there is a row or two: only results are rounded.
+``cache/unpacking.py`` is the twin.
 """
 
 from __future__ import annotations

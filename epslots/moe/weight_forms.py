@@ -67,8 +67,12 @@ class WeightForm(Protocol):
         """The arguments of ``store_looked_up`` from the sixteen weights of the codes, in the first and in the second half."""
         ...
 
-    def store_looked_up(self, b: Any, table: Any, codes: Value, address: Value) -> None:
-        """Write the 32 weights whose codes of 4 bits lie at an address. The first half's are in the low bits of 16 bytes."""
+    def store_looked_up(self, b: Any, table: Any, codes: Value, address: Value, *, alike: bool) -> None:
+        """Write the 32 weights whose codes of 4 bits lie at an address. The first half's are in the low bits of 16 bytes.
+
+        Args:
+            alike: whether the table of both halves is the same.
+        """
         ...
 
 
@@ -109,7 +113,7 @@ class Float32Form:
     def make_table(self, b: Any, halves: Sequence[Value]) -> Any:
         return halves
 
-    def store_looked_up(self, b: Any, table: Any, codes: Value, address: Value) -> None:
+    def store_looked_up(self, b: Any, table: Any, codes: Value, address: Value, *, alike: bool) -> None:
         stored = b.zext(code.load(b, codes, code.vector(I8)), code.vector(I32))
         indices = stored, b.lshr(stored, code.constant(I32, 4))  # of which four bits count
         kinds = [code.vector(F32), code.vector(I32)]
@@ -163,16 +167,22 @@ class BFloat16PairForm(BFloat16Form):
         rounded = [b.bitcast(b.fptrunc(half, code.vector(BF16)), code.vector(I16)) for half in halves]
         return _joined(b, *rounded)
 
-    def store_looked_up(self, b: Any, table: Any, codes: Value, address: Value) -> None:
-        code.store(b, self.looked_up(b, table, codes), address)
+    def store_looked_up(self, b: Any, table: Any, codes: Value, address: Value, *, alike: bool) -> None:
+        code.store(b, self.looked_up(b, table, codes, alike=alike), address)
 
-    def looked_up(self, b: Any, table: Any, codes: Value) -> Value:
-        """The same 32 weights in a vector."""
-        stored = b.zext(code.load(b, codes, code.vector(I8)), code.vector(I16))
-        both = _joined(b, stored, b.lshr(stored, code.constant(I16, 4)))
-        second = ir.Constant(code.vector(I16, 2 * LANES), [0] * LANES + [LANES] * LANES)
-        index = b.or_(b.and_(both, code.constant(I16, 15, 2 * LANES)), second)
+    def looked_up(self, b: Any, table: Any, codes: Value, *, alike: bool) -> Value:
+        """The same 32 weights in a vector. Where both halves are alike, the fifth bit of an index doesn't matter."""
+        stored = code.load(b, codes, code.vector(I8))
+        twice = b.zext(_joined(b, stored, stored), code.vector(I16, 2 * LANES))
+        index = b.lshr(twice, _in_halves(0, 4))
+        if not alike:
+            index = b.or_(b.and_(index, _in_halves(15, 15)), _in_halves(0, LANES))
         return b.bitcast(code.look_up_words(b, table, index), BF16_PAIRS)
+
+
+def _in_halves(first: int, second: int) -> Value:
+    """One word in sixteen lanes, and another in the other sixteen."""
+    return ir.Constant(code.vector(I16, 2 * LANES), [first] * LANES + [second] * LANES)
 
 
 def _joined(b: Any, first: Value, second: Value) -> Value:

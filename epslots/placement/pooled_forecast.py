@@ -10,7 +10,6 @@ Pure. Legend of shape suffixes: L layers, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -41,14 +40,10 @@ class _Own:
 
 
 class PooledForecast:
-    """The forecast of some groups, named by any numbers.
+    """The forecast of some groups, named by any numbers."""
 
-    Args:
-        make: makes the forecast that learns from the windows of all.
-    """
-
-    def __init__(self, make: Callable[[], Forecast] = Forecast) -> None:
-        self._forecast = make()
+    def __init__(self) -> None:
+        self._forecast = Forecast()
         self._open: dict[int, tuple[IntArray, IntArray, int]] = {}
         """By group: a window that isn't learned from yet."""
         self._last: frozenset[int] = frozenset()

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.config import cluster_config
 from epslots.errors import ConfigError
-from epslots.models.known_shapes import known_shape
+from epslots.models.known_shapes import known_model
 from epslots.piece_sizes import PIECE_BYTES
 from epslots.rank_groups import RankGroups, divide_ranks
 from epslots.simulation.timing import DEVICES, HAND_OVER_FIXED_S, HOST_COPY_BYTES_S, LINK_SHARE
@@ -81,4 +81,4 @@ def test_a_cluster_divides_as_its_plan_does():
     assert divide_ranks(None, 2, 0, 0) is None
     with pytest.raises(ConfigError, match="decode_ranks=3; allowed with prefill_ranks"):
         divide_ranks(8, 1, 0, 3)
-    assert known_shape("qwen3-30b-a3b").token_bytes == 98_304
+    assert known_model("qwen3-30b-a3b")[0].token_bytes == 98_304

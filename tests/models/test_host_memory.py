@@ -12,7 +12,7 @@ from epslots.cache.ram_cells import least_ram
 from epslots.cli.plan import plan as plan_command
 from epslots.errors import ConfigError
 from epslots.models.host_memory import plan_host_memory
-from epslots.models.known_shapes import known_shape
+from epslots.models.known_shapes import known_model
 from epslots.models.memory_plan import MemoryPlan, plan_memory
 from epslots.units import SlotsSetting
 
@@ -25,7 +25,7 @@ USED = 64 * 2 * RECORD
 @pytest.fixture(scope="module")
 def quarter() -> MemoryPlan:
     """Grok-1 with a quarter of its slots."""
-    return plan_memory(known_shape("grok-1"), SlotsSetting(share=0.25), memory_bytes=None)
+    return plan_memory(known_model("grok-1")[0], SlotsSetting(share=0.25), memory_bytes=None)
 
 
 def test_all_experts_are_in_ram_or_on_disk(quarter: MemoryPlan):
