@@ -69,6 +69,7 @@ class Gathered(msgspec.Struct, frozen=True):
         busy_R: whether each rank's link is busy, bool [R].
         predicted_R: predicted usage of the next layer, 0 to 255, [R, as many as given]; undefined of ranks without one.
         parts: in how many the step is divided, the most that any rank needs.
+        arrived: the event after which ``predicted_R`` is on the host; None = it is.
     """
 
     counts_R: IntArray
@@ -76,6 +77,7 @@ class Gathered(msgspec.Struct, frozen=True):
     busy_R: NDArray[np.bool_]
     predicted_R: NDArray[Any]
     parts: int = 1
+    arrived: torch.cuda.Event | None = None
 
 
 class LockStep:

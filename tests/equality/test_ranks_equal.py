@@ -95,6 +95,7 @@ def test_ranks_that_hold_everything_wait_for_fetches_in_flight(checkpoint: Check
             slots = loader.pool.slot_of[0, first].copy()
             loader.fetch(0, first, slots, first, urgent=False)
             assert loader.in_flight[slots].all()
+    grouped.form()
     compare(grouped, Reference(folder))
 
 
