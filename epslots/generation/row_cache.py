@@ -361,7 +361,7 @@ class RowCache:
             for part in (layer, *layer.rows):
                 part.end()
         whole, *single = self._steps
-        whole.new_states += [(pool, getattr(self._cache, "linear_cache")[i]) for i, pool in self._linear.items()]  # noqa: B009
+        whole.leave_states([(pool, getattr(self._cache, "linear_cache")[i]) for i, pool in self._linear.items()])  # noqa: B009
         left_states = whole.commit_states()
         for step in single:
             step.commit_states()

@@ -97,6 +97,10 @@ class RowStep:
         left = self._left_states.pop(id(pool), None)
         return pool.index_select(0, self.row_B) if left is None else left
 
+    def leave_states(self, states: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Enter more pools of states, with the states that the step leaves of its rows."""
+        self.new_states += states
+
     def commit_states(self) -> States:
         """Put the rows' new states into their pools; returns them as the next step of the same rows may take them."""
         found: States = {}

@@ -41,13 +41,11 @@ class SlotCeding:
         """
         group = group_of(self._model)
         if group is not None:
-            group.lockstep.levels = levels
+            group.lockstep.cede(levels)
             return
         if levels == self.levels:
             return
-        settle = self._runtime.telemetry.settle
-        if settle is not None:
-            settle()  # the device decides about slots
+        self._runtime.telemetry.settle()  # the device may decide about slots
         with self._loader.pool.lock:
             while self.levels < levels:
                 self._loader.wait_all()

@@ -113,7 +113,6 @@ class MoELayer:
         complete: whether no expert can be missing, on any of the ranks.
         prefetch_target: this layer as the one before sees it.
         prefetcher: predicts for the next layer; None where nothing is predicted.
-        room: divides steps that there is no memory for, on all ranks alike; None = there always is.
     """
 
     def __init__(
@@ -124,7 +123,7 @@ class MoELayer:
         self.history, self.steps = history, 0
         self._observer: RouteObserver | None = None
         self.prefetcher: Prefetcher | None = None
-        self.room: TokenRoom | None = None
+        self._room: TokenRoom | None = None
         self.policy, self._learns = policy, learns(policy)
         self._telemetry = telemetry
         self._num_experts, self._device = self.cache.num_experts, self.cache.pool.device
@@ -155,6 +154,14 @@ class MoELayer:
     def prefetch_by(self, prefetcher: Prefetcher) -> None:
         """Predict for the next layer from now on. Layers look at each other in a circle, so none can be made with it."""
         self.prefetcher = prefetcher
+
+    def divide_by(self, room: TokenRoom) -> None:
+        """Divide steps that there is no memory for from now on, on all ranks alike."""
+        self._room = room
+
+    def continue_from(self, steps: int) -> None:
+        """Go on from so many steps: ``history`` has been changed elsewhere, and counts them."""
+        self.steps = steps
 
     def observe(self, observer: RouteObserver | None) -> None:
         """Show every choice of the router to ``observer`` from now on; None ends it."""
@@ -220,7 +227,7 @@ class MoELayer:
     def _parts(self, tokens: int) -> int:
         """Steps to make of so many tokens; predicted experts are those of all rows."""
         approximate = self.prefetcher is not None and self.prefetcher.approximate
-        return 1 if self.room is None or approximate else self.room.parts(tokens)
+        return 1 if self._room is None or approximate else self._room.parts(tokens)
 
     def _in_parts(self, parts: int, *given: torch.Tensor) -> torch.Tensor:
         """So many steps, one after the other; some may have no token."""

@@ -95,7 +95,7 @@ def test_a_step_in_parts(calls: Calls, checkpoint: Checkpoints, cache_dir: Path)
     """Ranks that divide a step find out as they gather; each part is a step."""
     grouped = Grouped(checkpoint("qwen3_moe"), cache_dir, slots=["50%", "50%"])
     for layer in grouped.runtime(0).runners:
-        layer.room = TokenRoom(1, 1, lambda: 0)
+        layer.divide_by(TokenRoom(1, 1, lambda: 0))
 
     def work(rank: int, model: PreTrainedModel) -> None:
         if rank == 0:
