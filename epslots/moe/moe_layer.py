@@ -10,14 +10,12 @@
     migrate    behind the step's demand, fetches for the placement's sake (expert_cache.py)
     combine    weight and sum over k, in fp32 and in fixed order
 
-All layers go this way, on one rank and on many. Where no expert can be missing on any rank, or the device finds out itself
-which are, a batch has no counts: then nothing is exchanged, the plan is ``ALL_RESIDENT``, and the host waits for nothing. No
-Python loop runs over tokens or experts.
+All layers go this way, on one rank and on many. A batch has no counts where no expert can be missing on any rank, or where the
+device decides about slots: then ranks exchange nothing, the plan is ``ALL_RESIDENT``, and the host waits for nothing.
 
-Glossary: a *pair* is one (token, k). A *slot* holds one expert's weights on the device; a rank *hits* an expert that is in one
-of its slots, and *misses* another. A *pass* is one grouped product over part of the layer's experts, where these are more
-than its slots or come late. *Residents* are the experts in slots; some are *evicted* for fetches. A *migration* is a fetch for
-the placement's sake.
+Glossary: a *pair* is one (token, k). A *slot* holds one expert's weights on the device; *residents* are the experts in slots.
+A rank *hits* a resident expert and *misses* another; some residents are *evicted* for fetches. A *pass* is one grouped product
+over part of the layer's experts. A *migration* is a fetch for the placement's sake.
 
 Legend of shape suffixes: T tokens, K experts per token, N = T * K pairs, M pairs computed here, R ranks, E experts, H hidden
 size.
@@ -47,11 +45,11 @@ from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
 from epslots.planner.layer_state import LayerState
 from epslots.planner.plan import ALL_RESIDENT, RankPlan
 from epslots.planner.reuse_distance import stack_distances
-from epslots.planner.use_history import UseHistory, record_use, used_experts
+from epslots.planner.use_history import UseHistory, note_use, used_experts
 from epslots.telemetry import Telemetry
 from epslots.transport.lockstep import Gathered
 
-# One step in so many is asked how soon its experts are used again; each layer in its turn.
+# One step in so many is sampled for stack distances; the layers take turns.
 REUSE_EVERY = 16
 
 RouteObserver = Callable[[int, torch.Tensor], None]
@@ -138,7 +136,7 @@ class MoELayer:
     def form(self, peers: Peers, planner: LayerPlanner, *, complete: bool) -> None:
         """Make all steps from now on with these peers, by plans of this planner. Called between steps.
 
-        A layer outlives its groups: each epoch's group brings other ranks, another table of who holds what and other costs.
+        A layer outlives its groups: each epoch's group brings other ranks, other residents and other costs.
 
         Args:
             complete: whether no expert will ever be missing on any of the ranks: then each computes its own tokens.
@@ -152,11 +150,11 @@ class MoELayer:
             self.cache.wait_for_all()
 
     def prefetch_by(self, prefetcher: Prefetcher) -> None:
-        """Predict for the next layer from now on. Layers look at each other in a circle, so none can be made with it."""
+        """Predict for the next layer from now on. Layers form a circle, so none is made with it."""
         self.prefetcher = prefetcher
 
     def divide_by(self, room: TokenRoom) -> None:
-        """Divide steps that there is no memory for from now on, on all ranks alike."""
+        """Divide steps that exceed the memory from now on, on all ranks alike."""
         self._room = room
 
     def continue_from(self, steps: int) -> None:
@@ -178,7 +176,7 @@ class MoELayer:
         self._executor = executor
 
     def take_slots_back(self) -> None:
-        """End what ``lend_slots`` began."""
+        """Decide about the layer's slots by its own plans again."""
         assert self.slots_are_lent, "the slots aren't lent"
         self._executor = self.experts
 
@@ -187,13 +185,13 @@ class MoELayer:
         """Whether ``lend_slots`` is in force."""
         return self._executor is not self.experts
 
-    def pass_slot(self, taker: MoELayer, evicted: int) -> None:
-        """Pass a slot to a neighbouring layer of the pool.
+    def give_slot(self, taker: MoELayer, evicted: int) -> None:
+        """Give a slot to a neighbouring layer of the pool.
 
         Args:
             evicted: this layer's expert that is evicted before; -1 = the layer has an empty slot.
         """
-        self.cache.pass_slot(taker.cache, evicted)
+        self.cache.give_slot(taker.cache, evicted)
         self.use_slot_range()
         taker.use_slot_range()
 
@@ -290,7 +288,7 @@ class MoELayer:
         return gathered
 
     def plan(self, batch: Batch, gathered: Gathered) -> RankPlan:
-        """Decide for all ranks who computes what, and for this one what is fetched when."""
+        """Plan the step for all ranks; returns this rank's part, with its passes."""
         if batch.counts is None:
             self._executor.decide(batch.hidden_TH, batch.ids_N, *self._telemetry.count_resident(self.index))
             return ALL_RESIDENT
@@ -298,7 +296,7 @@ class MoELayer:
         used_E = used_experts(counts_RE)
         if not np.count_nonzero(used_E):  # no rank has tokens
             return planner.no_work
-        self._record_uses(used_E, gathered.counts_R[planner.rank])
+        self._note_uses(used_E, gathered.counts_R[planner.rank])
         if planner.alone:
             planner.refresh(self.cache.slot_of_E)
         plan = planner.plan(counts_RE, self.scores)
@@ -316,7 +314,7 @@ class MoELayer:
             self.prefetcher.fetch(gathered.predicted_R, gathered.busy_R, self.cache.pool)
 
     def dispatch(self, batch: Batch, plan: RankPlan, gathered: Gathered) -> Dispatch:
-        """Send own pairs to the ranks that compute them, and take in those that this rank computes."""
+        """Send own pairs to the ranks that compute them, and receive those that this rank computes."""
         if not plan.moved:
             return LocalDispatch(batch.hidden_TH, batch.ids_N)
         self._telemetry.count(self.index, pairs_sent=plan.sent, pairs_received=plan.received)
@@ -337,8 +335,8 @@ class MoELayer:
         return results_MH
 
     def migrate(self, plan: RankPlan, gathered: Gathered) -> None:
-        """Begin fetches that no step waits for: late ones for the next layer, and the placement's. The last exchange."""
-        # Mostly a prediction has arrived while the layer's kernels were queued. A guess isn't worth a wait.
+        """Begin fetches that no step waits for: late ones for the next layer, and migrations. The step's last exchange."""
+        # Predictions mostly arrive while the layer's kernels are queued. A guess isn't worth a wait.
         if gathered.arrived is not None and gathered.arrived.query():
             self._prefetch(gathered)
         self.cache.migrate(plan, agreed=self._peers.agreed)
@@ -359,7 +357,7 @@ class MoELayer:
                 f"device={str(hidden_TH.device)!r} instead of moving it"
             )
 
-    def _record_uses(self, used_E: BoolArray, counts: IntArray) -> None:
+    def _note_uses(self, used_E: BoolArray, counts: IntArray) -> None:
         """Enter the experts that a step uses on any rank into the history, and count them.
 
         Args:
@@ -373,7 +371,7 @@ class MoELayer:
         slots = None
         if self._learns:
             slots = self.cache.slots if self.planner.alone else int(self.planner.state.quota_R.sum())
-        record_use(self.history, used_E, self.steps, slots)
+        note_use(self.history, used_E, self.steps, slots)
 
 
 def plan_alone(cache: ExpertCache, budgets: FetchBudgets | None = None, cpu_share: CpuShare | None = None) -> LayerPlanner:

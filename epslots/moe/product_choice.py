@@ -81,7 +81,7 @@ def planned_products(
 
 
 def make_gemm(module: Any, weights: Mapping[str, Weight], *, batch_invariant: bool = False) -> GroupedGemm:
-    """Computes the experts of a layer's range of slots; arguments as of ``GroupedGemm``."""
+    """The grouped product of a layer's range of slots: of the experts module, and its weights by parameter name."""
     found = matrices(module, weights)
     product = choose_product(found, batch_invariant=batch_invariant)
     if product is Product.KERNEL:
