@@ -213,11 +213,11 @@ def load_twin(
         record_bytes: of an expert over the link.
         share: of the experts in slots.
     """
-    gpu.sizes, gpu.finds_races = sizes, False
+    gpu.stand_for(sizes)
     costs = LARGE_EXPERTS  # without those of the host's CPU: it computes nothing
     fixed: dict[str, Any] = {"dtype": "bfloat16", "costs": costs, "host_store": "memory", "cache_dir": cache_dir}
     model = load_simulated(folder, slots=f"{100 * share:g}%", **fixed, **settings)
-    gpu.sizes = sizes.with_width(runtime_of(model).layers[0].layout.nbytes, record_bytes)
+    gpu.stand_for(sizes.with_width(runtime_of(model).layers[0].layout.nbytes, record_bytes))
     return model
 
 

@@ -98,9 +98,7 @@ class Batcher(ABC):
 
     @abstractmethod
     def prepare(self, balanced: int | None = None) -> bool:
-        """Put together the next step's batch; False if there is nothing to do.
-
-        Until ``step`` has returned, further calls change nothing and return True.
+        """Put together the next step's batch; False if there is nothing to do. Until ``step`` has returned, it stays.
 
         Args:
             balanced: a length of prompts' chunks for the sake of the group's other ranks; None = any.

@@ -329,7 +329,7 @@ class RowCache:
                 layers.append(LayerOfRows([_twin(row.own.get(index, template)) for row in rows]))
                 continue
             if index in self._by_row:
-                template.rows = [_begun(copy.copy(template), one) for one in single]
+                template.divide([_begun(copy.copy(template), one) for one in single])
             layers.append(_begun(template, step))
         self._steps, self._cache.layers = [step, *single], layers
         if self._linear:

@@ -193,6 +193,10 @@ class PooledLayer:
         """A forward pass begins."""
         self.step = step
 
+    def divide(self, rows: Sequence[PooledLayer]) -> None:
+        """Attention runs row by row in the forward pass under way, over these layers."""
+        self.rows = rows
+
     def end(self) -> None:
         """The forward pass has ended well: the step takes new states."""
 
