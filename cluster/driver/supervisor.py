@@ -121,7 +121,7 @@ class Supervisor:
             backend, self.workers, self.groups, listen=self._listen, spawn=self._spawn, give_up_s=deadlines.give_up_s
         )
         self._scaling = Scaling(self.pool, self.groups, outlives=load.origin is not None)
-        thread.on_bug = lambda error: self._give_up(ClusterError(f"a bug: {error!r}"))
+        thread.report_bugs(lambda error: self._give_up(ClusterError(f"a bug: {error!r}")))
 
     # Calls of the cluster.
 
@@ -337,8 +337,8 @@ class Supervisor:
             on_formed=lambda: self._take_formed_group(number),
         )
         if self._load.window_steps:
-            client = ControllerClient(partial(self._controller.start, number), group, self.workers.send)
-            client.frozen = any(other.frozen for other in self.controllers)
+            frozen = any(other.frozen for other in self.controllers)
+            client = ControllerClient(partial(self._controller.start, number), group, self.workers.send, frozen=frozen)
             self.controllers.append(client)
             self._controller_tasks.append(self._spawn(client.keep_controller))
         return group

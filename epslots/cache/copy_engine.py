@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import torch
 
-from epslots.transport.host_wait import HostWait, wait_until
+from epslots.transport.host_wait import HostWait
 from epslots.units import LinkSpeed
 
 # Copying a record of up to this size takes less time than waking a thread.
@@ -49,14 +49,16 @@ class CopyEngine(Protocol):
     Attributes:
         concurrent: whether transfers proceed while the caller computes.
         busy: whether any are in flight now.
-        host_wait: how the host waits for copies in memory. A group sets its transport's.
     """
 
     concurrent: bool
-    host_wait: HostWait
 
     @property
     def busy(self) -> bool: ...
+
+    def wait_by(self, host_wait: HostWait) -> None:
+        """Let the host wait for copies in memory as a group's transport does, from now on."""
+        ...
 
     def start(self, slots: Tensors, records: Records, write: WriteSlot, *, urgent: bool) -> list[Any]:
         """Start one transfer per slot, in order; returns them. An empty list: all slots are complete.
@@ -104,7 +106,9 @@ class SynchronousEngine:
 
     concurrent = False
     busy = False
-    host_wait: HostWait = staticmethod(wait_until)
+
+    def wait_by(self, host_wait: HostWait) -> None:
+        pass  # the host waits for nothing else
 
     def start(self, slots: Tensors, records: Records, write: WriteSlot, *, urgent: bool) -> list[Any]:
         for slot, record in zip(slots, records, strict=True):
@@ -151,7 +155,6 @@ class EmulatedEngine:
     """
 
     concurrent = True
-    host_wait: HostWait = staticmethod(wait_until)
 
     def __init__(self, speed: LinkSpeed) -> None:
         self.speed = speed
@@ -160,6 +163,9 @@ class EmulatedEngine:
         self._urgent: deque[_EmulatedTransfer] = deque()
         self._background: deque[_EmulatedTransfer] = deque()
         self._free_from = 0.0  # clock when the link is free again
+
+    def wait_by(self, host_wait: HostWait) -> None:
+        pass  # a thread copies, and its future is waited for
 
     @property
     def busy(self) -> bool:

@@ -59,7 +59,6 @@ class CudaEngine:
     """
 
     concurrent = True
-    host_wait: HostWait = staticmethod(wait_until)
 
     def __init__(self, device: torch.device, staging_bytes: int = 0, cuda: Any = torch.cuda) -> None:
         self._device, self._cuda = device, cuda
@@ -71,6 +70,10 @@ class CudaEngine:
         # By a slot's address: a cancelled transfer that crosses all the same.
         self._stale: dict[int, _CudaTransfer] = {}
         self._lock = threading.Lock()  # a model of two layouts has two pools, which two threads may be in
+        self._host_wait: HostWait = wait_until
+
+    def wait_by(self, host_wait: HostWait) -> None:
+        self._host_wait = host_wait
 
     @property
     def busy(self) -> bool:
@@ -101,7 +104,7 @@ class CudaEngine:
     def _wait_for(self, transfer: _CudaTransfer) -> None:
         """Put the current stream behind a queued transfer."""
         if not transfer.on_stream:
-            self.host_wait(lambda: transfer.on_stream)
+            self._host_wait(lambda: transfer.on_stream)
         self._cuda.current_stream(self._device).wait_event(transfer.event)
 
     def poll(self, transfer: _CudaTransfer) -> bool:

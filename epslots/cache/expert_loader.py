@@ -64,7 +64,7 @@ class ExpertLoader:
     def join(self, transport: Transport) -> None:
         """Serve a group's fetches from now on, and wait on the host as its transport does."""
         self._transport = transport
-        self.link.host_wait = transport.wait_until
+        self.link.wait_by(transport.wait_until)
 
     def fetch(
         self,

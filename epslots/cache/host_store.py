@@ -116,7 +116,7 @@ class HostStore:
 
     Attributes:
         close: closes the file; later calls do nothing. Tensors from ``record`` stay valid.
-        pinned_bytes: the mapping's bytes, from the start, that are page-locked for CUDA; set by ``pinning.pin_store``.
+        pinned_bytes: the mapping's bytes, from the start, that are page-locked for CUDA.
 
     Raises:
         StoreError: the file is not a whole store.
@@ -163,6 +163,10 @@ class HostStore:
     @property
     def nbytes(self) -> int:
         return self.shape.nbytes
+
+    def set_pinned(self, nbytes: int) -> None:
+        """So many of the mapping's bytes, from the start, are page-locked for CUDA (``pinning.pin_store``)."""
+        self.pinned_bytes = nbytes
 
     @property
     def pinned(self) -> bool:

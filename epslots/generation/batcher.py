@@ -64,7 +64,6 @@ class Batcher(ABC):
         grammars: requests whose grammars are being compiled: they are queued when these are ready.
         prompt_token_s: seconds of a prompt's token, lately; 0 = none was timed.
         chunk_size: decides how many tokens of prompts a step computes.
-        balanced: a length of chunks for the sake of the group's other ranks; None = any. Set before ``prepare``.
     """
 
     chunk_size: ChunkSize
@@ -79,7 +78,6 @@ class Batcher(ABC):
         self._numbers = itertools.count()
         self._plain_outputs = PlainOutputs(model)
         self.prompt_token_s = 0.0
-        self.balanced: int | None = None
         self._breaks = 0
         """Steps in a row with which this rank broke its group."""
         self._logged = ""
@@ -99,10 +97,11 @@ class Batcher(ABC):
         """Withdraw a request that has just been cancelled."""
 
     @abstractmethod
-    def prepare(self) -> bool:
-        """Put together the next step's batch; False if there is nothing to do.
+    def prepare(self, balanced: int | None = None) -> bool:
+        """Put together the next step's batch; False if there is nothing to do. Until ``step`` has returned, it stays.
 
-        Until ``step`` has returned, further calls change nothing and return True.
+        Args:
+            balanced: a length of prompts' chunks for the sake of the group's other ranks; None = any.
         """
 
     @property

@@ -149,6 +149,10 @@ class CacheImage:
             self._on_complete()
         self.whole = True
 
+    def end(self) -> None:
+        """The place is another's from now on."""
+        self.gone = True
+
     def _check(self) -> None:
         if self.gone:
             raise CacheGone("the request's place in the cache is another's now")

@@ -78,11 +78,11 @@ class Engine:
 
     def _step(self) -> Header:
         group = group_of(self.model)
-        self.batcher.balanced = None if group is None else balanced_chunk(group.lockstep.header.waiting_R)
-        work = self.batcher.prepare()
+        balanced = None if group is None else balanced_chunk(group.lockstep.header.waiting_R)
+        work = self.batcher.prepare(balanced)
         if not work and len(self.batcher.grammars):
             self.batcher.grammars.wait(_GRAMMAR_WAIT_S)
-            work = self.batcher.prepare()
+            work = self.batcher.prepare(balanced)
         unfinished = work or bool(len(self.batcher.grammars)) or self.batcher.waits_for_room
         if group is None:
             mine = self.batcher.load.tokens
@@ -90,7 +90,7 @@ class Engine:
                 self.batcher.step()
                 self.batcher.count_tokens(mine, mine)
             return Header(work=unfinished, stop=False)
-        group.lockstep.load = self.batcher.load
+        group.lockstep.announce(self.batcher.load)
         if work:
             with group.lockstep.completing():
                 self.batcher.step()

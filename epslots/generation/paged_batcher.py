@@ -96,12 +96,15 @@ class PagedBatcher(Batcher):
         cache, scheduler = self._processor.cache, self._processor.scheduler
         super().__init__(model, infer_max_single_request_tokens(cache), scheduler.max_requests_per_batch)
         target_s = None if config.step_target_ms is None else config.step_target_ms / 1000
-        self.chunk_size = scheduler.chunk_size = ChunkSize(config.max_batch_tokens, target_s)
-        scheduler.counters = self._counters
-        scheduler.wants_prompt_logits = self._wants_prompt_logits
-        scheduler.priority_of = self._priority_of
-        scheduler.is_held = lambda number: number in self._running and self._running[number][0].held
-        scheduler.on_preempted = self._lose_pages
+        self.chunk_size = ChunkSize(config.max_batch_tokens, target_s)
+        scheduler.serve(
+            self.chunk_size,
+            self._counters,
+            wants_prompt_logits=self._wants_prompt_logits,
+            priority_of=self._priority_of,
+            is_held=lambda number: number in self._running and self._running[number][0].held,
+            on_preempted=self._lose_pages,
+        )
         self._clock = clock
         # Of the step under way; None when it has failed: its time tells nothing.
         self._began_s: float | None = None
@@ -187,9 +190,9 @@ class PagedBatcher(Batcher):
     def _priority_of(self, number: str) -> int:
         return self._running[number][0].request.priority if number in self._running else 0  # it has been cancelled
 
-    def prepare(self) -> bool:
+    def prepare(self, balanced: int | None = None) -> bool:
         self._queue_prepared()
-        self._processor.scheduler.balanced = self.balanced
+        self._processor.scheduler.balance(balanced)
         if self._isolation is None:
             self._began_s = self._clock()
             # Also without work: cancelled requests free their pages here.

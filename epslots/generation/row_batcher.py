@@ -134,13 +134,13 @@ class RowBatcher(Batcher):
         if not self._admission.withdraw(entry) and self._isolation is None:
             self._admission.leave(entry)  # else when the prepared batch is made
 
-    def prepare(self) -> bool:
+    def prepare(self, balanced: int | None = None) -> bool:
         self._queue_prepared()
         if self._isolation is None:
             self._admission.restart_outgrown()
             self._admission.exchange_memory(self.chunk_size, self.prompt_token_s)
             self._admission.admit()
-            planned = self._plan()
+            planned = self._plan(balanced)
             if planned is not None:
                 self._batch, active = planned, self._admission.active
                 # In the order of their places: states of neighbours are written at once.
@@ -153,7 +153,7 @@ class RowBatcher(Batcher):
     def waits_for_room(self) -> bool:
         return self._admission.waits_for_room
 
-    def _plan(self) -> RowBatch | None:
+    def _plan(self, balanced: int | None) -> RowBatch | None:
         """The next batch, with room for its tokens: where the cache is full, the last rows are given up.
 
         Experts cede slots first. In a group these come with the next step, so they are asked for a step ahead. Where that
@@ -161,7 +161,7 @@ class RowBatcher(Batcher):
         """
         while active := self._admission.active:
             states = [self._state(running) for running in active]
-            room = self.chunk_size.prompt_tokens(sum(map(decodes, states)), self.balanced)
+            room = self.chunk_size.prompt_tokens(sum(map(decodes, states)), balanced)
             planned = next_batch(states, room, prompt_was_last=self._prompt_was_last, together=self._support.together)
             assert planned is not None, "every active row has a token left to compute"
             needed = len(planned.rows) * planned.width

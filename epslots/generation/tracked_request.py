@@ -116,7 +116,8 @@ class TrackedRequest:
     def resume(self) -> None:
         """Let its cache be read no longer; a no-op if it isn't."""
         if self.image is not None:
-            self.image.gone, self.image = True, None
+            self.image.end()
+            self.image = None
 
     def prompt_state(self, computed: int, left: int) -> PromptState:
         """How far its prompt is computed."""

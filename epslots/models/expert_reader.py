@@ -86,8 +86,7 @@ class ExpertReader:
         for found in match_keys(self._checkpoint.tensors, self._conversions, prefix, dict.fromkeys(sources, True)):
             for part, target in enumerate(found.targets):
                 if (source := sources.get(target)) is not None:
-                    source.add(found)
-                    source.converter, source.part, source.parts = found.converter, part, len(found.targets)
+                    source.take_part(found, part)
 
     def read_expert(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         """The tensors of one expert's record by name, without the expert dimension.

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from epslots.device_copy import to_host
 from epslots.transport.lockstep import Gathered
 from epslots.transport.transport import Transport
 
@@ -120,5 +121,19 @@ class Alone:
         return Gathered(counts_host[None], top_k, _BUSY[busy], predicted_R)
 
 
+def gather_alone(usage: torch.Tensor, *, busy: bool) -> Gathered:
+    """What a layer without counts gathers: its own prediction, on the way to the host. Nothing waits.
+
+    Args:
+        usage: int32 on the device, 0 to 255, how likely each expert of the next layer is used.
+        busy: whether this rank's link has something to do.
+    """
+    usage, arrived = to_host(usage)
+    return Gathered(_NO_COUNTS, 0, _BUSY[busy], usage.numpy()[None], arrived=arrived)
+
+
+_NO_COUNTS = np.zeros((1, 0), np.int64)
 _NO_PREDICTION = np.zeros((1, 0), np.uint8)
 _BUSY = np.array([False]), np.array([True])  # of a link that is idle, and of one that is busy
+NOTHING_GATHERED = Gathered(_NO_COUNTS, 0, _BUSY[False], _NO_PREDICTION)
+"""What a layer without counts gathers that predicts nothing."""

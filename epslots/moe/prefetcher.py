@@ -98,6 +98,10 @@ class PrefetchTarget:
         self.predicted = _PredictedIds()
         self._scores = scores
 
+    def plan_by(self, planner: LayerPlanner) -> None:
+        """Take the layer's plans from another planner from now on."""
+        self.planner = planner
+
     def fetch(self, usage_RE: IntArray, busy_R: BoolArray) -> None:
         """Begin to fetch the experts that these predictions are worth.
 

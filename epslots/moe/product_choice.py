@@ -82,14 +82,12 @@ def planned_products(
 
 def make_gemm(module: Any, weights: Mapping[str, Weight], *, batch_invariant: bool = False) -> GroupedGemm:
     """The grouped product of a layer's range of slots: of the experts module, and its weights by parameter name."""
-    product = choose_product(matrices(module, weights), batch_invariant=batch_invariant)
-    gemm: GroupedGemm
+    found = matrices(module, weights)
+    product = choose_product(found, batch_invariant=batch_invariant)
     if product is Product.KERNEL:
-        gemm = KernelGemm(module, weights, kernel_products())
-    else:
-        gemm = (BatchInvariantGemm if batch_invariant else GroupedGemm)(module, weights)
-    gemm.waits_for_host = product is Product.BY_SLOT and gemm.matrices[0].device.type == "cuda"
-    return gemm
+        return KernelGemm(module, weights, kernel_products())
+    waits = product is Product.BY_SLOT and found[0].device.type == "cuda"
+    return (BatchInvariantGemm if batch_invariant else GroupedGemm)(module, weights, waits_for_host=waits)
 
 
 def kernel_products() -> Products:

@@ -15,8 +15,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import msgspec
+import numpy as np
 
-from epslots.arrays import BoolArray, IntArray
+from epslots.arrays import NO_EXPERTS, BoolArray, IntArray
 from epslots.planner.expert_passes import ExpertPass
 from epslots.planner.migration import Migrations
 from epslots.planner.token_splits import TokenSplits
@@ -114,3 +115,8 @@ class RankPlan(msgspec.Struct):
     migration_copies: PeerCopies | None
     passes: tuple[ExpertPass, ...] = ()
     begun: int = 0
+
+
+_NO_EVICTIONS = np.empty(0, bool)
+ALL_RESIDENT = RankPlan(None, NO_EXPERTS, NO_EXPERTS, NO_EXPERTS, NO_EXPERTS, _NO_EVICTIONS, 0, None, 0, 0, None, -1, -1, None)
+"""The plan of a rank that computes its own pairs, all of which have their experts in slots. It lists no expert."""

@@ -69,6 +69,7 @@ class Gathered(msgspec.Struct, frozen=True):
         busy_R: whether each rank's link is busy, bool [R].
         predicted_R: predicted usage of the next layer, 0 to 255, [R, as many as given]; undefined of ranks without one.
         parts: in how many the step is divided, the most that any rank needs.
+        arrived: the event after which ``predicted_R`` is on the host; None = it is.
     """
 
     counts_R: IntArray
@@ -76,6 +77,7 @@ class Gathered(msgspec.Struct, frozen=True):
     busy_R: NDArray[np.bool_]
     predicted_R: NDArray[Any]
     parts: int = 1
+    arrived: torch.cuda.Event | None = None
 
 
 class LockStep:
@@ -83,9 +85,6 @@ class LockStep:
 
     Attributes:
         header: all ranks' headers of the latest step.
-        stopping: whether this rank wants to stop; set by the caller, sent with the next step's header.
-        load: this rank's tokens of the next step, and its prompts' in the one after it; sent with the header, and zero again.
-        levels: slots that each layer of this rank shall cede to its KV cache; set by the caller, sent with every header.
         steps: steps that this rank has begun.
         exchanging: whether this rank is in the header's exchange, or between a layer's first and last exchange: the others
             wait for it. Stays so after a failure there; ``note`` changes it.
@@ -100,6 +99,7 @@ class LockStep:
         digest: makes 63 bits that are equal on ranks that agree about which rank holds which expert.
         explain_divergence: called on all ranks where they disagree; returns the differences in words.
         on_header: called with all ranks' headers before a step in which any rank has work.
+        levels: slots that each layer of this rank cedes to its KV cache (``cede``).
     """
 
     alone = False
@@ -115,6 +115,7 @@ class LockStep:
         digest: Callable[[], int],
         explain_divergence: Callable[[], str],
         on_header: Callable[[Header], object],
+        levels: int = 0,
     ) -> None:
         self.transport = transport
         self._idle_layers = tuple(idle_layers)
@@ -133,15 +134,27 @@ class LockStep:
         self.steps = 0
         self.exchanging = self.computing = self.completes = False
         self._layer: int | None = None
-        self.stopping = False
-        self.load = (0, 0)
-        self.levels = 0
+        self._stopping = False
+        self._load = (0, 0)
+        self._levels = levels
         self.header = Header(work=False, stop=False)
 
     @property
     def agreed(self) -> bool:
         """Whether sizes derived from the same plan go unchecked: from the second step of an epoch on."""
         return self.steps > 1
+
+    def announce(self, load: tuple[int, int]) -> None:
+        """Send with the next header: this rank's tokens of that step, and its prompts' in the one after it."""
+        self._load = load
+
+    def cede(self, levels: int) -> None:
+        """Send with every header from now on: slots that each layer of this rank shall cede to its KV cache."""
+        self._levels = levels
+
+    def ask_to_stop(self) -> None:
+        """Send with every header from now on that this rank wants to stop."""
+        self._stopping = True
 
     def begin(self, *, work: bool = True) -> Header:
         """Exchange the header of the next step, which stays in ``header``.
@@ -153,8 +166,8 @@ class LockStep:
         """
         self.steps += 1
         self._layer, self.exchanging, self.computing = 0, True, False
-        words = self.transport.epoch, self._digest(), int(work), int(self.stopping), self._offered(), *self.load, self.levels
-        mine, self.load = np.array(words, np.int64), (0, 0)
+        words = self.transport.epoch, self._digest(), work, self._stopping, self._offered(), *self._load, self._levels
+        mine, self._load = np.array(words, np.int64), (0, 0)
         self._words_of_head[_PREFIX_WORDS:] = mine.view(np.int32)
         rows = self._gather(_HEADER_KIND, 0, 0, len(self._head))
         headers = np.ascontiguousarray(rows[:, _PREFIX_WORDS : _PREFIX_WORDS + _HEADER_WORDS]).view(np.int64)

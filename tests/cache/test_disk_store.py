@@ -88,7 +88,7 @@ def flip(store: HostStore, layer: int, expert: int) -> None:
 
 def test_every_record_passes_through_few_cells(store: DiskStore):
     read: list[tuple[int, int]] = []
-    store.on_read = lambda layer, nbytes: read.append((layer, nbytes))
+    store.report_reads(lambda layer, nbytes: read.append((layer, nbytes)))
     for _ in range(2):
         for layer, expert in store.shape.experts():
             assert torch.equal(store.record(layer, expert), named(layer, expert))

@@ -75,7 +75,7 @@ def test_a_slot_that_cannot_be_filled_stays_the_caches(checkpoint: Checkpoints, 
         exchange.change(-1)
     loader.wait = wait  # type: ignore[method-assign]
     assert exchange.levels == exchange._cells.open_levels == exchange._target == 1
-    assert runtime.runners[0]._resident is None and runtime.runners[0].planner.state.quota_R[0] == loader.pool.quotas[0]
+    assert not runtime.runners[0].complete and runtime.runners[0].planner.state.quota_R[0] == loader.pool.quotas[0]
     check(engine)
     serve(engine, [Request("any", prompt_of(3), 6)])
     engine.batcher.close()

@@ -263,12 +263,12 @@ def test_a_rank_with_all_experts_plans_only_while_it_lacks_some(checkpoint: Chec
     model = load(checkpoint("qwen3_moe"), cache_dir, slots="100%")
     engine, requests = Engine(model), requests_of()
     exchange, runner = exchange_of(engine), runtime_of(model).runners[0]
-    assert runner._resident is not None
+    assert runner.complete
     exchange.change(1)
-    assert runner._resident is None
+    assert not runner.complete
     serve(engine, requests[:1])
     engine.batcher.close()
-    assert runner._resident is not None and runner.cache.resident_E.all()
+    assert runner.complete and runner.cache.resident_E.all()
     runtime_of(model).check_integrity()
 
 

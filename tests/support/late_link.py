@@ -11,6 +11,7 @@ import torch
 from epslots.cache.copy_engine import WriteSlot
 from epslots.moe.prefetcher import Prefetcher
 from epslots.runtime import Runtime
+from epslots.transport.host_wait import HostWait
 
 
 @dataclass
@@ -27,6 +28,9 @@ class LateLink:
 
     def __init__(self) -> None:
         self._looks = 0
+
+    def wait_by(self, host_wait: HostWait) -> None:
+        pass
 
     @property
     def busy(self) -> bool:
