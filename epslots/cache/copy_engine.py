@@ -86,6 +86,10 @@ class CopyEngine(Protocol):
         """Put the transfer before all that are started later."""
         ...
 
+    def begun(self, transfer: Any) -> bool:
+        """Whether the record crosses the link whatever comes, or has: ``cancel`` would be too late."""
+        ...
+
     def cancel(self, transfer: Any) -> bool:
         """Stop the transfer if it hasn't begun; later transfers into its slot are written after it in any case.
 
@@ -119,7 +123,7 @@ class SynchronousEngine:
     def poll(self, transfer: Any) -> bool:
         raise AssertionError("a synchronous engine has no transfer in flight")
 
-    cancel = poll
+    begun = cancel = poll
 
     def settle(self, slots: Tensors | None = None) -> None:
         pass
@@ -208,6 +212,11 @@ class EmulatedEngine:
         with self._lock:
             now = self._advance()
             return transfer.due is not None and transfer.due <= now and (transfer.copy is None or transfer.copy.done())
+
+    def begun(self, transfer: _EmulatedTransfer) -> bool:
+        with self._lock:
+            self._advance()
+            return transfer.due is not None
 
     def cancel(self, transfer: _EmulatedTransfer) -> bool:
         with self._lock:

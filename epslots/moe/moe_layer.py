@@ -49,7 +49,7 @@ from epslots.planner.plan import RankPlan
 from epslots.planner.reuse_distance import stack_distances
 from epslots.planner.use_history import UseHistory, record_use, used_experts
 from epslots.telemetry import Telemetry
-from epslots.transport.lockstep import Gathered
+from epslots.transport.lockstep import Gathered, LinkState
 
 # One step in so many is asked how soon its experts are used again; each layer in its turn.
 REUSE_EVERY = 16
@@ -291,12 +291,15 @@ class MoELayer:
         guard = 0 if peers.alone else self.planner.state.digest
         parts = 1 if peers.alone else self._parts(len(batch.hidden_TH))
         gathered = peers.gather_counts(
-            self.index, batch.counts, top_k, guard, batch.usage, busy=self.cache.link_is_busy, parts=parts
+            self.index, batch.counts, top_k, guard, batch.usage, link=self._link_state(), parts=parts
         )
         if not peers.alone:
             self._telemetry.count(self.index, wait_s=time.perf_counter() - began)
             self.cache.confirm_copies()
         return gathered
+
+    def _link_state(self) -> LinkState:
+        return LinkState(self.cache.link_is_busy, self.cache.unbegun(self.planner.own_guesses))
 
     def plan(self, gathered: Gathered) -> RankPlan:
         """Decide for all ranks who computes what, and for this one what is fetched when."""
@@ -305,6 +308,8 @@ class MoELayer:
         if not np.count_nonzero(used_E):  # no rank has tokens
             return planner.no_work
         self._record_uses(used_E, gathered.counts_R[planner.rank])
+        if len(taken := planner.take_back(gathered.unbegun_R, used_E)):
+            self.cache.take_back(taken)
         if planner.alone:
             planner.refresh(self.cache.slot_of_E)
         plan = planner.plan(counts_RE, self.scores)

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from epslots.transport.lockstep import Gathered
+from epslots.transport.lockstep import IDLE_LINK, Gathered, LinkState
 from epslots.transport.transport import Transport
 
 
@@ -59,7 +59,7 @@ class Peers(Protocol):
         guard: int,
         predicted: torch.Tensor | None = None,
         *,
-        busy: bool = False,
+        link: LinkState = IDLE_LINK,
         parts: int = 1,
     ) -> Gathered:
         """All ranks' counts on the host: the one host synchronisation of a step that may miss.
@@ -69,7 +69,7 @@ class Peers(Protocol):
             top_k: K, or 0 without tokens.
             guard: a digest of what the layer's plan follows from, the same on all ranks.
             predicted: int32 on the device, 0 to 255, how likely each expert of the next layer is used.
-            busy: whether this rank's link has something to do.
+            link: of this rank.
             parts: in how many this rank has to divide the step; all make as many as the one that needs the most.
         """
         ...
@@ -107,7 +107,7 @@ class Alone:
         guard: int,
         predicted: torch.Tensor | None = None,
         *,
-        busy: bool = False,
+        link: LinkState = IDLE_LINK,
         parts: int = 1,
     ) -> Gathered:
         if predicted is None:
@@ -117,7 +117,7 @@ class Alone:
         else:
             both = torch.cat([counts, predicted.to(counts.dtype)]).cpu().numpy()  # by one copy
             counts_host, predicted_R = both[: len(counts)], both[None, len(counts) :]
-        return Gathered(counts_host[None], top_k, _BUSY[busy], predicted_R)
+        return Gathered(counts_host[None], top_k, _BUSY[link.busy], np.array([link.unbegun]), predicted_R)
 
 
 _NO_PREDICTION = np.zeros((1, 0), np.uint8)

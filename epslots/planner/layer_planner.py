@@ -25,7 +25,7 @@ from epslots.planner.evictions import plan_evictions
 from epslots.planner.layer_state import LayerState
 from epslots.planner.migration import NO_MIGRATIONS, MigrationBudget, Migrations, choose_migrations
 from epslots.planner.plan import Assignment, LayerPlan, PeerCopies, RankPlan
-from epslots.planner.prefetch_policy import PrefetchBudget, Prefetches, PrefetchPolicy
+from epslots.planner.prefetch_policy import PrefetchBudget, Prefetches, PrefetchPolicy, out_of_date
 from epslots.planner.remote_costs import RemoteCosts
 from epslots.planner.token_splits import token_splits
 
@@ -81,6 +81,7 @@ class LayerPlanner:
         self._remote = RemoteCosts(*state.holds_RE.shape)
         self.prefetch_policy = PrefetchPolicy()
         self._steps = self._steps_with_fetches = 0
+        self._guess_ranks = self._guess_experts = NO_EXPERTS
         self._none_RE, self._zero_E = np.zeros(state.holds_RE.shape, bool), np.zeros(len(state.home_E), np.int64)
 
     @property
@@ -198,6 +199,38 @@ class LayerPlanner:
         self.prefetch_policy.judge(used_E)
 
     @property
+    def own_guesses(self) -> IntArray:
+        """This rank's prefetches since the layer's last step, int64 [any number], in the order of the link."""
+        return self._guess_experts if self.alone else self._guess_experts[self._guess_ranks == self.rank]
+
+    def take_back(self, unbegun_R: IntArray, used_E: BoolArray) -> IntArray:
+        """Enter that prefetches which the step doesn't need, and no link has begun, are taken back.
+
+        A copy that crosses for nothing would hold up those that the step waits for.
+
+        Args:
+            unbegun_R: how many of each rank's ``own_guesses``, counted from the last, its link hasn't begun.
+            used_E: the experts that the step uses on any rank.
+
+        Returns:
+            This rank's, int64 [any number].
+        """
+        ranks, experts = self._guess_ranks, self._guess_experts
+        self._guess_ranks = self._guess_experts = NO_EXPERTS
+        if not np.count_nonzero(unbegun_R):
+            return NO_EXPERTS
+        taken_F = out_of_date(ranks, experts, unbegun_R, used_E)
+        ranks, experts = ranks[taken_F], experts[taken_F]
+        if len(ranks):
+            state, budgets = self.state, self._budgets
+            state.holds_RE[ranks, experts] = False
+            state.holds_changed()
+            state.add_to_digest(ranks, experts)
+            if budgets.prefetch is not None:
+                budgets.prefetch.refund(ranks, self.expert_bytes)
+        return experts[ranks == self.rank]
+
+    @property
     def wants_prediction(self) -> bool:
         """Whether a prediction of the layer's next step is of use; the same on all ranks."""
         return self.prefetch_policy.due(self._steps + 1) and not self.state.holds_all
@@ -225,6 +258,9 @@ class LayerPlanner:
         if found is not None:
             state.replace(found.after_RE)
             state.add_to_digest(found.ranks, found.experts, found.evicted_RE)
+            # A step in parts is predicted several times. The newest go first on the link.
+            self._guess_ranks = np.concatenate([found.ranks, self._guess_ranks])
+            self._guess_experts = np.concatenate([found.experts, self._guess_experts])
             if budgets.migration is not None:  # migrations would share the link with them
                 budgets.migration.charge(found.ranks, self.expert_bytes)
         return found

@@ -166,6 +166,20 @@ def _choose(
     return found
 
 
+def out_of_date(rank_F: IntArray, expert_F: IntArray, unbegun_R: IntArray, used_E: BoolArray) -> BoolArray:
+    """Which prefetches are taken back as their step begins: no link has begun them, and no rank needs them. bool [F].
+
+    Args:
+        rank_F, expert_F: target rank and expert; each rank's in the order of its link.
+        unbegun_R: how many of each rank's, counted from the last, its link hasn't begun.
+        used_E: the experts that the step uses on any rank.
+    """
+    taken_F = np.zeros(len(rank_F), bool)
+    for rank in np.flatnonzero(unbegun_R).tolist():
+        taken_F[np.flatnonzero(rank_F == rank)[-unbegun_R[rank] :]] = True
+    return taken_F & ~used_E[expert_F]
+
+
 class PrefetchBudget:
     """Bytes of a step up to which each rank may prefetch; its other fetches count, too.
 
@@ -184,6 +198,10 @@ class PrefetchBudget:
     def spend(self, ranks: IntArray, expert_bytes: int) -> None:
         """Subtract fetches of one expert each, of any kind, int64 [fetches] target ranks."""
         self._left_R -= np.bincount(ranks, minlength=len(self._left_R)) * expert_bytes
+
+    def refund(self, ranks: IntArray, expert_bytes: int) -> None:
+        """Add fetches that were taken back, int64 [fetches] target ranks."""
+        self.spend(ranks, -expert_bytes)
 
     def experts(self, expert_bytes: int) -> IntArray:
         """Experts that each rank may still prefetch, int64 [R]."""

@@ -53,6 +53,9 @@ class LateLink:
     def settle(self, slots: Any = None) -> None:
         pass
 
+    def begun(self, transfer: Late) -> bool:
+        return False
+
     def cancel(self, transfer: Late) -> bool:
         return False
 
