@@ -5,8 +5,8 @@ int32 of one width, and a row names its kind: ranks that are out of step find ou
 byte of anything else moves. ``sync_ranks`` and the engine call ``begin`` and ``end``; MoE layers call the rest.
 
     row       kind (-1 = header, else the layer), step, model, guard, top_k, the state of the rank's link and the parts that it
-              needs; then the words of the header, or the layer's counts; then, in a layer, bytes of predicted usage of the next
-              layer
+              needs; then the words of the header, or the layer's counts; then, in a layer, bytes of predicted usage of the
+              next layer
     guard     a digest of all that the layer's plan depends on besides the counts: ranks that differ would plan differently
     header    epoch, digest of the residency table, has work, wants to stop, newest placement that has arrived, tokens of the
               step, tokens of prompts in the next one, slots that each layer cedes to the rank's KV cache
