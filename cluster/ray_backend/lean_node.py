@@ -1,4 +1,6 @@
-"""Starts a Ray node with the processes that ranks need: half of Ray's own helpers serve a dashboard, logs and an autoscaler.
+"""Starts a Ray node with no more processes than ranks need.
+
+Half of Ray's own helpers serve a dashboard, logs and an autoscaler.
 
 ``ray.init`` has no settings for them, and waits for the dashboard's process though it is to have none. Nor has it one for the
 time that a node may take to start.
@@ -25,7 +27,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 def _left_out() -> ImportError:
-    """What Ray takes for a lack of its dashboard's dependencies: the node's agent then serves nothing."""
+    """Ray takes this for a lack of its dashboard's dependencies: the node's agent then serves nothing."""
     return ImportError("left out")
 
 

@@ -1,7 +1,7 @@
-"""Plans one layer's step for all ranks: who computes what, what is fetched, evicted and migrated.
+"""Plans one layer's step for all ranks: the work of each, and its fetches, evictions and migrations.
 
-Every rank has a planner for each layer. All planners get the same integers and come to the same plans, so no rank has to be
-told. ``MoELayer`` calls ``plan``, and ``prefetch`` for the next layer; the simulator calls ``decide``. A rank alone plans the
+Every rank has a planner for each layer. All planners get the same integers and come to the same plans, so none is
+sent. ``MoELayer`` calls ``plan``, and ``prefetch`` for the next layer; the simulator calls ``decide``. A rank alone plans the
 same way, with nothing to weigh: it computes its own tokens.
 
 Pure. Legend of shape suffixes: R ranks, E experts of the layer, U those with tokens, F fetches.
@@ -25,18 +25,18 @@ from epslots.planner.evictions import plan_evictions
 from epslots.planner.layer_state import LayerState
 from epslots.planner.migration import NO_MIGRATIONS, MigrationBudget, Migrations, choose_migrations
 from epslots.planner.plan import Assignment, LayerPlan, PeerCopies, RankPlan
-from epslots.planner.prefetch_policy import PrefetchBudget, Prefetches, PrefetchPolicy, out_of_date
+from epslots.planner.prefetch_policy import PrefetchBudget, Prefetches, PrefetchPolicy
 from epslots.planner.remote_costs import RemoteCosts
 from epslots.planner.token_splits import token_splits
 
 
 @dataclass
 class FetchBudgets:
-    """Bytes that each rank may still fetch in this step; one object for all layers of a model, renewed by ``ModelPlanner``.
+    """Bytes that each rank may still fetch in this step. One object for all layers of a model, renewed by ``ModelPlanner``.
 
     Attributes:
         prefetch: for the next layer; None = no bound.
-        migration: for the placement; None = there is nothing to migrate.
+        migration: for the placement; None = nothing is to migrate.
     """
 
     prefetch: PrefetchBudget | None = None
@@ -48,7 +48,7 @@ class LayerPlanner:
 
     Args:
         rank: this rank.
-        state: which rank holds what; kept, and changed in place.
+        state: the layer's residents on all ranks; kept, and changed in place.
         costs: the same on all ranks; None = a rank alone, which weighs nothing.
         rule: assigns the work; another rule than ``assign`` only to compare it.
         expert_bytes: of one of the layer's experts.
@@ -81,7 +81,6 @@ class LayerPlanner:
         self._remote = RemoteCosts(*state.holds_RE.shape)
         self.prefetch_policy = PrefetchPolicy()
         self._steps = self._steps_with_fetches = 0
-        self._guess_ranks = self._guess_experts = NO_EXPERTS
         self._none_RE, self._zero_E = np.zeros(state.holds_RE.shape, bool), np.zeros(len(state.home_E), np.int64)
 
     @property
@@ -96,7 +95,12 @@ class LayerPlanner:
         return self._of_own_pairs(self._zero_E, self._zero_E, self._none_RE[0])
 
     def plan(self, counts_RE: IntArray, scores: Scores) -> RankPlan:
-        """``decide`` for all ranks; returns this rank's part. Arguments as there."""
+        """Plan a step for all ranks, as ``decide`` does, and return this rank's part.
+
+        Args:
+            counts_RE: int64, pairs of each rank's tokens for each expert.
+            scores: of the layer's experts.
+        """
         if self.alone and self.cpu_share is None and self._budgets.migration is None:
             return self._plan_own_fetches(np.ascontiguousarray(counts_RE, np.int64), scores)
         plan, rank = self.decide(counts_RE, scores), self.rank
@@ -154,7 +158,7 @@ class LayerPlanner:
         return RankPlan(None, score_E, counts_E, NO_EXPERTS, counts_E, evicted_E, 0, None, 0, 0, None, -1, -1, None)
 
     def decide(self, counts_RE: IntArray, scores: Scores) -> LayerPlan:
-        """Plan a step for all ranks, enter which rank holds what after it, and spend the budgets.
+        """Plan a step for all ranks, enter the residents after it, and spend the budgets.
 
         Args:
             counts_RE: int64, pairs of each rank's tokens for each expert.
@@ -184,7 +188,7 @@ class LayerPlanner:
         return LayerPlan(work, cpu_ranks, cpu_experts, evicted_RE, migrations, score_E)
 
     def refresh(self, slot_of_E: IntArray) -> None:
-        """Take what is in this rank's slots for what it holds: faults and captured steps change slots without a plan.
+        """Enter this rank's residents from its slots. Faults and captured steps change slots without a plan.
 
         Only for a rank alone. Ranks of a group compare their tables in the step header instead.
 
@@ -199,35 +203,28 @@ class LayerPlanner:
         self.prefetch_policy.judge(used_E)
 
     @property
-    def own_guesses(self) -> IntArray:
-        """This rank's prefetches since the layer's last step, int64 [any number], in the order of the link."""
-        return self._guess_experts if self.alone else self._guess_experts[self._guess_ranks == self.rank]
+    def own_prefetches(self) -> IntArray:
+        """This rank's prefetches since the layer's last step, in the order of its link: experts, int64 [any number]."""
+        return self.prefetch_policy.prefetches_of(self.rank)
 
     def take_back(self, unbegun_R: IntArray, used_E: BoolArray) -> IntArray:
-        """Enter that prefetches which the step doesn't need, and no link has begun, are taken back.
-
-        A copy that crosses for nothing would hold up those that the step waits for.
+        """Take back the prefetches that no link has begun and the step doesn't need: they would hold up its fetches.
 
         Args:
-            unbegun_R: how many of each rank's ``own_guesses``, counted from the last, its link hasn't begun.
+            unbegun_R: how many of each rank's ``own_prefetches``, counted from the last, its link hasn't begun.
             used_E: the experts that the step uses on any rank.
 
         Returns:
-            This rank's, int64 [any number].
+            This rank's: experts, int64 [any number].
         """
-        ranks, experts = self._guess_ranks, self._guess_experts
-        self._guess_ranks = self._guess_experts = NO_EXPERTS
-        if not np.count_nonzero(unbegun_R):
+        ranks, experts = self.prefetch_policy.take_back(unbegun_R, used_E)
+        if not len(ranks):
             return NO_EXPERTS
-        taken_F = out_of_date(ranks, experts, unbegun_R, used_E)
-        ranks, experts = ranks[taken_F], experts[taken_F]
-        if len(ranks):
-            state, budgets = self.state, self._budgets
-            state.holds_RE[ranks, experts] = False
-            state.holds_changed()
-            state.add_to_digest(ranks, experts)
-            if budgets.prefetch is not None:
-                budgets.prefetch.refund(ranks, self.expert_bytes)
+        self.state.holds_RE[ranks, experts] = False
+        self.state.holds_changed()
+        self.state.add_to_digest(ranks, experts)
+        if self._budgets.prefetch is not None:
+            self._budgets.prefetch.refund(ranks, self.expert_bytes)
         return experts[ranks == self.rank]
 
     @property
@@ -236,7 +233,7 @@ class LayerPlanner:
         return self.prefetch_policy.due(self._steps + 1) and not self.state.holds_all
 
     def prefetch(self, usage_RE: IntArray, scores: Scores, busy_R: BoolArray) -> Prefetches | None:
-        """Choose what is fetched before the layer's next step, and enter it: it counts as held from now on.
+        """Choose the fetches before the layer's next step, and enter them: their experts are residents from now on.
 
         Args:
             usage_RE: how likely each rank's tokens will use each expert, in 256ths.
@@ -258,9 +255,6 @@ class LayerPlanner:
         if found is not None:
             state.replace(found.after_RE)
             state.add_to_digest(found.ranks, found.experts, found.evicted_RE)
-            # A step in parts is predicted several times. The newest go first on the link.
-            self._guess_ranks = np.concatenate([found.ranks, self._guess_ranks])
-            self._guess_experts = np.concatenate([found.experts, self._guess_experts])
             if budgets.migration is not None:  # migrations would share the link with them
                 budgets.migration.charge(found.ranks, self.expert_bytes)
         return found

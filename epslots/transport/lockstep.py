@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from epslots.arrays import IntArray
+from epslots.arrays import BoolArray, IntArray
 from epslots.compiled import compiled
 from epslots.device_copy import copy_to_device
 from epslots.errors import ConfigError, ExchangeError, StaleEpoch
@@ -274,15 +274,13 @@ class LockStep:
         self._row[_PREFIX_WORDS : _PREFIX_WORDS + len(counts)] = counts
         if predicted is not None:
             self._predicted[: len(predicted)] = predicted
-        last_word = (parts * (_MOST_UNBEGUN + 1) + min(link.unbegun, _MOST_UNBEGUN)) * 2 + link.busy
-        rows = self._gather(layer, top_k, guard & 0x7FFFFFFF, _PREFIX_WORDS, last_word=last_word)
+        rows = self._gather(layer, top_k, guard & 0x7FFFFFFF, _PREFIX_WORDS, last_word=pack_link(link, parts))
         if not _alike(rows, 4):
             raise ExchangeError(f"ranks no longer agree: {self._explain_divergence()}")
         counts_R = rows[:, _PREFIX_WORDS : _PREFIX_WORDS + len(counts)].astype(np.int64)
         predicted_R = rows[:, self._words :].view(np.uint8)[:, : 0 if predicted is None else len(predicted)]
-        rest_R, busy_R = np.divmod(rows[:, 5].astype(np.int64), 2)
-        parts_R, unbegun_R = np.divmod(rest_R, _MOST_UNBEGUN + 1)
-        return Gathered(counts_R, int(rows[:, 4].max()), busy_R > 0, unbegun_R, predicted_R, int(parts_R.max()))
+        busy_R, unbegun_R, parts = unpack_links(rows[:, 5])
+        return Gathered(counts_R, int(rows[:, 4].max()), busy_R, unbegun_R, predicted_R, parts)
 
     def fail(self, error: BaseException) -> None:
         """Abort the group, because this rank's step failed and the others would wait for it."""
@@ -310,6 +308,17 @@ class LockStep:
             places = [f"rank {r} {_describe_place(*row[:3].tolist())}" for r, row in enumerate(rows)]
             raise ExchangeError(f"ranks are out of step: {', '.join(places)}")
         return rows
+
+
+def pack_link(link: LinkState, parts: int) -> int:
+    """A row's word for the state of a rank's link and the parts that the rank needs."""
+    return (parts * (_MOST_UNBEGUN + 1) + min(link.unbegun, _MOST_UNBEGUN)) * 2 + link.busy
+
+
+def unpack_links(word_R: NDArray[np.int32]) -> tuple[BoolArray, IntArray, int]:
+    """All ranks' ``LinkState``, bool and int64 [R], and the most parts that any needs, by ``pack_link``'s words."""
+    word_R = word_R.astype(np.int64)
+    return word_R % 2 > 0, word_R // 2 % (_MOST_UNBEGUN + 1), int(word_R.max()) // (2 * (_MOST_UNBEGUN + 1))
 
 
 @compiled("b1(int32[:, ::1], int64)")
