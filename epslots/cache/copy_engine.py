@@ -88,6 +88,10 @@ class CopyEngine(Protocol):
         """Put the transfer before all that are started later."""
         ...
 
+    def begun(self, transfer: Any) -> bool:
+        """Whether the record crosses the link whatever comes, or has: ``cancel`` would be too late."""
+        ...
+
     def cancel(self, transfer: Any) -> bool:
         """Stop the transfer if it hasn't begun; later transfers into its slot are written after it in any case.
 
@@ -123,7 +127,7 @@ class SynchronousEngine:
     def poll(self, transfer: Any) -> bool:
         raise AssertionError("a synchronous engine has no transfer in flight")
 
-    cancel = poll
+    begun = cancel = poll
 
     def wait_cancelled(self, slots: Tensors | None = None) -> None:
         pass
@@ -214,6 +218,11 @@ class EmulatedEngine:
         with self._lock:
             now = self._advance()
             return transfer.due is not None and transfer.due <= now and (transfer.copy is None or transfer.copy.done())
+
+    def begun(self, transfer: _EmulatedTransfer) -> bool:
+        with self._lock:
+            self._advance()
+            return transfer.due is not None
 
     def cancel(self, transfer: _EmulatedTransfer) -> bool:
         with self._lock:

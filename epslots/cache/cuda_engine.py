@@ -110,6 +110,9 @@ class CudaEngine:
     def poll(self, transfer: _CudaTransfer) -> bool:
         return transfer.queued and _arrived(transfer)
 
+    def begun(self, transfer: _CudaTransfer) -> bool:
+        return transfer.queued
+
     def cancel(self, transfer: _CudaTransfer) -> bool:
         with self._lock:
             if not transfer.queued:

@@ -156,6 +156,13 @@ class DiskLink:
             done = transfer.state is _State.DONE
             return done or (transfer.state is _State.CROSSING and self._device_link.poll(transfer.copy))
 
+    def begun(self, transfer: _DiskTransfer) -> bool:
+        with self._lock:
+            self._advance()
+            if transfer.state is _State.CROSSING:
+                return transfer.copy is None or self._device_link.begun(transfer.copy)
+            return transfer.state is _State.DONE
+
     def cancel(self, transfer: _DiskTransfer) -> bool:
         with self._lock:
             self._advance()

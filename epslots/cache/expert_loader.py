@@ -184,6 +184,20 @@ class ExpertLoader:
         for slot in slots[self.in_flight[slots]].tolist():
             self.link.set_urgent(self._transfers[slot])
 
+    def unbegun(self, slots: IntArray) -> int:
+        """How many of these slots, counted from the last, the link hasn't begun to fill: int64 [any number]."""
+        found = 0
+        for slot in reversed(slots.tolist()):
+            if slot < 0 or not self.in_flight[slot] or self.link.begun(self._transfers[slot]):
+                break
+            found += 1
+        return found
+
+    def take_back(self, layer: int, experts: IntArray) -> None:
+        """Empty the slots that these experts of a layer, int64 [any number], are on their way to."""
+        self._cancel(layer, self.pool.slot_of[layer, experts])
+        self.pool.vacate(layer, experts)
+
     def _cancel(self, layer: int, slots: IntArray) -> None:
         """Prevent earlier transfers from writing these slots of a layer."""
         if not self._transfers:

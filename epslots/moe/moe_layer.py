@@ -47,7 +47,7 @@ from epslots.planner.plan import ALL_RESIDENT, RankPlan
 from epslots.planner.reuse_distance import stack_distances
 from epslots.planner.use_history import UseHistory, note_use, used_experts
 from epslots.telemetry import Telemetry
-from epslots.transport.lockstep import Gathered
+from epslots.transport.lockstep import Gathered, LinkState
 
 # One step in so many is sampled for stack distances; the layers take turns.
 REUSE_EVERY = 16
@@ -279,9 +279,8 @@ class MoELayer:
         top_k = batch.weights_TK.shape[1] if batch.ids_N.numel() else 0
         guard = 0 if peers.alone else self.planner.state.digest
         parts = 1 if peers.alone else self._parts(len(batch.hidden_TH))
-        gathered = peers.gather_counts(
-            self.index, batch.counts, top_k, guard, batch.usage, busy=self.cache.link_is_busy, parts=parts
-        )
+        link = LinkState(self.cache.link_is_busy, self.cache.unbegun(self.planner.own_prefetches))
+        gathered = peers.gather_counts(self.index, batch.counts, top_k, guard, batch.usage, link=link, parts=parts)
         if not peers.alone:
             self._telemetry.count(self.index, wait_s=time.perf_counter() - began)
             self.cache.confirm_copies()
@@ -297,6 +296,8 @@ class MoELayer:
         if not np.count_nonzero(used_E):  # no rank has tokens
             return planner.no_work
         self._note_uses(used_E, gathered.counts_R[planner.rank])
+        if len(taken := planner.take_back(gathered.unbegun_R, used_E)):
+            self.cache.take_back(taken)
         if planner.alone:
             planner.refresh(self.cache.slot_of_E)
         plan = planner.plan(counts_RE, self.scores)

@@ -203,6 +203,31 @@ class LayerPlanner:
         self.prefetch_policy.judge(used_E)
 
     @property
+    def own_prefetches(self) -> IntArray:
+        """This rank's prefetches since the layer's last step, in the order of its link: experts, int64 [any number]."""
+        return self.prefetch_policy.prefetches_of(self.rank)
+
+    def take_back(self, unbegun_R: IntArray, used_E: BoolArray) -> IntArray:
+        """Take back the prefetches that no link has begun and the step doesn't need: they would hold up its fetches.
+
+        Args:
+            unbegun_R: how many of each rank's ``own_prefetches``, counted from the last, its link hasn't begun.
+            used_E: the experts that the step uses on any rank.
+
+        Returns:
+            This rank's: experts, int64 [any number].
+        """
+        ranks, experts = self.prefetch_policy.take_back(unbegun_R, used_E)
+        if not len(ranks):
+            return NO_EXPERTS
+        self.state.holds_RE[ranks, experts] = False
+        self.state.holds_changed()
+        self.state.add_to_digest(ranks, experts)
+        if self._budgets.prefetch is not None:
+            self._budgets.prefetch.refund(ranks, self.expert_bytes)
+        return experts[ranks == self.rank]
+
+    @property
     def wants_prediction(self) -> bool:
         """Whether a prediction of the layer's next step is of use; the same on all ranks."""
         return self.prefetch_policy.due(self._steps + 1) and not self.state.holds_all

@@ -4,8 +4,8 @@ Before a step all ranks gather each other's header; in each layer, each other's 
 int32 of one width, and a row names its kind: ranks that are out of step find out from rows that always match in size, before a
 byte of anything else moves. ``sync_ranks`` and the engine call ``begin`` and ``end``; MoE layers call the rest.
 
-    row       kind (-1 = header, else the layer), step, model, guard, top_k, whether the rank's link is busy and the parts that
-              it needs; then the words of the header, or the layer's counts; then, in a layer, bytes of predicted usage of the
+    row       kind (-1 = header, else the layer), step, model, guard, top_k, the state of the rank's link and the parts that it
+              needs; then the words of the header, or the layer's counts; then, in a layer, bytes of predicted usage of the
               next layer
     guard     a digest of all that the layer's plan depends on besides the counts: ranks that differ would plan differently
     header    epoch, digest of the residency table, has work, wants to stop, newest placement that has arrived, tokens of the
@@ -17,14 +17,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from epslots.arrays import IntArray
+from epslots.arrays import BoolArray, IntArray
 from epslots.compiled import compiled
 from epslots.device_copy import copy_to_device
 from epslots.errors import ConfigError, ExchangeError, StaleEpoch
@@ -37,6 +37,8 @@ _HEADER_WORDS = 2 * 8
 _USUAL_EXPERTS = 500
 _STEP_LIMIT = 2**31
 _WORD_BYTES = 4
+# Of the word that has it and the parts. More prefetches that no link has begun count as so many.
+_MOST_UNBEGUN = (1 << 10) - 1
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,28 @@ class Header:
     levels_R: tuple[int, ...] = ()
 
 
+class LinkState(NamedTuple):
+    """A rank's link as a layer begins.
+
+    Attributes:
+        busy: whether it has something to do.
+        unbegun: how many of the rank's prefetches for the layer, counted from the last, it hasn't begun.
+    """
+
+    busy: bool
+    unbegun: int
+
+
+IDLE_LINK = LinkState(busy=False, unbegun=0)
+
+
 class Gathered(msgspec.Struct, frozen=True):
     """All ranks' counts of a layer.
 
     Attributes:
         counts_R: pairs of each rank's tokens, int64 [R, E + 1].
         top_k: K, the largest of all ranks.
-        busy_R: whether each rank's link is busy, bool [R].
+        busy_R, unbegun_R: each rank's ``LinkState``, bool and int64 [R].
         predicted_R: predicted usage of the next layer, 0 to 255, [R, as many as given]; undefined of ranks without one.
         parts: in how many the step is divided, the most that any rank needs.
         arrived: the event after which ``predicted_R`` is on the host; None = it is.
@@ -75,6 +92,7 @@ class Gathered(msgspec.Struct, frozen=True):
     counts_R: IntArray
     top_k: int
     busy_R: NDArray[np.bool_]
+    unbegun_R: IntArray
     predicted_R: NDArray[Any]
     parts: int = 1
     arrived: torch.cuda.Event | None = None
@@ -249,7 +267,7 @@ class LockStep:
         guard: int,
         predicted: torch.Tensor | None = None,
         *,
-        busy: bool = False,
+        link: LinkState = IDLE_LINK,
         parts: int = 1,
     ) -> Gathered:
         """All ranks' counts of a layer.
@@ -259,7 +277,7 @@ class LockStep:
             top_k: K, or 0 without tokens.
             guard: a digest of all that the layer's plan depends on besides the counts.
             predicted: predicted usage of the next layer, 0 to 255, [at most experts of the largest layer].
-            busy: whether this rank's link is busy.
+            link: of this rank.
             parts: in how many this rank has to divide the step.
 
         Raises:
@@ -269,13 +287,13 @@ class LockStep:
         self._row[_PREFIX_WORDS : _PREFIX_WORDS + len(counts)] = counts
         if predicted is not None:
             self._predicted[: len(predicted)] = predicted
-        rows = self._gather(layer, top_k, guard & 0x7FFFFFFF, _PREFIX_WORDS, last_word=2 * parts + busy)
+        rows = self._gather(layer, top_k, guard & 0x7FFFFFFF, _PREFIX_WORDS, last_word=pack_link(link, parts))
         if not _alike(rows, 4):
             raise ExchangeError(f"ranks no longer agree: {self._explain_divergence()}")
         counts_R = rows[:, _PREFIX_WORDS : _PREFIX_WORDS + len(counts)].astype(np.int64)
         predicted_R = rows[:, self._words :].view(np.uint8)[:, : 0 if predicted is None else len(predicted)]
-        last_R = rows[:, 5]
-        return Gathered(counts_R, int(rows[:, 4].max()), last_R % 2 > 0, predicted_R, int(last_R.max()) // 2)
+        busy_R, unbegun_R, parts = unpack_links(rows[:, 5])
+        return Gathered(counts_R, int(rows[:, 4].max()), busy_R, unbegun_R, predicted_R, parts)
 
     def fail(self, error: BaseException) -> None:
         """Abort the group, because this rank's step failed and the others would wait for it."""
@@ -303,6 +321,17 @@ class LockStep:
             places = [f"rank {r} {_describe_place(*row[:3].tolist())}" for r, row in enumerate(rows)]
             raise ExchangeError(f"ranks are out of step: {', '.join(places)}")
         return rows
+
+
+def pack_link(link: LinkState, parts: int) -> int:
+    """A row's word for the state of a rank's link and the parts that the rank needs."""
+    return (parts * (_MOST_UNBEGUN + 1) + min(link.unbegun, _MOST_UNBEGUN)) * 2 + link.busy
+
+
+def unpack_links(word_R: NDArray[np.int32]) -> tuple[BoolArray, IntArray, int]:
+    """All ranks' ``LinkState``, bool and int64 [R], and the most parts that any needs, by ``pack_link``'s words."""
+    word_R = word_R.astype(np.int64)
+    return word_R % 2 > 0, word_R // 2 % (_MOST_UNBEGUN + 1), int(word_R.max()) // (2 * (_MOST_UNBEGUN + 1))
 
 
 @compiled("b1(int32[:, ::1], int64)")
