@@ -1,6 +1,4 @@
-"""Starts a Ray node with no more processes than ranks need.
-
-Half of Ray's own helpers serve a dashboard, logs and an autoscaler.
+"""Starts a Ray node with the processes that ranks need: Ray's own helpers serve a dashboard, logs and an autoscaler.
 
 ``ray.init`` has no settings for them, and waits for the dashboard's process though it is to have none. Nor has it one for the
 time that a node may take to start.
@@ -8,14 +6,17 @@ time that a node may take to start.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray._private.services as ray_services
-import ray._private.utils as ray_utils
 from ray._private.node import Node
+
+from cluster.ray_backend import idle_agent
 
 _START_S = 90.0
 """On top of the 30 seconds that Ray gives a node's raylet to come up, which a busy machine can miss."""
@@ -26,9 +27,9 @@ def _nothing(*_: Any, **__: Any) -> None:
     pass
 
 
-def _left_out() -> ImportError:
-    """Ray takes this for a lack of its dashboard's dependencies: the node's agent then serves nothing."""
-    return ImportError("left out")
+def _agent_program(agent: str, *_: Any, **__: Any) -> list[str]:
+    """What stands before the command of a node's agent: Python, and what stands in for it."""
+    return [sys.executable, "-I", "-S", str(Path(idle_agent.__file__)), agent]
 
 
 def _patient_get_node(*args: Any, _get_node: Any = ray_services.get_node, **kwargs: Any) -> Any:
@@ -47,14 +48,14 @@ _REPLACED: tuple[tuple[Any, str, Any], ...] = (
     (Node, "start_api_server", _nothing),  # the dashboard's process: without a dashboard, too
     (Node, "start_monitor", _nothing),  # of the autoscaler
     (Node, "start_log_monitor", _nothing),
-    (ray_utils, "get_dashboard_dependency_error", _left_out),
+    (ray_services, "_build_python_executable_command_memory_profileable", _agent_program),
     (ray_services, "get_node", _patient_get_node),
 )
 
 
 @contextmanager
 def lean_nodes() -> Iterator[None]:
-    """Within the context, nodes that this process starts have a head, a raylet and its two agents alone."""
+    """Within the context, nodes that this process starts have a head and a raylet alone, until an agent is needed."""
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in _REPLACED]
     for owner, name, value in _REPLACED:
         setattr(owner, name, value)

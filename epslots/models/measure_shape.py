@@ -17,13 +17,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.fx.experimental import _config as meta_config
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from epslots.errors import UnsupportedModelError
 from epslots.layout import LayerSpec
 from epslots.models.experts import dense_class, expert_layers
 from epslots.models.experts_interface import is_experts
+from epslots.models.meta_run import MetaRun
 from epslots.models.model_shape import OF_THE_CACHE, CacheTensor, ModelShape
 from epslots.models.pretrained import build_skeleton, resolve_class, resolve_dtype
 
@@ -195,7 +195,7 @@ def run_without_experts(
     try:
         # A mask may select any number of rows; for their shapes, all rows are assumed (glm5_next's indexer).
         all_rows = cast(Any, meta_config).patch(meta_nonzero_assume_all_nonzero=True)
-        with torch.no_grad(), all_rows, _ValuesAreZero():
+        with torch.no_grad(), all_rows, MetaRun():
             ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
             # The decoder alone: its surroundings turn images into embeddings, and hidden states into logits.
             decoder = cast(Any, model).get_decoder()
@@ -206,21 +206,6 @@ def run_without_experts(
                 del module.forward
             else:
                 module.forward = forward
-
-
-class _ValuesAreZero(TorchDispatchMode):
-    """Answers a meta tensor's request for its value with zero or False.
-
-    Some models request one, and continue with the same shapes for any answer: has the sequence outgrown the frequencies that
-    phimoe's rotary embedding was trained with?
-    """
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return torch.zeros((), dtype=args[0].dtype, device="cpu").item()
-        return func(*args, **(kwargs or {}))
 
 
 def _parts(cache: Any) -> list[tuple[int, object]]:

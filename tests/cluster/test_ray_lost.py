@@ -12,6 +12,7 @@ import pytest
 
 from cluster.api import Cluster
 from cluster.errors import ClusterError
+from cluster.ray_backend import idle_agent
 from cluster.ray_backend.processes import watch_joined
 from tests.support.grouped_ranks import TOKENS_TRAVEL
 from tests.support.rank_helpers import PATIENCE_S, until
@@ -42,7 +43,7 @@ def cluster(ray_tokens: None, checkpoint: Callable[[str], Path], cache_dir: Path
 
 
 def agents() -> list[psutil.Process]:
-    return [process for process in process_of_own_ray("raylet").children() if "Agent" in process.name()]
+    return [child for child in process_of_own_ray("raylet").children() if idle_agent.__file__ in child.cmdline()]
 
 
 def test_a_ray_of_our_own_is_started_again(cluster: Cluster, checkpoint: Callable[[str], Path]):
@@ -50,7 +51,7 @@ def test_a_ray_of_our_own_is_started_again(cluster: Cluster, checkpoint: Callabl
     folder = checkpoint("qwen3_moe")
     right = expected(folder, PROMPTS, NEW)
     assert cluster.explain().state
-    until(agents)  # that are up
+    until(lambda: len(agents()) == 2)
     helpers = agents()
     going = [cluster.submit(prompt, max_new_tokens=NEW, stop_tokens=()) for prompt in PROMPTS]
     for generation in going:

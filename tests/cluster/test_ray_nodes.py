@@ -173,6 +173,13 @@ def test_too_many_ranks_are_refused_with_who_holds_the_rest(ray_nodes: RayNodes)
         second.open(1)
 
 
+def test_an_environment_can_be_had_of_a_node_without_agents(ray_nodes: RayNodes):
+    """What stands in for the agent becomes it, and what asked first is answered."""
+    with drive(ranks=0, address=ray_nodes.address):
+        look = ray.remote(lambda: os.environ["OF_THE_TEST"]).options(runtime_env={"env_vars": {"OF_THE_TEST": "one"}})
+        assert ray.get(look.remote(), timeout=PATIENCE_S) == "one"
+
+
 def test_a_model_that_a_node_lacks_is_said_by_node(ray_nodes: RayNodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The nodes' processes have different working folders, and so this path leads to different places."""
     (tmp_path / "model").mkdir()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
+from pathlib import Path
 
 import ray
 import ray._private.state as ray_state
 import ray._private.worker as ray_worker
 from ray._common.usage import usage_lib
+from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.node import Node
@@ -21,6 +24,7 @@ from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.exceptions import ActorDiedError
 from ray.experimental import internal_kv
 
+from cluster.ray_backend import idle_agent
 from cluster.ray_backend.handles import reason_of
 from cluster.ray_backend.nodes import NODE_LABEL
 
@@ -92,10 +96,29 @@ def test_helpers_of_a_node_can_be_left_out():
     assert "self.start_monitor()" in inspect.getsource(Node.start_head_processes)
     assert "self.start_api_server(" in inspect.getsource(Node.start_head_processes)
     assert "self.start_log_monitor()" in inspect.getsource(Node.start_ray_processes)
-    assert "ray._private.utils.get_dashboard_dependency_error() is not None" in inspect.getsource(start_raylet)
     # A node that starts looks for itself until it is known, for 30 seconds.
     assert "node_info = ray._private.services.get_node(" in inspect.getsource(Node.__init__)
     assert "except RuntimeError" in inspect.getsource(Node.__init__)
+
+
+def test_an_agent_can_be_stood_in_for(tmp_path: Path):
+    """A raylet takes ports of -1 for services that aren't there; a lean node tells them without the agents (idle_agent.py)."""
+    source = inspect.getsource(start_raylet)
+    for agent in ("DASHBOARD_AGENT", "RUNTIME_ENV_AGENT"):
+        assert re.search(rf"command_memory_profileable\(\s*ray_constants.PROCESS_TYPE_{agent}, session_dir", source)
+    for option in ("session-dir", "node-id", "node-ip-address", "runtime-env-agent-port"):
+        assert f'f"--{option}=' in source.partition("runtime_env_agent_command = [")[2]
+    names = ray._raylet
+    assert idle_agent.UNUSED_PORTS == (
+        names.METRICS_AGENT_PORT_NAME,
+        names.METRICS_EXPORT_PORT_NAME,
+        names.DASHBOARD_AGENT_LISTEN_PORT_NAME,
+    )
+    assert names.RUNTIME_ENV_AGENT_PORT_NAME == idle_agent.USED_PORT
+    assert ray_constants.PROCESS_TYPE_DASHBOARD_AGENT == "dashboard_agent"
+    node = 28 * "1a"
+    names.persist_port(str(tmp_path), node, "a_port", -1)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(f"a_port_{node}", "-1")]
 
 
 def died(text: str, **state: bool) -> ActorDiedError:

@@ -168,9 +168,11 @@ def free_port() -> int:
 
 
 def until(condition: Callable[[], object]) -> None:
-    """Wait for a condition that nothing tells of."""
+    """Wait for a condition that nothing tells of, ever more patiently: to ask costs time that others need."""
+    pause_s = 1e-4
     while not condition():
-        time.sleep(1e-4)  # other threads need the interpreter too
+        time.sleep(pause_s)
+        pause_s = min(1.2 * pause_s, 2e-2)
 
 
 def until_stopped(pid: int) -> None:
