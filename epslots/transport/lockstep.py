@@ -328,9 +328,9 @@ def pack_link(link: LinkState, parts: int) -> int:
     return (parts * (_MOST_UNBEGUN + 1) + min(link.unbegun, _MOST_UNBEGUN)) * 2 + link.busy
 
 
-def unpack_links(word_R: NDArray[np.int32]) -> tuple[BoolArray, IntArray, int]:
+def unpack_links(words_R: NDArray[np.int32]) -> tuple[BoolArray, IntArray, int]:
     """All ranks' ``LinkState``, bool and int64 [R], and the most parts that any needs, by ``pack_link``'s words."""
-    word_R = word_R.astype(np.int64)
+    word_R: IntArray = words_R.astype(np.int64)
     return word_R % 2 > 0, word_R // 2 % (_MOST_UNBEGUN + 1), int(word_R.max()) // (2 * (_MOST_UNBEGUN + 1))
 
 

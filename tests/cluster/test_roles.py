@@ -19,6 +19,7 @@ from cluster.driver import request_router
 from cluster.driver.hand_over_costs import HandOverCosts
 from cluster.driver.hand_overs import HandOvers
 from cluster.driver.request_router import RequestRouter
+from cluster.generation import Generation
 from cluster.messages.hand_over import PromptProgress
 from cluster.rank.cache_exchange import HandOverRefused
 from cluster.rank.rank_loop import RankLoop
@@ -144,16 +145,28 @@ class Trouble:
             self._do(connection)
 
 
+def meets(cluster: Cluster, trouble: Trouble, serve: Callable[[], object]) -> bool:
+    """Serve until a hand-over meets the trouble, or ends well. On a busy machine the request may end before either."""
+    before, tries = counts(cluster)[0], 0
+    while not trouble.done and counts(cluster)[0] == before:
+        tries += 1
+        assert tries < 100, "no hand-over ended"
+        serve()
+    return trouble.done
+
+
 @BOTH
 @pytest.mark.parametrize("source", [True, False])
 def test_a_cut_connection_costs_nothing(opened: tuple[Cluster, FakeBackend], folder: Path, source: bool):
     """At whichever message: the request goes on where it was, and moves later."""
     cluster, backend = opened
+
+    def serve() -> None:
+        assert tokens_of(cluster.generate(LONG[:1], max_new_tokens=40)) == expected(folder, LONG[:1], 40)
+
     for number in range(1, 40):
         before = counts(cluster)
-        trouble = Trouble(backend, number, source=source, do=lambda connection: connection.inner.abort())
-        assert tokens_of(cluster.generate(LONG[:1], max_new_tokens=40)) == expected(folder, LONG[:1], 40)
-        if not trouble.done:
+        if not meets(cluster, Trouble(backend, number, source=source, do=lambda connection: connection.inner.abort()), serve):
             break
         assert counts(cluster)[1] > before[1]
     assert number > 6, "an offer, an answer, several pieces, and an end"
@@ -164,19 +177,24 @@ def test_a_cut_connection_costs_nothing(opened: tuple[Cluster, FakeBackend], fol
 @pytest.mark.parametrize("source", [True, False])
 def test_a_cancelled_reader_leaves_nothing(opened: tuple[Cluster, FakeBackend], folder: Path, source: bool):
     cluster, backend = opened
+    running, reasons = list[Generation](), list[str]()
+
+    def leave(_: WatchedConnection) -> None:
+        running[-1].cancel()
+        cluster._thread.flush()  # the ranks are told
+
     for number in range(1, 40):
-        running = cluster.submit(LONG[0], max_new_tokens=40)
-
-        def leave(_: WatchedConnection, running: Any = running) -> None:
-            running.cancel()
-            cluster._thread.flush()  # the ranks are told
-
         trouble = Trouble(backend, number, source=source, do=leave)
-        reason = running.result().reason
-        assert reason == ("cancelled" if trouble.done else "length")
-        if not trouble.done:
+
+        def serve(trouble: Trouble = trouble) -> None:
+            running.append(cluster.submit(LONG[0], max_new_tokens=40))
+            reasons.append(running[-1].result().reason)
+            assert reasons[-1] == "length" or trouble.done
+
+        if not meets(cluster, trouble, serve):
             break
     assert number > 6
+    assert "cancelled" in reasons, "some readers left in time"
     assert tokens_of(cluster.generate(LONG, max_new_tokens=NEW)) == expected(folder, LONG, NEW)
 
 
@@ -185,17 +203,22 @@ def test_a_cancelled_reader_leaves_nothing(opened: tuple[Cluster, FakeBackend], 
 def test_a_lost_rank_costs_no_token(open_cluster: Open, folder: Path, source: bool, early: bool):
     """Before each message, if asked for: every time a rank has to load the model anew."""
     cluster, backend = open_cluster(ranks=2, prefill_ranks=1, **(SMALL_STEPS if early else {}))
+
+    def serve(new: int = 40) -> None:
+        assert tokens_of(cluster.generate(LONG[:1], max_new_tokens=new)) == expected(folder, LONG[:1], new)
+
+    met = False
     some = (4,) if early else (1, 4)
     for number in range(1, 60) if EVERY_MESSAGE else some:
         trouble = Trouble(backend, number, source=source, do=lambda connection: connection.worker._die(known=True))
-        assert tokens_of(cluster.generate(LONG[:1], max_new_tokens=40)) == expected(folder, LONG[:1], 40)
+        met = meets(cluster, trouble, serve)
         backend.on_connection = lambda _: None
-        if not trouble.done:
+        if not met:
             break
         serve_again(cluster, 2)
         if EVERY_MESSAGE:  # a rank that dies often, and never serves, is given up
-            assert tokens_of(cluster.generate(LONG[:1], max_new_tokens=NEW)) == expected(folder, LONG[:1], NEW)
-    assert not trouble.done if EVERY_MESSAGE else trouble.done
+            serve(NEW)
+    assert met != EVERY_MESSAGE
     assert number > 6 or not EVERY_MESSAGE
     check_empty(cluster, backend)
 
@@ -269,7 +292,12 @@ def test_news_of_an_earlier_assignment_is_refused(
         take(self, worker, outputs)
 
     monkeypatch.setattr(RequestRouter, "take", take_late)
-    assert tokens_of(cluster.generate(LONG[:1], max_new_tokens=40)) == expected(folder, LONG[:1], 40)
+    for _ in range(20):
+        assert tokens_of(cluster.generate(LONG[:1], max_new_tokens=40)) == expected(folder, LONG[:1], 40)
+        if again:  # else it ended before it moved, as it may on a busy machine
+            break
+        serve_again(cluster, 2)
+        early.clear()
     assert again, "it came back"
     monkeypatch.undo()
     serve_again(cluster, 2)
