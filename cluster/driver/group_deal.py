@@ -4,7 +4,7 @@
     3 ranks a group               0 0 1 1 | 0 1
     a third group                 0 0 1 1 | 0 1 | 2 2 2
 
-Bundles come and go at the end alone, in blocks: a group, or further ranks for all groups. So what came last goes first, and a
+Bundles come and go only at the end, in blocks: a group, or further ranks for all groups. So what came last goes first, and a
 group never has fewer ranks than it was started with. One group alone may have any number, until others come, of as many each.
 """
 

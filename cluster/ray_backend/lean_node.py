@@ -54,7 +54,7 @@ _REPLACED: tuple[tuple[Any, str, Any], ...] = (
 
 @contextmanager
 def lean_nodes() -> Iterator[None]:
-    """Within the context, nodes that this process starts have a head, a raylet and its two agents alone."""
+    """Within the context, nodes that this process starts have only a head, a raylet and its two agents."""
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in _REPLACED]
     for owner, name, value in _REPLACED:
         setattr(owner, name, value)

@@ -50,7 +50,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 class StoreShape:
-    """Offsets of everything in a store's file, from its manifest alone."""
+    """Offsets of everything in a store's file, from nothing but its manifest."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
@@ -111,7 +111,7 @@ class HostStore:
     Args:
         fd: an open file descriptor of the file or shared memory; the store's own from here on, also after an error.
         where: the store's name in messages.
-        shared: whether to map it writable and shared, which pinning needs; privately, a stray write harms this process alone.
+        shared: whether to map it writable and shared, which pinning needs; privately, a stray write harms only this process.
         on_close: called once when the store is closed or dropped, or the process exits.
 
     Attributes:

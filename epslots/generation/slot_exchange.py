@@ -128,7 +128,7 @@ class SlotExchange:
         return self._cells.free >= tokens
 
     def note_waiting(self, tokens: int, *, others: int = 0, their_tokens: int = 0) -> None:
-        """Note that a request waits for free cells alone, and how many it needs.
+        """Note that a request waits only for free cells, and how many it needs.
 
         Behind it wait others, for which there are rows, with so many tokens.
         """

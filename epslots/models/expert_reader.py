@@ -185,7 +185,7 @@ class _OfOneExpert:
 
 
 def pack_layers(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
-    """The layers with their records packed where the checkpoint's quantisation allows it; read from headers alone.
+    """The layers with their records packed where the checkpoint's quantisation allows it; read only from headers.
 
     Args:
         checkpoint: the open checkpoint.

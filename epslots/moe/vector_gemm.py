@@ -96,7 +96,7 @@ class RowBytes(NamedTuple):
 class ReadyProduct:
     """A product with matrices whose addresses are filled in already.
 
-    A call fills in its rows alone, and a product of few rows takes little longer than that.
+    A call fills in only its rows, and a product of few rows takes little longer than that.
 
     Args:
         dtype: of rows and results.
