@@ -65,7 +65,7 @@ class ChunkSize:
 
     Args:
         most: tokens of a step, at most, decoding requests included.
-        target_s: seconds that a step may take; None = only ``most`` limits it.
+        target_s: seconds that a step may take; None = ``most`` alone limits it.
     """
 
     def __init__(self, most: int, target_s: float | None) -> None:
