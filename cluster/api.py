@@ -193,7 +193,7 @@ class Cluster(ClusterControl):
     def submit_choices(self, prompt: Prompt, *, places: HeldPlaces | None = None, **settings: Any) -> list[Generation]:
         """Start to continue one prompt ``n`` times; returns the generations, in the order of their choices.
 
-        All are started, or none. Each is cancelled by itself, as that of ``submit``.
+        All are started, or none. Each is cancelled by itself, like a generation of ``submit``.
 
         Args:
             places: of ``hold``, for these requests; None = they get places now.

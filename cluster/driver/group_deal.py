@@ -63,7 +63,7 @@ class GroupDeal:
         return [group for block in self._blocks for group in block.bundles]
 
     def with_size(self, ranks: int) -> GroupDeal:
-        """The same for so many ranks, with a size: further groups will have it, too."""
+        """This deal for so many ranks, with a size: further groups will have it, too."""
         return self if self._blocks else self._with([_BundleBlock((0,) * ranks, 1, ranks)])
 
     def _with(self, blocks: Sequence[_BundleBlock]) -> GroupDeal:

@@ -155,7 +155,7 @@ class CompletionRequest(CommonRequest):
     echo: bool | None = False
     logprobs: Top | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
-    """The same as n, or left out."""
+    """Left out, or equal to n."""
     suffix: None = None
     """Isn't supported."""
 

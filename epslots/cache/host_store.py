@@ -189,7 +189,7 @@ class HostStore:
         return record
 
     def request(self, layer: int, expert: int) -> Any:
-        """A record for the copy engine that belongs to the store: here its bytes, as of ``record``.
+        """A record for the copy engine that belongs to the store: here its bytes, uint8 [record bytes].
 
         Raises:
             CorruptExpertError: the bytes differ from the digest taken when the store was built.
@@ -197,7 +197,7 @@ class HostStore:
         return self.record(layer, expert)
 
     def lend(self, layer: int, expert: int) -> contextlib.AbstractContextManager[torch.Tensor]:
-        """A record's bytes, as of ``record``, until the block ends.
+        """A record's bytes, uint8 [record bytes], until the block ends.
 
         Raises:
             CorruptExpertError: the bytes differ from the digest taken when the store was built.

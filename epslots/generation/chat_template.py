@@ -214,7 +214,7 @@ class Renderers:
             self._free.put(renderer)
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer of a renderer that is free, as that of ``Renderer.ask``; waits for one."""
+        """The answer of a renderer that is free; waits for one (``Renderer.ask``)."""
         renderer = self._free.get()
         try:
             return renderer.ask(request)

@@ -96,7 +96,8 @@ def following_prompt_tokens(rows: Sequence[RowState], batch: RowBatch, room: int
 
     Args:
         rows: from which the batch was made. Requests without a row wait for others' ends.
-        room, together: as for ``next_batch``.
+        room: new tokens of a batch of prompts, at most.
+        together: several rows may share a batch.
     """
     left = [i for i, row in enumerate(rows) if not decodes(row)]
     made = set(() if batch.decodes else batch.rows)

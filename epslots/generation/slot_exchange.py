@@ -196,7 +196,7 @@ class SlotExchange:
         """Carry out a decision, unless a cell is held in the slots that would go back. Called between steps.
 
         Raises:
-            StoreError: as for ``SlotCeding.ask``. Slots that couldn't go back stay ceded.
+            StoreError: a record that was in flight, or completes a layer, can't be read. Its slots stay ceded.
         """
         if self._cells.held_levels <= self._target + change:
             self._target += change

@@ -210,7 +210,8 @@ def form_layers(
     """The layers with all their matrices packed in one kind of form.
 
     Args:
-        skeleton, layers: as of ``pack_layers``.
+        skeleton: the model's structure, on the meta device.
+        layers: the MoE layers, from the skeleton.
         form_of: the form of a matrix of so many rows and columns.
     """
     transposed = [bool(skeleton.get_submodule(layer.name).is_transposed) for layer in layers]

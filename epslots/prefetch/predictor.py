@@ -141,7 +141,7 @@ class RouterEstimator:
 
     @property
     def unlikely_E(self) -> torch.Tensor:
-        """The same for all experts: their usual shares are unknown."""
+        """One value for all experts: their usual shares are unknown."""
         experts = len(self.router.weight_EH)
         return torch.log1p(torch.full((experts,), -self.top_k / experts, device=self.router.weight_EH.device))
 
