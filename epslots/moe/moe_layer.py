@@ -10,8 +10,7 @@
     combine    results back to their tokens; weight and sum over k, in fp32 and in fixed order
     migrate    behind all that, fetches for the placement's sake (expert_cache.py)
 
-One rank and many go the same way. Where no expert can be missing on any rank, a step takes no plan and no host
-synchronisation. No Python loop runs over tokens or experts.
+One rank and many go the same way. Where no expert can be missing on any rank, a step has no plan and no host synchronisation.
 
 Glossary: a *pair* is one (token, k). A *slot* holds one expert's weights on the device; *residents* are the experts in slots.
 A rank *hits* a resident expert and *misses* another; some residents are *evicted* for fetches. A *pass* is one grouped product
@@ -154,13 +153,13 @@ class MoELayer:
         return self._observer is not None
 
     def lend_slots(self, experts: ResidentExperts) -> None:
-        """Let ``experts`` rule the layer's slots, compute every step and prefetch, until ``take_slots_back``."""
+        """Let ``experts`` decide about the layer's slots, compute every step and prefetch, until ``take_slots_back``."""
         assert self._lent_by is None, "the slots are lent already"
         self._lent_by = self._resident, self.prefetcher
         self._resident, self.prefetcher = experts, None
 
     def take_slots_back(self) -> None:
-        """End what ``lend_slots`` began."""
+        """Decide about the layer's slots by its own plans again."""
         assert self._lent_by is not None, "the slots aren't lent"
         (self._resident, self.prefetcher), self._lent_by = self._lent_by, None
 
@@ -273,7 +272,7 @@ class MoELayer:
         if arrived is None:
             self._prefetch_alone(self.prefetcher, usage)
         results_NH = experts.execute_resident(batch.hidden_TH, batch.ids_N)
-        # Mostly they have arrived while the layer's kernels were queued. A guess isn't worth a wait.
+        # Predictions mostly arrive while the layer's kernels are queued. A guess isn't worth a wait.
         if arrived is not None and arrived.query():
             self._prefetch_alone(self.prefetcher, usage)
         return results_NH
@@ -298,7 +297,7 @@ class MoELayer:
         return gathered
 
     def plan(self, gathered: Gathered) -> RankPlan:
-        """Decide for all ranks who computes what, and for this one what is fetched when."""
+        """Plan the step for all ranks; returns this rank's part, with its passes."""
         planner, counts_RE = self.planner, gathered.counts_R[:, :-1]
         used_E = used_experts(counts_RE)
         if not np.count_nonzero(used_E):  # no rank has tokens
@@ -341,7 +340,7 @@ class MoELayer:
             self._telemetry.count(self.index, compute_s=seconds)
 
     def migrate(self, plan: RankPlan) -> None:
-        """Begin what is fetched for the placement's sake; the step's last exchange."""
+        """Begin this rank's migrations; the step's last exchange."""
         self.cache.migrate(plan, agreed=self._peers.agreed)
         self._peers.note(exchanging=False)
 
