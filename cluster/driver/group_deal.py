@@ -51,7 +51,7 @@ class GroupDeal:
         return self._blocks[-1].size if self._blocks else None
 
     def group_of(self, bundle: int) -> int:
-        """The number of a bundle's group; of a bundle that isn't there yet, that of a further group."""
+        """The number of a bundle's group; a bundle that isn't there yet belongs to a further group."""
         if self.size is None:
             return 0
         dealt = self.dealt
