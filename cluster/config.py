@@ -35,7 +35,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
         ranks: one for each GPU or CPU slot; None = all GPUs of the cluster, or one rank if it has none.
         groups: into which the ranks are divided, equally. Each is a whole model with expert parallelism of its own: it forms,
             breaks and moves its experts without the others, which go on.
-        prefill_ranks: ranks that compute prompts alone, in groups of their own; 0 = every group does all. When a prompt is
+        prefill_ranks: ranks that compute only prompts, in groups of their own; 0 = every group does all. When a prompt is
             computed, its cache is handed over to one of the other ranks, which decode: a long prompt holds up no stream there.
         decode_ranks: the other ranks; by default, all that there are.
         address: the Ray cluster to run in: ``"auto"`` for the running one, ``"host:port"``, or None to start Ray on this

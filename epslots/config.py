@@ -132,7 +132,7 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
             model's layers keep: latents, windows, recurrent states) or ``"auto"``, the faster one that the model allows.
         prefix_cache: prompts that begin alike share what was computed for their common beginning.
         step_target_ms: choose the prompt tokens of a step so that it takes about this long, because decoding waits for it;
-            None = ``max_batch_tokens`` alone limits them.
+            None = only ``max_batch_tokens`` limits them.
         capture: on a GPU, let an ``Engine`` of one rank decode by CUDA graphs, where the model allows it.
         link: an emulated link between host and device, such as ``"8GB/s,20us"``, to see on a CPU how fetches overlap with
             compute. Default: the device's own link; on a CPU, fetches take no time of their own.
@@ -156,7 +156,7 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: Annotated[str | None, ComparedAs("device")] = None
     dtype: Annotated[str, ComparedAs("dtype"), ChangesOutputs()] = "auto"
     policy: Annotated[Any, ComparedAs("policy")] = DEFAULT_POLICY
-    """str | Policy: a union that msgspec can't decode. A message carries names alone."""
+    """str | Policy: a union that msgspec can't decode. A message carries only names."""
     host_store: str | None = None
     host_memory: str | None = None
     slot_format: Annotated[str, ComparedAs("slot_format")] = "auto"

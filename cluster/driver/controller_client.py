@@ -175,7 +175,7 @@ class ControllerClient:
             self._changes.notify()
 
     def take_rejection(self, worker: Worker, cause: str) -> None:
-        """A rank can't follow a placement: attach the group anew, because the controller believes that it is followed."""
+        """Attach the group anew after a rank's rejection: the controller believes that its placement is followed."""
         self._refused += 1
         logger.warning("%s does not follow a placement: %s", worker.name, cause)
         self._offered, self._attached = None, -1

@@ -190,7 +190,7 @@ class Supervisor:
         Args:
             layers: numbers of the MoE layers whose slots the first rank's report is to have; all ranks of its group know the
                 same of them. None = all layers, in every report.
-            group: of this group's ranks alone.
+            group: only of this group's ranks.
         """
         asked: list[tuple[Worker, int]] = []
         for worker in self.groups.members if group is None else self.groups[group].members:

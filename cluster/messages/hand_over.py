@@ -28,7 +28,7 @@ class ConnectionOrder(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         number: of the hand-over, unique in the cluster.
-        secret: known to the two ranks alone; they recognise each other by it.
+        secret: known only to the two ranks; they recognise each other by it.
         kind: "memory" for processes of one machine.
         form_s: seconds to wait for the other rank.
         deadline_s: seconds that each message or piece may take afterwards.

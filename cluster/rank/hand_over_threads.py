@@ -52,7 +52,7 @@ class HandOverThreads:
     """The hand-overs of one rank.
 
     Args:
-        batcher: returns the rank's batcher; it is touched between steps alone.
+        batcher: returns the rank's batcher; it is touched only between steps.
         between_steps: has the stepping thread call a function.
         send: sends an event to the driver.
         connect: connects two ranks.

@@ -1,4 +1,4 @@
-"""A program in place of each of a lean Ray node's two agents, which take half a second of CPU and 100 MiB each.
+"""A program in place of each of a lean Ray node's two agents. An agent takes half a second of CPU and 100 MiB.
 
 Its arguments are the agent's name and the agent's command. It imports nothing of ours or of Ray's, so that it starts at once.
 

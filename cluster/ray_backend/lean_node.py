@@ -55,7 +55,7 @@ _REPLACED: tuple[tuple[Any, str, Any], ...] = (
 
 @contextmanager
 def lean_nodes() -> Iterator[None]:
-    """Within the context, nodes that this process starts have a head and a raylet alone, until an agent is needed."""
+    """Within the context, nodes that this process starts have only a head and a raylet, until an agent is needed."""
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in _REPLACED]
     for owner, name, value in _REPLACED:
         setattr(owner, name, value)

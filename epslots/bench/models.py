@@ -102,7 +102,7 @@ def random_checkpoint(config: PreTrainedConfig, dtype: torch.dtype, *, embedding
 
 @contextlib.contextmanager
 def quick_checkpoint(config: Qwen3MoeConfig, device: torch.device) -> Iterator[Path]:
-    """The same in bf16, made on the device tensor by tensor. A CPU takes minutes to draw the weights of a large model."""
+    """A checkpoint in bf16, made on the device tensor by tensor. A CPU takes minutes to draw the weights of a large model."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in _unfused(Qwen3MoeForCausalLM._from_config(config)).items()}
     with tempfile.TemporaryDirectory(prefix="epslots-bench-") as name:

@@ -33,7 +33,7 @@ _SPIN_S = 100e-6
 
 Tensors = Sequence[torch.Tensor]
 Records = Sequence[Any]
-"""From ``HostStore.request``: uint8 [record bytes] each, on the host; a ``DiskStore``'s are for ``DiskLink`` alone."""
+"""From ``HostStore.request``: uint8 [record bytes] each, on the host; a ``DiskStore``'s are only for ``DiskLink``."""
 WriteSlot = Callable[[torch.Tensor, torch.Tensor], object]
 """Writes a slot (uint8, on the device) from a record (uint8, on the host); queued on the current stream if there is one."""
 

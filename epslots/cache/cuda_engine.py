@@ -172,7 +172,7 @@ def make_copy_engine(setting: str | None, device: torch.device, staging_bytes: i
 
     Args:
         setting: None for the device's own link; or the speed of an emulated one, such as ``"8GB/s,20us"``.
-        staging_bytes: size of the largest record if not all of the store is pinned, else 0; for a GPU alone.
+        staging_bytes: size of the largest record if not all of the store is pinned, else 0; only for a GPU.
 
     Raises:
         ConfigError: not a speed, or the device has a link of its own.
@@ -181,5 +181,5 @@ def make_copy_engine(setting: str | None, device: torch.device, staging_bytes: i
         return CudaEngine(device, staging_bytes) if device.type == "cuda" else SynchronousEngine()
     speed = parse_link(setting)
     if device.type != "cpu":
-        raise ConfigError(f"link={setting!r}: {device} has a link of its own; one is emulated on device='cpu' alone")
+        raise ConfigError(f"link={setting!r}: {device} has a link of its own; one is emulated only on device='cpu'")
     return EmulatedEngine(speed)

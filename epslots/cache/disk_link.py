@@ -114,7 +114,7 @@ class DiskLink:
             self._advance()
 
     def wait(self, transfer: _DiskTransfer) -> None:
-        """As of ``CopyEngine``.
+        """Make the slot complete for all that this thread computes from now on.
 
         Raises:
             CorruptExpertError: the record differs from its digest. The slot is as it was.

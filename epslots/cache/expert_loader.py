@@ -1,4 +1,4 @@
-"""The expert loader: the only code that fills slots, but for captured decoding, to which slots are lent (``cuda_graph``).
+"""The expert loader: all fetches into slots, but those of captured decoding, to which slots are lent (``cuda_graph``).
 
 A fetch moves one expert's record into one slot as one contiguous copy: from the node's host store through a copy engine
 (``copy_engine.py``), or from a peer's slot. The pool's tables name an expert from the start of its fetch. Until its record has
@@ -210,7 +210,7 @@ class ExpertLoader:
             del self._transfers[slot]
 
     def confirm(self) -> None:
-        """All copies from peers so far have arrived: something that was queued after them has reached the host."""
+        """Note that all copies from peers so far have arrived: work queued behind them has reached the host."""
         self._unconfirmed.clear()
 
     def vacate_unconfirmed(self) -> None:

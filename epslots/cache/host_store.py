@@ -50,7 +50,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 class StoreShape:
-    """Offsets of everything in a store's file, from its manifest alone."""
+    """Offsets of everything in a store's file, from nothing but its manifest."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
@@ -111,7 +111,7 @@ class HostStore:
     Args:
         fd: an open file descriptor of the file or shared memory; the store's own from here on, also after an error.
         where: the store's name in messages.
-        shared: whether to map it writable and shared, which pinning needs; privately, a stray write harms this process alone.
+        shared: whether to map it writable and shared, which pinning needs; privately, a stray write harms only this process.
         on_close: called once when the store is closed or dropped, or the process exits.
 
     Attributes:
@@ -193,7 +193,7 @@ class HostStore:
         return record
 
     def request(self, layer: int, expert: int) -> Any:
-        """A record for the copy engine that belongs to the store: here its bytes, as of ``record``.
+        """A record for the copy engine that belongs to the store: here its bytes, uint8 [record bytes].
 
         Raises:
             CorruptExpertError: the bytes differ from the digest taken when the store was built.
@@ -201,7 +201,7 @@ class HostStore:
         return self.record(layer, expert)
 
     def lend(self, layer: int, expert: int) -> contextlib.AbstractContextManager[torch.Tensor]:
-        """A record's bytes, as of ``record``, until the block ends.
+        """A record's bytes, uint8 [record bytes], until the block ends.
 
         Raises:
             CorruptExpertError: the bytes differ from the digest taken when the store was built.

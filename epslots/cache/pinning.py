@@ -61,7 +61,8 @@ def pin_cells(store: DiskStore, device: torch.device, cudart: Any = None) -> Non
     Torch's own pinned memory comes in powers of two, which would take up to twice the bytes.
 
     Args:
-        device, cudart: as of ``pin_store``.
+        device: the GPU that will copy from it.
+        cudart: the CUDA runtime, ``torch.cuda.cudart()`` by default; tests give a fake.
     """
     pinned = 0
     for memory in store.cell_memory:

@@ -7,7 +7,7 @@ A layer owns a range of neighbouring slots, so that its experts are one strided 
 reads in place. With ``kv_tokens="auto"`` it may cede the last slots of its range to the KV cache, which has further slots of
 its own behind all ranges (``models/cache_slots.py``). The tables exist on the host, for plans, and on the device, where tokens
 are sorted by them; on the CPU these are the same memory. ``ExpertLoader`` fills slots. A fetch first empties its slot in both
-tables, and enters the expert once it is in flight: a failed fetch leaves a smaller cache, never a wrong one. The loader alone
+tables, and enters the expert once it is in flight: a failed fetch leaves a smaller cache, never a wrong one. Only the loader
 knows which slots are in flight; readers of a slot call its ``wait`` first. A layer's row reaches the device with ``publish``,
 once before it is read.
 """

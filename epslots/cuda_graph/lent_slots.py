@@ -65,7 +65,7 @@ def kernels_for(loader: ExpertLoader) -> Kernels:
     """The kernels that decide about a pool's slots on its device."""
     if loader.pool.device.type == "cpu":
         return TorchKernels(loader)
-    from epslots.cuda_graph.triton_kernels import TritonKernels  # optional, and used on GPUs alone
+    from epslots.cuda_graph.triton_kernels import TritonKernels  # optional, and used only on GPUs
 
     return TritonKernels(loader)
 

@@ -106,7 +106,7 @@ class Batcher(ABC):
 
     @property
     def waits_for_room(self) -> bool:
-        """Whether there is nothing to do but for slots that experts cede to the cache in the group's next step."""
+        """Whether requests wait only for slots that experts cede to the cache in the group's next step."""
         return False
 
     @property

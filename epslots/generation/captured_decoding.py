@@ -69,7 +69,7 @@ def capture_obstacle(model: PreTrainedModel, of_cache: str | None) -> str | None
     """Why no decoding step of a model can be captured, as a sentence's end. None if nothing is known to be in the way.
 
     Args:
-        of_cache: what obstructs it in the cache that serves the model.
+        of_cache: the obstacle in the cache that serves the model; None = none.
     """
     if model.device.type != "cuda":
         return f"the model is on {model.device}"
@@ -92,7 +92,7 @@ def model_obstacle(model: PreTrainedModel, of_cache: str | None) -> str | None:
 
     Args:
         model: may be on the meta device.
-        of_cache: as for ``capture_obstacle``.
+        of_cache: the obstacle in the cache that serves the model; None = none.
     """
     asks = model.config.get_text_config().model_type in _ASKS_THE_HOST
     return of_cache or ("some of its layers ask the host for values" if asks else None)

@@ -5,7 +5,7 @@
 3. admission   ``prepare`` takes requests into the next batch (page_scheduler.py; row_admission.py for rows)
 4. prompt      computed in chunks (chunk_size.py); what layers keep of it stays in pages or rows (paged_cache.py, row_cache.py)
 5. decoding    one token a step (next_token.py), drawn by the request's seed and position (sampling.py)
-6. end         a stop token, ``max_new_tokens``, ``cancel``, or an error of this request alone (isolation.py)
+6. end         a stop token, ``max_new_tokens``, ``cancel``, or an error of only this request (isolation.py)
 7. outputs     ``outputs`` returns the new tokens after every step, and the end once
 
 ``text.py``, ``chat_template.py`` and ``end_tokens.py`` turn text into prompts and tokens into text.

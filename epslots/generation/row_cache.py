@@ -185,7 +185,7 @@ class RowCache:
 
     @property
     def keeps_states(self) -> bool:
-        """Whether a row keeps more than its tokens: another row can continue it at its present length alone."""
+        """Whether a row keeps more than its tokens: another row can continue it only at its present length."""
         return bool(self._states) or len(self._tables) > 1 or self.keeps_objects
 
     @property
@@ -250,7 +250,7 @@ class RowCache:
         return _twin(self._templates[index])
 
     def cut(self, row: Row, length: int) -> None:
-        """Keep the first ``length`` tokens of a row alone: all of them, where it keeps more than tokens."""
+        """Keep only the first ``length`` tokens of a row: all of them, where it keeps more than tokens."""
         for table in self._tables.values():
             table.cut(row.number, length)
         row.length = length

@@ -184,7 +184,7 @@ class _OfOneExpert:
 
 
 def pack_layers(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
-    """The layers with their records packed where the checkpoint's quantisation allows it; read from headers alone.
+    """The layers with their records packed where the checkpoint's quantisation allows it; read only from headers.
 
     Args:
         checkpoint: the open checkpoint.
@@ -209,7 +209,8 @@ def form_layers(
     """The layers with all their matrices packed in one kind of form.
 
     Args:
-        skeleton, layers: as of ``pack_layers``.
+        skeleton: the model's structure, on the meta device.
+        layers: the MoE layers, from the skeleton.
         form_of: the form of a matrix of so many rows and columns.
     """
     transposed = [bool(skeleton.get_submodule(layer.name).is_transposed) for layer in layers]

@@ -197,7 +197,7 @@ class ExpertCache:
             self._loader.wait(np.arange(self.slot_range.start, self.slot_range.stop))
 
     def confirm_copies(self) -> None:
-        """Copies from peers, in any layer, have arrived: counts that were queued behind them have come to the host."""
+        """Note that copies from peers, in any layer, have arrived: counts queued behind them are on the host."""
         self._loader.confirm()
 
 

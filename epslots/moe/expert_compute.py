@@ -184,6 +184,6 @@ def pair_kernels_for(experts: int, device: torch.device) -> PairKernels:
         return pair_kernels_for_cpu(experts)
     if importlib.util.find_spec("triton") is None:
         return TorchPairKernels(experts, device)
-    from epslots.moe.pair_triton import TritonPairKernels  # optional, and used on GPUs alone
+    from epslots.moe.pair_triton import TritonPairKernels  # optional, and used only on GPUs
 
     return TritonPairKernels(experts, device)

@@ -33,7 +33,7 @@ Matmul = Callable[[torch.Tensor, Any, torch.Tensor], torch.Tensor]
 """(rows [N, in], weight [Q, in, out], ends int32 [Q]) to [N, out]: where the rows of each slot end."""
 
 VectorProduct = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(rows, ends) as of ``vector_gemm.product``, to its result, with weights, biases and an activation of its own."""
+"""(rows [N, in] sorted by slot, ends int32 [Q]) to [N, out]: a product with weights, biases and an activation of its own."""
 
 
 class GroupedGemm:

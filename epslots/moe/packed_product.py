@@ -125,7 +125,7 @@ class PackedProduct:
         return piece.product if len(self._pieces) == 1 and piece.perm is None else None
 
     def __call__(self, rows_NK: torch.Tensor, ends_Q: torch.Tensor | None = None) -> torch.Tensor:
-        """As of ``vector_gemm.product``; the rows are of the weight's dtype."""
+        """The product for rows of the weight's dtype, sorted by slot; those of slot q end at ``ends_Q[q]``."""
         if len(self._pieces) == 1:
             return self._pieces[0](rows_NK, ends_Q)
         result = torch.cat([piece(rows_NK, ends_Q) for piece in self._pieces], 1)

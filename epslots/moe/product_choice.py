@@ -1,6 +1,6 @@
 """Which implementation multiplies experts: the one predicate that layers, captured decoding and plans ask.
 
-torch's grouped product (``F.grouped_mm``) is a kernel for bf16 on compute capabilities 9 and 10 alone, with aligned strides
+torch's grouped product (``F.grouped_mm``) is a kernel for bf16 only on compute capabilities 9 and 10, with aligned strides
 and less than 1,024 groups (``_grouped_mm_cuda`` in torch 2.13). Elsewhere on CUDA it reads the groups on the host, waits for
 that, and loops over all of them.
 """
@@ -92,6 +92,6 @@ def make_gemm(module: Any, weights: Mapping[str, Weight], *, batch_invariant: bo
 
 def kernel_products() -> Products:
     """Our kernels for GPUs."""
-    from epslots.moe.grouped_kernel import TritonProducts  # optional, and used on GPUs alone
+    from epslots.moe.grouped_kernel import TritonProducts  # optional, and used only on GPUs
 
     return TritonProducts()

@@ -105,7 +105,7 @@ class ModelPlanner:
         Args:
             bytes_per_step: bytes that each rank migrates at most in a step. Less than an expert's size allows a migration
                 every few steps.
-            scores: as for ``begin_step``; needed where slots are ceded, for which copies aren't wanted then.
+            scores: the eviction policy's scores by layer; needed where slots are ceded, whose copies aren't wanted then.
         """
         self.placement, self.bytes_per_step = placement, bytes_per_step
         for index, layer in enumerate(self.layers):
@@ -160,7 +160,7 @@ class ModelPlanner:
         Called between steps, on all ranks alike.
 
         Args:
-            scores: as for ``begin_step``.
+            scores: the eviction policy's scores of a layer's experts, int64 [E], by the layer's index.
 
         Returns:
             The expert that each ceding layer evicts there, -1 = none.

@@ -260,7 +260,7 @@ class LayerPlanner:
         return found
 
     def _assign(self, counts_RE: IntArray, *, idle_slots: bool) -> Assignment:
-        """The work of each rank, and the fetches that it takes. Copies are bought for idle slots alone."""
+        """The work of each rank, and the fetches that it takes. Copies are bought only for idle slots."""
         state = self.state
         if self.alone:  # nothing to weigh
             (used_U,) = counts_RE[0].nonzero()

@@ -1,4 +1,4 @@
-"""Migrations: which copies of the placement are fetched at the end of a layer's step, and within which bytes.
+"""Migrations: the placement's copies that are fetched at the end of a layer's step, and their budget.
 
 ``LayerPlanner`` calls ``choose_migrations``; ``ModelPlanner`` renews the ``MigrationBudget``. Migrations follow the step's
 demand: they get the bytes that it leaves, and start when the layer has computed, so that even experts that it needed may be

@@ -249,7 +249,7 @@ class PrefetchPolicy:
         return PrefetchVerdict(self.active, self._predicted, self._used)
 
     def set_verdict(self, verdict: PrefetchVerdict) -> None:
-        """Go on from the verdict of another judge, the device; a prediction that waits for its step is forgotten."""
+        """Go on from the device's verdict. A prediction that waits for its step is forgotten."""
         self.active, self._predicted, self._used = verdict
         self._expected_E = None
 

@@ -24,7 +24,7 @@ class Device:
         host: from the node's host memory.
         peer: to and from another rank of the node, one way.
         network: to and from another node, one way, for each rank.
-        tflops: see above.
+        tflops: of the device's compute.
         latency_us: of an empty collective within a node.
         network_latency_us: added by other nodes.
     """

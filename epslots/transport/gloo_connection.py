@@ -131,7 +131,7 @@ def open_gloo_connection(
     Args:
         store: holds the two ends' addresses.
         number: of the hand-over.
-        secret: known to both ends alone.
+        secret: known only to both ends.
         form_s: seconds to wait for the other end.
         deadline_s: seconds that each call may take afterwards.
         source: this end is the source.

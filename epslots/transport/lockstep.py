@@ -238,7 +238,7 @@ class LockStep:
 
     @contextmanager
     def completing(self) -> Iterator[None]:
-        """Inside, a forward pass that fails between exchanges doesn't break the group: the rank goes on without tokens.
+        """Within the context, a forward pass may fail between exchanges: the rank goes on without tokens.
 
         For a caller that makes exactly one step inside, and makes further steps after a failure.
         """

@@ -128,7 +128,7 @@ def open_source(number: int, secret: bytes, form_s: float, deadline_s: float) ->
 
     Args:
         number: of the hand-over.
-        secret: known to both ends alone.
+        secret: known only to both ends.
         form_s: seconds to wait for the other end.
         deadline_s: seconds that each call may take afterwards.
 
