@@ -34,7 +34,6 @@ MOST_PARAMETERS = 8
 # Functions with more, and why. Compiled kernels aside, which take arrays one by one.
 WIDE = {
     "epslots.loading.load": "users call it by keyword",
-    "epslots.models.memory_plan.plan_memory": "users call it by keyword",
     "epslots.cli.bench.bench": "typer: an option each",
     "epslots.cli.generate.generate": "typer: an option each",
     "epslots.cli.plan.plan": "typer: an option each",
