@@ -38,7 +38,6 @@ WIDE = {
     "epslots.cli.generate.generate": "typer: an option each",
     "epslots.cli.plan.plan": "typer: an option each",
     "epslots.planner.expert_passes.plan_passes": "hands arrays to a compiled kernel",
-    "epslots.planner.migration.choose_migrations": "hands arrays to a compiled kernel",
     "epslots.planner.prefetch_policy.plan": "hands arrays to a compiled kernel",
     "cluster.driver.worker_group.__init__": "one caller, by keyword: all that a group has of the cluster",
 }
