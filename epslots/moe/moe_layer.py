@@ -294,7 +294,7 @@ class MoELayer:
         planner, counts_RE = self.planner, gathered.counts_R[:, :-1]
         used_E = used_experts(counts_RE)
         if not np.count_nonzero(used_E):  # no rank has tokens
-            return planner.no_work
+            return ALL_RESIDENT
         self._note_uses(used_E, gathered.counts_R[planner.rank])
         if len(taken := planner.take_back(gathered.unbegun_R, used_E)):
             self.cache.take_back(taken)

@@ -13,7 +13,7 @@ import xxhash
 
 from epslots.arrays import BoolArray, IntArray
 from epslots.planner.evictions import spare_replicas
-from epslots.planner.migration import Migrations
+from epslots.planner.plan import Migrations
 
 
 class LayerState:

@@ -117,7 +117,6 @@ class LockStep:
         digest: makes 63 bits that are equal on ranks that agree about which rank holds which expert.
         explain_divergence: called on all ranks where they disagree; returns the differences in words.
         on_header: called with all ranks' headers before a step in which any rank has work.
-        levels: slots that each layer of this rank cedes to its KV cache (``cede``).
     """
 
     alone = False
@@ -133,7 +132,6 @@ class LockStep:
         digest: Callable[[], int],
         explain_divergence: Callable[[], str],
         on_header: Callable[[Header], object],
-        levels: int = 0,
     ) -> None:
         self.transport = transport
         self._idle_layers = tuple(idle_layers)
@@ -154,7 +152,7 @@ class LockStep:
         self._layer: int | None = None
         self._stopping = False
         self._load = (0, 0)
-        self._levels = levels
+        self._levels = 0
         self.header = Header(work=False, stop=False)
 
     @property

@@ -102,7 +102,7 @@ def test_a_cache_travels_while_it_is_computed(name: str, kind: str):
         here.run(1)
     if LONG.id in here.tokens:
         assert isinstance(source, RowBatcher)
-        assert source._cache.keeps_objects or source._support.whole_prompts, "no others wait for the end"
+        assert source.cache.keeps_objects or source._support.whole_prompts, "no others wait for the end"
         return
     image = source.hold(LONG.id)
     assert image is not None and not source._entries[LONG.id].held

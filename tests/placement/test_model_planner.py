@@ -10,14 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from epslots.arrays import BoolArray, IntArray
 from epslots.errors import ConfigError, StaleEpoch
 from epslots.placement.model_planner import ModelPlanner, next_shift
 from epslots.placement.placement import carry_over, default_placement
 from epslots.planner.cost_model import Costs
-from epslots.planner.evictions import spare_replicas
 from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
 from epslots.planner.layer_state import LayerState
-from epslots.planner.migration import NO_MIGRATIONS, MigrationBudget, choose_migrations
+from epslots.planner.migration import MigrationBudget, choose_migrations
+from epslots.planner.plan import NO_MIGRATIONS, Migrations
 from epslots.planner.prefetch_policy import PrefetchBudget
 from tests.support.plan_strategies import random_placement, random_quotas
 
@@ -207,11 +208,9 @@ def test_which_copy_gives_way():
         holds_RE, wanted_RE = np.zeros((2, 5), bool), np.zeros((2, 5), bool)
         for rank in range(2):
             holds_RE[rank, holds[rank]] = wanted_RE[rank, wanted[rank]] = True
-        spare_RE = spare_replicas(holds_RE, np.array(home), wanted_RE)
-        score_E = np.array([9, 1, 5, 3, 7])
-        moves = choose_migrations(
-            wanted_RE & ~holds_RE, holds_RE, wanted_RE, spare_RE, np.array([2, 2]), score_E, np.array(able), from_peers=True
-        )
+        state = LayerState(holds_RE, np.array([2, 2]), np.array(home))
+        state.follow(np.array(home), wanted_RE)
+        moves = choose_migrations(state, np.array([9, 1, 5, 3, 7]), np.array(able), from_peers=True)
         return moves.evicted.tolist() if len(moves) else []
 
     assert evicted([[1, 2], [2, 3]], [[4], []], [1, 1, 1, 1, 0], [True, False]) == [2], "spare, though it scores more"
@@ -224,13 +223,17 @@ def test_where_a_move_comes_from():
     holds_RE = np.array([[1, 0], [1, 0], [1, 0], [0, 1]], bool)
     wanted_RE = holds_RE.copy()
     wanted_RE[3] = True, False
-    arguments = (wanted_RE & ~holds_RE, holds_RE, wanted_RE, np.zeros((4, 2), bool), np.ones(4, int), np.zeros(2, int))
-    able = np.ones(4, bool)
-    assert choose_migrations(*arguments, able, from_peers=True).sources.tolist() == [0], "the next one, going round"
-    nodes = np.array([0, 0, 1, 1])
-    assert choose_migrations(*arguments, able, from_peers=True, node_R=nodes).sources.tolist() == [2], "of the same node"
-    assert choose_migrations(*arguments, able, from_peers=False).sources.tolist() == [-1]
-    assert choose_migrations(*arguments, ~able, from_peers=True) == NO_MIGRATIONS
+    able, home_E, score_E = np.ones(4, bool), np.array([3, 3]), np.zeros(2, int)
+
+    def moves(able: BoolArray, *, from_peers: bool = True, node_R: IntArray | None = None) -> Migrations:
+        state = LayerState(holds_RE, np.ones(4, int), home_E, node_R)
+        state.follow(home_E, wanted_RE)
+        return choose_migrations(state, score_E, able, from_peers=from_peers)
+
+    assert moves(able).sources.tolist() == [0], "the next one, going round"
+    assert moves(able, node_R=np.array([0, 0, 1, 1])).sources.tolist() == [2], "of the same node"
+    assert moves(able, from_peers=False).sources.tolist() == [-1]
+    assert moves(~able) is NO_MIGRATIONS
 
 
 @settings(max_examples=60)
