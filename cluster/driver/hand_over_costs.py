@@ -87,20 +87,22 @@ class HandOverCosts:
             self.prompt_token_s = prompt_token_s
         self.step_bytes = step_bytes or self.step_bytes
 
-    def stays(self, to_compute: int, held: int, streams: int, near: bool) -> bool:
+    def stays(self, to_compute: int, held: int, streams: int, near: bool, before: float = 0.0) -> bool:
         """Whether a prompt is computed where its request decodes, since that costs less than a hand-over.
 
-        A prompt holds up all requests that decode there for as long as it takes; a hand-over its own request alone.
+        A prompt holds up all requests that decode there for as long as it takes; a hand-over its own request alone, as do the
+        prompts that are computed before it elsewhere.
 
         Args:
             to_compute: tokens of the prompt that this rank would have to compute.
             held: tokens that the hand-over would carry.
             streams: requests that decode on that rank.
             near: the hand-over would be between ranks that share memory.
+            before: tokens of prompts that its rank would compute first, if it were handed over.
         """
         if self.prompt_token_s is None:
             return to_compute <= FIRST_SHORT_TOKENS
-        return to_compute * self.prompt_token_s * (1 + streams) <= self.way(near).seconds(held)
+        return (to_compute * (1 + streams) - before) * self.prompt_token_s <= self.way(near).seconds(held)
 
     def begins_early(self, computed: int, left: int, chunk: int, near: bool) -> bool:
         """Whether a hand-over begins before its prompt is computed, and now.

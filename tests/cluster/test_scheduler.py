@@ -123,6 +123,7 @@ def with_roles(**ranks: RankCapacity) -> Scheduler:
     """A scheduler for which no prompt is short."""
     scheduler = Scheduler()
     scheduler._ranks.costs.prompt_token_s = 1.0
+    scheduler._ranks.costs.stays = lambda *_: False  # type: ignore[method-assign]
     scheduler.serve(ranks)
     return scheduler
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from cluster.driver.hand_over_costs import FIRST_SHORT_TOKENS
 from cluster.driver.prefix_index import BLOCK
 from cluster.driver.rank_loads import RankCapacity
+from cluster.driver.scheduled_request import MoveClaim
 from cluster.driver.scheduler import Scheduler
 from cluster.messages.hand_over import HandedOver, PromptProgress
 from epslots.generation.requests import Output, Request
@@ -130,6 +131,7 @@ def test_ways_are_judged_by_their_own_hand_overs():
     scheduler._ranks.costs = costs
     scheduler.serve({"p": RankCapacity(10_000, 1, role="prefill", machine="m"), "d": here})
     costs.observe(100, 0.01, prompt_token_s=1e-3, near=True)
+    scheduler._ranks._decoding.add("d", MoveClaim(1, 1))
     assert add(scheduler, *LONG[:3]) == [("p", "a"), ("p", "b")], "where no rank is free to hand it over, by the latest way"
 
 

@@ -293,11 +293,11 @@ def test_a_placement_for_ceded_slots_is_reached_where_it_fits(seed: int):
             5 * BYTES,
             lambda layer: np.arange(layers[layer].state.holds_RE.shape[1]),
         )
-    for step in range(60):
+    for step in range(120):
         rank = int(world.generator.integers(ranks))
-        change = int(world.generator.choice((-1, 1)))
+        change = int(world.generator.choice((-1, 1))) if step < 20 else -1
         levels = int(world.models[0].levels_R[rank]) + change  # type: ignore[index]
-        if step < 20 and 0 <= levels < room_LR[:, rank].min():
+        if step < 80 and 0 <= levels < room_LR[:, rank].min():
             score = {i: world.generator.permutation(layer.state.holds_RE.shape[1]) for i, layer in enumerate(layers)}
             evicted = [model.change_level(rank, change, lambda layer, score=score: score[layer]) for model in world.models]
             assert all(each == evicted[0] for each in evicted)
@@ -305,13 +305,59 @@ def test_a_placement_for_ceded_slots_is_reached_where_it_fits(seed: int):
         now_LR = np.stack([layer.state.quota_R for layer in layers])
         assert (now_LR == room_LR - world.models[0].levels_R).all()
         assert all((layer.state.wanted_RE.sum(1) <= layer.state.quota_R).all() for layer in layers)
+    assert not world.models[0].levels_R.any()  # type: ignore[union-attr]
     assert {model.pending_migrations for model in world.models} == {0}
+    for index, layer in enumerate(layers):
+        experts = layer.state.holds_RE.shape[1]
+        assert (layer.state.wanted_RE == wanted_LRE[index, :, :experts]).all(), "all copies are wanted again"
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**9))
+def test_copies_come_back_with_their_slots(seed: int):
+    """They are migrated, without a new placement, once the cache has given the slots back."""
+    world = World.random(seed)
+    (model, *_), layers = world.models, world.models[0].layers
+    room_LR = np.stack([layer.state.quota_R for layer in layers])
+    rank = int(room_LR.min(0).argmax())
+    target = random_placement(world.generator, model.placement)
+    wanted_LRE = target.wanted_LRE & (target.wanted_LRE.cumsum(2) <= room_LR[:, :, None])
+    target, score_E = replace(target, wanted_LRE=wanted_LRE, quota_LR=room_LR), np.arange(wanted_LRE.shape[2])
+
+    def scores(layer: int) -> np.ndarray:
+        return score_E[: layers[layer].state.holds_RE.shape[1]]
+
+    def settle() -> int:
+        """Migrate all that is wanted; returns the copies that ranks hold of it."""
+        while model.budgets.migration is not None:
+            world.step(0)
+        wanted = [layer.state.wanted_RE for layer in layers]
+        assert all(layer.state.holds_RE[those].all() for layer, those in zip(layers, wanted, strict=True))
+        return sum(int(those.sum()) for those in wanted)
+
+    for each in world.models:
+        each.levels_R, each._ceding = np.zeros(len(world.models), np.int64), tuple(range(len(layers)))
+        each.follow(target, 5 * BYTES, scores)
+    held, levels = settle(), int(room_LR[:, rank].min()) - 1
+    for change in (1, -1):
+        for _ in range(levels):
+            for each in world.models:
+                each.change_level(rank, change, scores)
+        now = settle()
+        assert now == held if change < 0 else now <= held
+    assert held == int(wanted_LRE.sum())
 
 
 def test_the_dearest_copies_stay_wanted():
     """Of those that no longer fit; the others are the cache's to keep or not."""
     state = LayerState(np.zeros((2, 5), bool), np.array([2, 3]), np.zeros(5, np.int64))
     state.follow(np.zeros(5, np.int64), np.array([[1, 1, 0, 1, 1], [1, 1, 1, 0, 0]], bool))
-    state.drop_wanted(np.array([5, 9, 7, 8, 5]))
+    state.fit_wanted(np.array([5, 9, 7, 8, 5]))
     assert state.wanted_RE.tolist() == [[False, True, False, True, False], [True, True, True, False, False]]
     assert state.pending_migrations == 5
+    state.replace(state.wanted_RE)
+    state.quota_R[0] = 3
+    state.update_pending()
+    state.fit_wanted(np.array([9, 1, 7, 1, 5]))
+    assert state.wanted_RE[0].tolist() == [True, True, False, True, False], "the dearest of the others"
+    assert state.pending_RE.sum() == state.pending_RE[0, 0] == state.pending_migrations == 1

@@ -125,10 +125,10 @@ def break_off(source: CacheImage, target: CacheImage) -> None:
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         both.writer.write(target, pieces[:1], staged[:1])
-        both.reader.read(source, pieces)
         target.gone = True
         with pytest.raises(CacheGone):
             both.writer.write(target, pieces[1:], staged[1:])
+    both.reader.read(source, pieces)
     both.close()
 
 
