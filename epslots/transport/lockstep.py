@@ -317,8 +317,8 @@ def pack_link(link: LinkState, parts: int) -> int:
 
 def unpack_links(word_R: NDArray[np.int32]) -> tuple[BoolArray, IntArray, int]:
     """All ranks' ``LinkState``, bool and int64 [R], and the most parts that any needs, by ``pack_link``'s words."""
-    word_R = word_R.astype(np.int64)
-    return word_R % 2 > 0, word_R // 2 % (_MOST_UNBEGUN + 1), int(word_R.max()) // (2 * (_MOST_UNBEGUN + 1))
+    wide_R: IntArray = word_R.astype(np.int64)
+    return wide_R % 2 > 0, wide_R // 2 % (_MOST_UNBEGUN + 1), int(wide_R.max()) // (2 * (_MOST_UNBEGUN + 1))
 
 
 @compiled("b1(int32[:, ::1], int64)")
