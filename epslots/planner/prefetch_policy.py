@@ -291,9 +291,11 @@ class PrefetchPolicy:
             return None
         if budget is not None:
             budget.spend(found.ranks, expert_bytes)
-        # A step in parts is predicted several times; the newest prefetches go first on a link.
-        self._rank_F = np.concatenate([found.ranks, self._rank_F])
-        self._expert_F = np.concatenate([found.experts, self._expert_F])
+        if len(self._rank_F):  # a step in parts is predicted several times; the newest prefetches go first on a link
+            self._rank_F = np.concatenate([found.ranks, self._rank_F])
+            self._expert_F = np.concatenate([found.experts, self._expert_F])
+        else:
+            self._rank_F, self._expert_F = found.ranks, found.experts
         return found
 
     def prefetches_of(self, rank: int) -> IntArray:
