@@ -381,7 +381,7 @@ class PagedBatcher(Batcher):
 
     @property
     def _capture_obstacle(self) -> str | None:
-        return self._captured.obstacle or self._captured.present_obstacle
+        return self._captured.reason
 
     def close(self) -> None:
         self.grammars.close()

@@ -374,7 +374,7 @@ class RowBatcher(Batcher):
 
     @property
     def _capture_obstacle(self) -> str | None:
-        return self._captured.obstacle or self._captured.present_obstacle
+        return self._captured.reason
 
     def close(self) -> None:
         self.grammars.close()

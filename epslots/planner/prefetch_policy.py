@@ -24,8 +24,8 @@ from epslots.planner.evictions import plan_evictions
 
 CERTAIN = 256
 # The usage from which an expert is prefetched, or kept from eviction by a prefetch: over a link that is idle as the layer
-# begins, where an unused prefetch costs little; and over a busy link, where it holds up what is needed. There, prefetches that
-# came true one time in four made steps 3 to 15 % longer (``bench timeline``, an A100, bf16), and two times in five shorter.
+# begins, where an unused prefetch costs little; and over a busy link, where it holds up what is needed. Prefetches that came
+# true one time in four made steps 4 to 15 % longer than none did (a simulated A100, bf16), and two times in five, shorter.
 WORTH_A_TRY, LIKELY = 31, 86
 # Prefetches change at most half of a layer's slots: the residents are a prediction, too.
 CHANGING_SHARE = 2
@@ -291,9 +291,11 @@ class PrefetchPolicy:
             return None
         if budget is not None:
             budget.spend(found.ranks, expert_bytes)
-        # A step in parts is predicted several times; the newest prefetches go first on a link.
-        self._rank_F = np.concatenate([found.ranks, self._rank_F])
-        self._expert_F = np.concatenate([found.experts, self._expert_F])
+        if len(self._rank_F):  # a step in parts is predicted several times; the newest prefetches go first on a link
+            self._rank_F = np.concatenate([found.ranks, self._rank_F])
+            self._expert_F = np.concatenate([found.experts, self._expert_F])
+        else:
+            self._rank_F, self._expert_F = found.ranks, found.experts
         return found
 
     def prefetches_of(self, rank: int) -> IntArray:
