@@ -65,34 +65,12 @@ class DecodingStep(Protocol):
 Step = TypeVar("Step", bound=DecodingStep)
 
 
-def capture_obstacle(model: PreTrainedModel, of_cache: str | None) -> str | None:
-    """Why no decoding step of a model can be captured, as a sentence's end. None if nothing is known to be in the way.
-
-    Args:
-        of_cache: what obstructs it in the cache that serves the model.
-    """
-    if model.device.type != "cuda":
-        return f"the model is on {model.device}"
-    found = _obstacle(model, of_cache)
-    if found is not None:
-        logger.warning("%s decodes uncaptured: %s", type(model).__name__, found)
-    return found
-
-
-def _obstacle(model: PreTrainedModel, of_cache: str | None) -> str | None:
-    if plan_of(model) is None:
-        return "epslots.load didn't return it"
-    if (found := model_obstacle(model, of_cache)) is not None:
-        return found
-    return device_obstacle(runtime_of(model), runtime_of(model).plan.shape.top_k)
-
-
 def model_obstacle(model: PreTrainedModel, of_cache: str | None) -> str | None:
-    """The part of ``capture_obstacle`` that is true of a model on any GPU; memory plans ask it, too.
+    """The part of ``CapturedDecoding.obstacle`` that is true of a model on any GPU; memory plans ask it, too.
 
     Args:
         model: may be on the meta device.
-        of_cache: as for ``capture_obstacle``.
+        of_cache: as of ``CapturedDecoding``.
     """
     asks = model.config.get_text_config().model_type in _ASKS_THE_HOST
     return of_cache or ("some of its layers ask the host for values" if asks else None)
@@ -104,15 +82,15 @@ class CapturedDecoding(Generic[Step]):
     Args:
         call: runs the model.
         config: of the engine.
-        obstacle: why nothing is captured; None if it may be.
+        of_cache: why steps on the cache that serves the model can't be captured; None if they can.
 
     Attributes:
-        obstacle: as given; or found out by a capture that failed.
+        obstacle: why nothing is captured, as a sentence's end; None if nothing is known to be in the way.
         present_obstacle: why no step could be captured when one was asked for last: layers have moved slots, or a group has
             formed. None if one could.
     """
 
-    def __init__(self, model: PreTrainedModel, call: Call, config: EngineConfig, obstacle: str | None) -> None:
+    def __init__(self, model: PreTrainedModel, call: Call, config: EngineConfig, of_cache: str | None) -> None:
         self._model, self._call = model, call
         self._requests = config.max_requests
         self._sizes = CapturedSizes(config.max_requests, config.planned_tokens)
@@ -120,9 +98,21 @@ class CapturedDecoding(Generic[Step]):
         self._graphs: dict[Hashable, _Graph[Step]] = {}
         self._latest: _Graph[Step] | None = None
         self._pool: Any = None
-        self.obstacle = obstacle
+        self.obstacle = self._first_obstacle(of_cache) if config.capture else "it was asked for"
         self.present_obstacle: str | None = None
         self.replays = self._crowded = self._ragged = self._graph_bytes = 0
+
+    def _first_obstacle(self, of_cache: str | None) -> str | None:
+        model = self._model
+        if model.device.type != "cuda":
+            return f"the model is on {model.device}"
+        if plan_of(model) is None:
+            found: str | None = "epslots.load didn't return it"
+        elif (found := model_obstacle(model, of_cache)) is None:
+            found = device_obstacle(runtime_of(model), runtime_of(model).plan.shape.top_k)
+        if found is not None:
+            logger.warning("%s decodes uncaptured: %s", type(model).__name__, found)
+        return found
 
     def takes(self, rows: int, longest: int | None) -> bool:
         """Whether the next step can be made here; where its size is in the way, that is counted.
