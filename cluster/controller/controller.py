@@ -162,8 +162,8 @@ class Controller:
         members = [np.flatnonzero(pools == pool).tolist() for pool in np.unique(pools)]
         known = self._replanner
         if known is None or known.num_experts_L.tolist() != placement.num_experts_L.tolist():
-            forecast = self._forecast = self._find_forecast(order.role, tuple(placement.num_experts_L.tolist()))
-            self._replanner = Replanner(placement.num_experts_L, members, planner=self._planner, forecast=lambda: forecast)
+            self._forecast = self._find_forecast(order.role, tuple(placement.num_experts_L.tolist()))
+            self._replanner = Replanner(placement.num_experts_L, members, planner=self._planner, forecast=self._forecast)
         self._speeds = RankSpeeds(ranks)  # they may be other ranks
         self._group = _Group(
             epoch=group.epoch,
