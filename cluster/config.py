@@ -96,7 +96,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("replace=True; allowed with a name and orphan_s > 0: other ranks end with their driver")
         if self.strategy not in STRATEGIES:
             raise ConfigError(f"strategy={self.strategy!r}; allowed: {', '.join(STRATEGIES)}")
-        if not self.model.engine.exchanges_memory:
+        if not self.model.exchanges_memory:
             check_count("kv_tokens", self.model.kv_tokens)
         check_count("max_queue", self.max_queue)
         for name in ("deadline_s", "silence_s"):

@@ -57,12 +57,12 @@ class ChangesOutputs:
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How an engine keeps and batches its requests. The fields are those of ``LoadConfig``."""
+    """How an engine keeps and batches its requests: the settings of ``LoadConfig`` that are an engine's."""
 
     kv_tokens: int | str = DEFAULT_KV_TOKENS
     max_requests: int = DEFAULT_REQUESTS
     max_batch_tokens: int = DEFAULT_BATCH_TOKENS
-    cache: str = "auto"
+    cache: Annotated[str, ComparedAs("cache")] = "auto"
     prefix_cache: bool = True
     step_target_ms: float | None = None
     capture: bool = True
@@ -97,7 +97,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.planned_tokens if whole_prompts else max(self.max_batch_tokens, self.max_requests)
 
 
-class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
+class LoadConfig(EngineConfig, frozen=True, kw_only=True):
     """Settings by which a checkpoint is loaded and run on each rank.
 
     Attributes:
@@ -162,13 +162,6 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
     slot_format: Annotated[str, ComparedAs("slot_format")] = "auto"
     expert_format: Annotated[str | None, ComparedAs("expert_format"), ChangesOutputs()] = None
     cache_dir: str | None = None
-    kv_tokens: int | str = DEFAULT_KV_TOKENS
-    max_requests: int = DEFAULT_REQUESTS
-    max_batch_tokens: int = DEFAULT_BATCH_TOKENS
-    cache: Annotated[str, ComparedAs("cache")] = "auto"
-    prefix_cache: bool = True
-    step_target_ms: float | None = None
-    capture: bool = True
     link: Annotated[str | None, ComparedAs("fetches")] = None
     prefetch: Annotated[str | bool | PrefetchSetting, ComparedAs("predictions")] = "auto"
     predictor: Annotated[str | None, ComparedAs("predictions"), ChangesOutputs(only_with="execute_predicted")] = None
@@ -178,12 +171,12 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
     batch_invariant: Annotated[bool, ComparedAs("batch_invariant"), ChangesOutputs()] = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         parse_slots(self.slots)
         resolve_policy(self.policy)
         parse_prefetch(self.prefetch)
         if self.link is not None:
             parse_link(self.link)
-        _ = self.engine  # checks its own values
         if not isinstance(self.attn_implementation, str | None):
             raise ConfigError(f"attn_implementation={self.attn_implementation!r}: allowed: None, or a name, such as 'sdpa'")
         for name in ("execute_predicted", "batch_invariant"):
@@ -322,7 +315,7 @@ def load_config(**settings: Unpack[LoadSettings]) -> LoadConfig:
     Raises:
         ConfigError: a setting is unknown, or its value is not one of those allowed.
     """
-    refuse_unknown(settings, LoadConfig.__struct_fields__)
+    refuse_unknown(settings, tuple(LoadSettings.__annotations__))
     plain: dict[str, Any] = dict(settings)
     for name in ("device", "dtype"):
         if plain.get(name) is not None:

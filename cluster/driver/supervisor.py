@@ -330,7 +330,7 @@ class Supervisor:
             self.router.open_group(),
             epochs=self._epochs,
             role=self.groups.role_of(number),
-            kv_tokens=None if config.engine.exchanges_memory else config.engine.planned_tokens,
+            kv_tokens=None if config.exchanges_memory else config.planned_tokens,
             costs=self._costs,
             deadlines=self._deadlines,
             placement=self._placement,

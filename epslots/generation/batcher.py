@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -22,6 +22,7 @@ from epslots.device_copy import to_device
 from epslots.errors import ConfigError, EpslotsError, StepFailed, UnsupportedModelError
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout
+from epslots.generation.captured_decoding import CapturedDecoding
 from epslots.generation.chunk_balance import StepLoad
 from epslots.generation.chunk_size import ChunkSize
 from epslots.generation.engine_stats import EngineCounters, EngineStats, Usage
@@ -67,6 +68,7 @@ class Batcher(ABC):
     """
 
     chunk_size: ChunkSize
+    _captured: CapturedDecoding[Any]
 
     def __init__(self, model: PreTrainedModel, capacity: int, max_requests: int) -> None:
         self.capacity, self.max_requests = capacity, max_requests
@@ -131,11 +133,6 @@ class Batcher(ABC):
     @abstractmethod
     def _usage(self) -> Usage:
         """The content of the cache now."""
-
-    @property
-    @abstractmethod
-    def _capture_obstacle(self) -> str | None:
-        """Why decoding steps aren't captured, as a sentence's end; None if they may be."""
 
     @abstractmethod
     def close(self) -> None:
@@ -312,7 +309,7 @@ class Batcher(ABC):
             **asdict(self._counters),
             **usage._asdict(),
             waiting=len(self._open()) - usage.running,
-            capture_obstacle=self._capture_obstacle if self._model.device.type == "cuda" else None,
+            capture_obstacle=self._captured.reason if self._model.device.type == "cuda" else None,
         )
 
     @contextmanager
@@ -390,10 +387,3 @@ def check_servable(model: PreTrainedModel) -> None:
             f"{type(model).__name__} has no language-model head, so it gives no tokens; allowed: a checkpoint whose "
             f"config.json names a ...ForCausalLM or ...ForConditionalGeneration class in 'architectures'"
         )
-
-
-def check_positive(**numbers: int) -> None:
-    """Raise ConfigError for a number less than one."""
-    for name, number in numbers.items():
-        if number < 1:
-            raise ConfigError(f"{name}={number}: at least 1 is needed")

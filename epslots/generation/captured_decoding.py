@@ -67,30 +67,8 @@ class DecodingStep(Protocol):
 Step = TypeVar("Step", bound=DecodingStep)
 
 
-def capture_obstacle(model: PreTrainedModel, of_cache: str | None) -> str | None:
-    """Why no decoding step of a model can be captured, as a sentence's end. None if nothing is known to be in the way.
-
-    Args:
-        of_cache: the obstacle in the cache that serves the model; None = none.
-    """
-    if model.device.type != "cuda":
-        return f"the model is on {model.device}"
-    found = _obstacle(model, of_cache)
-    if found is not None:
-        logger.warning("%s decodes uncaptured: %s", type(model).__name__, found)
-    return found
-
-
-def _obstacle(model: PreTrainedModel, of_cache: str | None) -> str | None:
-    if plan_of(model) is None:
-        return "epslots.load didn't return it"
-    if (found := model_obstacle(model, of_cache)) is not None:
-        return found
-    return device_obstacle(runtime_of(model), runtime_of(model).plan.shape.top_k)
-
-
 def model_obstacle(model: PreTrainedModel, of_cache: str | None) -> str | None:
-    """The part of ``capture_obstacle`` that is true of a model on any GPU; memory plans ask it, too.
+    """The part of ``CapturedDecoding.obstacle`` that is true of a model on any GPU; memory plans ask it, too.
 
     Args:
         model: may be on the meta device.
@@ -106,13 +84,14 @@ class CapturedDecoding(Generic[Step]):
     Args:
         call: runs the model.
         config: of the engine.
-        obstacle: why nothing is captured; None if it may be.
+        of_cache: why steps on the cache that serves the model can't be captured; None if they can.
 
     Attributes:
-        obstacle: as given; or found out by a capture that failed for another reason than memory.
+        obstacle: why nothing is captured, as a sentence's end; None if nothing is known to be in the way. Found out at the start,
+            or by a capture that failed for another reason than memory.
     """
 
-    def __init__(self, model: PreTrainedModel, call: Call, config: EngineConfig, obstacle: str | None) -> None:
+    def __init__(self, model: PreTrainedModel, call: Call, config: EngineConfig, of_cache: str | None) -> None:
         self._model, self._call = model, call
         self._requests = config.max_requests
         self._sizes = CapturedSizes(config.max_requests, config.planned_tokens)
@@ -120,7 +99,7 @@ class CapturedDecoding(Generic[Step]):
         self._graphs: dict[Hashable, _Graph[Step]] = {}
         self._latest: _Graph[Step] | None = None
         self._pool: Any = None
-        self.obstacle = obstacle
+        self.obstacle = self._first_obstacle(of_cache) if config.capture else "it was asked for"
         self._present_obstacle: str | None = None
         self._pause = CapturePause()
         self.replays = self._crowded = self._ragged = self._graph_bytes = 0
@@ -133,6 +112,18 @@ class CapturedDecoding(Generic[Step]):
         capture ran out of memory.
         """
         return self.obstacle or self._present_obstacle or self._pause.reason
+
+    def _first_obstacle(self, of_cache: str | None) -> str | None:
+        model = self._model
+        if model.device.type != "cuda":
+            return f"the model is on {model.device}"
+        if plan_of(model) is None:
+            found: str | None = "epslots.load didn't return it"
+        elif (found := model_obstacle(model, of_cache)) is None:
+            found = device_obstacle(runtime_of(model), runtime_of(model).plan.shape.top_k)
+        if found is not None:
+            logger.warning("%s decodes uncaptured: %s", type(model).__name__, found)
+        return found
 
     def takes(self, rows: int, longest: int | None) -> bool:
         """Whether the next step can be made here; where its size is in the way, that is counted.

@@ -26,12 +26,12 @@ from transformers.generation.continuous_batching.model_runner import infer_max_s
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
 from epslots.arrays import IntArray
-from epslots.config import EngineConfig
+from epslots.config import EngineConfig, check_count
 from epslots.errors import ConfigError, StepFailed, UnsupportedModelError
-from epslots.generation.batcher import Batcher, check_positive, check_servable
+from epslots.generation.batcher import Batcher, check_servable
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout
-from epslots.generation.captured_decoding import CapturedDecoding, capture_obstacle
+from epslots.generation.captured_decoding import CapturedDecoding
 from epslots.generation.chunk_balance import StepLoad
 from epslots.generation.chunk_size import ChunkSize
 from epslots.generation.engine_stats import Usage
@@ -82,7 +82,7 @@ class PagedBatcher(Batcher):
         config = EngineConfig(**settings)
         if config.exchanges_memory:
             raise ConfigError("kv_tokens='auto': pages don't exchange memory with experts; allowed: cache='rows', or a number")
-        check_positive(kv_tokens=config.planned_tokens)
+        check_count("kv_tokens", config.planned_tokens)
         if obstacle := paging_obstacle(model) or invariance_obstacle(model):
             raise UnsupportedModelError(
                 f"{type(model).__name__} can't be served from pages: {obstacle}; allowed: cache='rows' or 'auto'"
@@ -92,8 +92,7 @@ class PagedBatcher(Batcher):
         self._attention = PackedAttention(self.processor) if is_batch_invariant(model) else None
         self._decoding = PagedDecoding(model, self.processor)
         self._choice = PagedNextToken(self.processor)
-        obstacle = capture_obstacle(model, self._decoding.obstacle) if config.capture else "it was asked for"
-        self._captured = CapturedDecoding[StaticPages](model, self._call, config, obstacle)
+        self._captured = CapturedDecoding[StaticPages](model, self._call, config, self._decoding.obstacle)
         # By transformers' id: where each request of the latest captured step has its row.
         self._places: dict[str, int] = {}
         cache, scheduler = self.processor.cache, self.processor.scheduler
@@ -378,10 +377,6 @@ class PagedBatcher(Batcher):
         kv_tokens = cache.num_blocks * self.processor.cb_config.page_size
         running = sum(number in self._running for number in active)  # else it has just been cancelled
         return Usage(running, used_bytes * kv_tokens // all_bytes, kv_tokens, kv_tokens)
-
-    @property
-    def _capture_obstacle(self) -> str | None:
-        return self._captured.reason
 
     def close(self) -> None:
         self.grammars.close()

@@ -24,15 +24,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from epslots.config import EngineConfig
+from epslots.config import EngineConfig, check_count
 from epslots.device_copy import to_device
 from epslots.errors import DoesNotFitError, StepFailed
 from epslots.generation.absorbed_attention import AbsorbedAttention
-from epslots.generation.batcher import Batcher, NotFiniteError, check_positive, check_servable, describe_failure
+from epslots.generation.batcher import Batcher, NotFiniteError, check_servable, describe_failure
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout
 from epslots.generation.cache_tensors import tensors_of
-from epslots.generation.captured_decoding import CapturedDecoding, capture_obstacle
+from epslots.generation.captured_decoding import CapturedDecoding
 from epslots.generation.cell_memory import CellMemory
 from epslots.generation.chunk_balance import NO_LOAD, StepLoad
 from epslots.generation.chunk_size import ChunkSize
@@ -82,7 +82,7 @@ class RowBatcher(Batcher):
         config = self._config = EngineConfig(**settings)
         sizes = exchange_sizes(model) if config.exchanges_memory else None
         capacity = config.planned_tokens if sizes is None else sizes.most_tokens
-        check_positive(kv_tokens=capacity)
+        check_count("kv_tokens", capacity)
         super().__init__(model, capacity, config.max_requests)
         self._clock = clock
         self._support: RowSupport = row_support(model)
@@ -95,8 +95,7 @@ class RowBatcher(Batcher):
         self.chunk_size = ChunkSize(config.max_batch_tokens, target_s)
         self._takes = inspect.signature(model.forward).parameters
         in_rows = self._support.capture_obstacle(tensors_of(model))
-        obstacle = capture_obstacle(model, in_rows) if config.capture else "it was asked for"
-        self._captured = CapturedDecoding[StaticStep](model, self._call, config, obstacle)
+        self._captured = CapturedDecoding[StaticStep](model, self._call, config, in_rows)
         exchange = None if memory is None else SlotExchange(model, memory, self.cache.cells)
         self.admission = RowAdmission(self.cache, config, self._support, self._counters, exchange)
         self._isolation: Isolation[RunningRow] | None = None
@@ -371,10 +370,6 @@ class RowBatcher(Batcher):
         running, exchange = len(self.admission.running), self.admission.exchange
         tokens, ceded = (self.capacity, 0) if exchange is None else (exchange.tokens, exchange.ceded_slots)
         return Usage(running, min(used, tokens), tokens, self.capacity, ceded)
-
-    @property
-    def _capture_obstacle(self) -> str | None:
-        return self._captured.reason
 
     def close(self) -> None:
         self.grammars.close()

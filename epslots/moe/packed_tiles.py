@@ -70,11 +70,11 @@ def _unpack_row(b: Any, halved: int, kind: CodeKind, form: WeightForm, *args: Va
             if rest is not None:
                 stored = b.select(b.icmp_unsigned(">", b.add(column, I64(RUN)), held), rest, stored)
             if table is not None:
-                form.store_looked_up(b, table, stored, code.offset(b, out, column, form.weight_bytes), alike=not halved)
+                form.store_looked_up(b, table, stored, code.offset(b, out, column, form.item_bytes), alike=not halved)
                 return []
             numbers = [kind.read(b, stored, middles[half * halved])[half] for half in range(2)]
             values = [b.fmul(*each) for each in zip(numbers, factors, strict=True)]
-            form.store_weights(b, values, code.offset(b, out, column, form.weight_bytes))
+            form.store_weights(b, values, code.offset(b, out, column, form.item_bytes))
             return []
 
         end = b.add(position, width)
@@ -142,7 +142,7 @@ def _codes_tile(b: Any, halved: int, rows: int, kind: CodeKind, *args: Value) ->
         joined = [form.make_table(b, table) if table else None for table in tables]
 
         def run(column: Value, *sums: Value) -> list[Value]:
-            x = [form.inputs(b, code.offset(b, start, column, form.row_bytes)) for start in starts_x]
+            x = [form.load_run(b, code.offset(b, start, column, form.item_bytes)) for start in starts_x]
             stored = [b.add(start, b.lshr(column, I64(1)) if kind.nibbles else column) for start in starts]
             for at in stored:
                 code.prefetch(b, b.add(at, ahead))

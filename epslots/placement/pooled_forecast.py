@@ -11,7 +11,6 @@ Pure. Legend of shape suffixes: L layers, E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 
@@ -19,16 +18,6 @@ from epslots.arrays import FloatArray, IntArray
 from epslots.placement.forecast import ExpectedLoad, Forecast
 
 _RECENT = 0.7  # the weight of a group's window over the next one's, in the group's own traffic
-
-
-class LearnsTraffic(Protocol):
-    """A forecast, as those who learn and plan use it."""
-
-    def add(self, tokens_LE: IntArray, uses_LE: IntArray, steps: int) -> None:
-        """Add the next window (``Forecast.add``)."""
-
-    def expected(self) -> ExpectedLoad:
-        """The load of the coming window (``Forecast.expected``)."""
 
 
 @dataclass
