@@ -14,6 +14,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from epslots.simulated_gpu.call_site import call_site
 from epslots.simulated_gpu.machine import COPIES, DeviceWork, current_machine
@@ -142,6 +143,10 @@ class SimulatedGraph:
 
     def replay(self) -> None:
         """Queue all operations at once: on the current stream, and beside it."""
+        with torch._C.DisableTorchFunction(), _disable_current_modes():  # no call here is the user's
+            self._queue()
+
+    def _queue(self) -> None:
         machine, here = current_machine(), current_stream()
         machine.spend(machine.spec.replay_s)
         marks: dict[int, SimulatedEvent] = {}

@@ -33,7 +33,9 @@ from epslots.simulated_gpu.streams import SimulatedEvent, SimulatedStream, curre
 from epslots.simulated_gpu.tensors import GpuTensor
 
 _thread_run = threading.Thread.run
-_PINNED_READS = ("numpy", "tolist", "item", "__getitem__")
+_PINNED_READS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__getitem__}
+_FROM_LISTS = {torch.tensor, torch.as_tensor, torch.asarray}
+_CAUGHT = {torch.Tensor.to, torch.Tensor.cuda, torch.nn.functional.scaled_dot_product_attention, *_FROM_LISTS, *_PINNED_READS}
 
 
 @contextmanager
@@ -80,13 +82,18 @@ class _Operations(TorchDispatchMode):
             return func(*args, **kwargs or {})
         return execute(func, args, kwargs or {})
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; torch would guard against it in each call, which takes longer than most operations."""
+        return False
+
 
 class _Functions(TorchFunctionMode):
     """Catches what never becomes an operation: tensors from lists, and looks at pinned memory."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not machine_module._machines:
+        if func not in _CAUGHT or not machine_module._machines:
             return func(*args, **kwargs)
         if func is torch.Tensor.to or func is torch.Tensor.cuda:
             args, kwargs = (
@@ -99,14 +106,14 @@ class _Functions(TorchFunctionMode):
             return attention(*args, **kwargs)
         if func is torch.as_tensor and hasattr(args[0], "__cuda_array_interface__") and not isinstance(args[0], torch.Tensor):
             return mapped(args[0].__cuda_array_interface__, device_number(kwargs["device"]))
-        if func in (torch.tensor, torch.as_tensor, torch.asarray) and kwargs.get("device") is not None:
+        if func in _FROM_LISTS and kwargs.get("device") is not None:
             device = torch.device(_indexed(kwargs["device"]))
             if device.type == "cuda" and not isinstance(args[0], GpuTensor):
                 rest = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory")}
                 return func(*args, **rest).to(device)
             if isinstance(args[0], GpuTensor):
                 return args[0].to(device)
-        if getattr(func, "__name__", "") in _PINNED_READS and args and type(args[0]) is torch.Tensor:
+        if func in _PINNED_READS and type(args[0]) is torch.Tensor:
             machine = current_machine()
             if not machine.in_kernel and machine.block(args[0]) is not None:
                 machine.host_accesses(func.__name__, [args[0]], [])

@@ -169,11 +169,12 @@ class SimulatedMachine:
 
     @contextmanager
     def computing_kernel(self) -> Iterator[None]:
-        """Within the context ``in_kernel`` is true."""
+        """Within the context ``in_kernel`` is true, and no call of torch's functions is looked at."""
         before = self.in_kernel
         self._here.in_kernel = True
         try:
-            yield
+            with torch._C.DisableTorchFunction():
+                yield
         finally:
             self._here.in_kernel = before
 
@@ -304,16 +305,15 @@ class SimulatedMachine:
         if not self.finds_races:
             return
         step = self.ordering.begin(stream)
-        for tensors, writing in ((reads, False), (writes, True)):
-            for tensor in tensors:
-                block = self.block(tensor) if tensor.numel() else None
-                if block is None:
-                    continue
-                start = int(tensor.storage_offset()) * tensor.element_size()
-                steps = zip(tensor.shape, tensor.stride(), strict=True)
-                stop = start + int(1 + sum((n - 1) * stride for n, stride in steps)) * tensor.element_size()
-                for race in self.ordering.enter(block.accesses, Access(start, stop, writing, stream, step, what)):
-                    self._report(race)
+        with torch._C.DisableTorchFunction():  # a mode would be asked for each size
+            for tensors, writing in ((reads, False), (writes, True)):
+                for tensor in tensors:
+                    block = self.block(tensor) if tensor.numel() else None
+                    if block is None:
+                        continue
+                    start, stop = _bytes_of(tensor)
+                    for race in self.ordering.enter(block.accesses, Access(start, stop, writing, stream, step, what)):
+                        self._report(race)
 
     def _report(self, race: Race) -> None:
         if (race.first, race.second) not in self._known_races and len(self.races) < _MOST_RACES:
@@ -386,6 +386,14 @@ class SimulatedMachine:
                 return True
             self._waited(began_s)
             return False
+
+
+def _bytes_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """The range of its storage's bytes that a tensor covers."""
+    size, first, last = tensor.element_size(), tensor.storage_offset(), 0
+    for n, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        last += (n - 1) * stride
+    return first * size, (first + last + 1) * size
 
 
 _machines: list[SimulatedMachine] = []

@@ -37,10 +37,10 @@ def execute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         RuntimeError: devices are mixed, or the operation is illegal in a capture.
     """
     machine = current_machine()
-    device = kwargs.get("device")
-    target = None if device is None else torch.device(device)
     if machine.in_kernel:
         return func(*memory_of(args), **{key: value for key, value in memory_of(kwargs).items() if key != "device"})
+    device = kwargs.get("device")
+    target = None if device is None else torch.device(device)
     tensors = tensors_in((args, kwargs))
     gpus = [tensor for tensor in tensors if isinstance(tensor, GpuTensor)]
     name = func._schema.name.partition("::")[2]

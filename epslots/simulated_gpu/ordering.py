@@ -79,9 +79,11 @@ class Ordering:
         """Append an access to those of its block; returns the races with earlier ones."""
         races, kept = [], []
         for old in accesses:
-            overlaps = old.start < new.stop and new.start < old.stop
+            if not (old.start < new.stop and new.start < old.stop):
+                kept.append(old)
+                continue
             ordered = self.knows(new.stream, old)
-            if overlaps and not ordered and (old.writes or new.writes):
+            if not ordered and (old.writes or new.writes):
                 kind = "two writes" if old.writes and new.writes else "read and write"
                 races.append(Race(kind, old.what, new.what))
             covered = new.start <= old.start and old.stop <= new.stop

@@ -117,8 +117,14 @@ class GpuTensor(torch.Tensor):
         return f"GpuTensor({self.memory}, device='{self.device}')"
 
 
+# What most arguments of operations are, beside tensors; all else that isn't a nest is one, too.
+_LEAVES = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
+
+
 def replace_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     """A nest of tuples, lists, dicts and dataclasses with every tensor changed."""
+    if type(value) in _LEAVES:
+        return value
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, tuple):
