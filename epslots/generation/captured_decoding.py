@@ -87,8 +87,8 @@ class CapturedDecoding(Generic[Step]):
         of_cache: why steps on the cache that serves the model can't be captured; None if they can.
 
     Attributes:
-        obstacle: why nothing is captured, as a sentence's end; None if nothing is known to be in the way. Found at the start, or
-            by a capture that failed for another reason than memory.
+        obstacle: why nothing is captured, as a sentence's end; None if nothing is known to be in the way. Found at the start,
+            or by a capture that failed for another reason than memory.
     """
 
     def __init__(self, model: PreTrainedModel, call: Call, config: EngineConfig, of_cache: str | None) -> None:
