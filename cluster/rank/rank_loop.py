@@ -202,7 +202,7 @@ class RankLoop:
         loaded = time.monotonic()
         self._engine = Engine(model)
         self._windows = WindowCutter(model, load.window_steps)
-        self.hand_overs.budget.target_s = self._engine.batcher.chunk_size.target_s
+        self.hand_overs.budget.aim_at(self._engine.batcher.chunk_size.target_s)
         self._loaded = loaded_report(self._engine, {"model": loaded - began, "cache for requests": time.monotonic() - loaded})
         self._send(self._loaded)
 

@@ -1,4 +1,4 @@
-"""Objects are finished by their constructors: nobody else assigns their attributes. Records are filled by anyone."""
+"""Objects are finished by their constructors: no other code assigns their attributes. Records are filled by anyone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RECORDS = {
     "counts": "Counts",
     "entry": "ScheduledRequest, TrackedRequest",
     "summary": "RequestSummary",
-    "worker": "WorkerRecord",
+    "worker": "Worker",
 }
 # Objects of others, which have no constructor of ours: names of variables, and whose they are.
 FOREIGN = {
