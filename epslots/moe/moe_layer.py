@@ -238,6 +238,7 @@ class MoELayer:
         return torch.cat(results)
 
     def _step(self, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        """The phases of one step, on any number of ranks, with or without tokens. No other code runs them."""
         began = time.perf_counter()
         batch = self.prepare(hidden_TH, index_TK, weights_TK)
         with self.cache.pool.lock:
