@@ -91,7 +91,7 @@ def print_groups(console: Console, plan: MemoryPlan, division: RankGroups, optio
     console.print(column_table(title, _ROLE_COLUMNS, plan_roles(plan, division)))
     if costs := options.hand_overs(plan):
         machine = options.machine or _MACHINES[plan.device.kind]
-        caption = f"{machine}, by data sheet, and 20 ms of messages; a cluster measures its own"
+        caption = f"{machine}, by data sheet, 10 GB/s within a host's memory, 20 ms of messages; clusters measure theirs"
         console.print()
         console.print(column_table("a hand-over from a prefill to a decode rank", _HAND_OVER_COLUMNS, costs, caption))
 

@@ -22,6 +22,7 @@ from cluster.driver.request_router import RequestRouter
 from cluster.generation import Generation
 from cluster.messages.hand_over import PromptProgress
 from cluster.rank.cache_exchange import HandOverRefused
+from cluster.rank.copy_budget import FIRST_BYTES_S
 from cluster.rank.rank_loop import RankLoop
 from epslots.errors import ConfigError
 from epslots.generation.requests import Output
@@ -96,7 +97,7 @@ def counts(opened: Cluster) -> tuple[int, int]:
 
 @BOTH
 def test_prompts_and_decoding_run_apart(opened: tuple[Cluster, FakeBackend], folder: Path, early: bool):
-    cluster, _ = opened
+    cluster, backend = opened
     assert [cluster._supervisor.groups[number].role for number in (0, 1)] == ["prefill", "decode"]
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=NEW)) == expected(folder, PROMPTS, NEW)
     done, _ = counts(cluster)
@@ -107,6 +108,8 @@ def test_prompts_and_decoding_run_apart(opened: tuple[Cluster, FakeBackend], fol
     handed = cluster._supervisor.router.hand_overs.counts
     assert handed.nbytes > 0 and handed.seconds > 0
     assert bool(handed.early) == early
+    budgets = [worker.loop.hand_overs.budget for worker in backend.workers.values()]
+    assert all(budget._step_s > 0 and budget.bytes_s != FIRST_BYTES_S for budget in budgets), "what steps and copies take"
 
 
 def test_drawn_and_constrained_texts_go_on(opened: tuple[Cluster, FakeBackend], open_cluster: Open):
@@ -124,8 +127,9 @@ def test_drawn_and_constrained_texts_go_on(opened: tuple[Cluster, FakeBackend], 
 
 def test_short_prompts_are_computed_where_they_decode(open_cluster: Open, folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(HandOverCosts, "stays", lambda _self, to_compute, *_: to_compute <= 25)
-    cluster, backend = open_cluster(ranks=2, prefill_ranks=1)
+    cluster, backend = open_cluster(ranks=2, prefill_ranks=1, step_target_ms=1000)
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=NEW)) == expected(folder, PROMPTS, NEW)
+    assert {worker.loop.hand_overs.budget.target_s for worker in backend.workers.values()} == {1.0}
     prefill = cluster.stats().ranks[0].engine
     assert prefill.prompt_tokens + prefill.reused_tokens == sum(len(prompt) for prompt in PROMPTS if len(prompt) > 25)
     check_empty(cluster, backend)
