@@ -174,7 +174,7 @@ class Cluster(ClusterControl):
                 generation.give_up()
 
     def submit(self, prompt: Prompt, **settings: Any) -> Generation:
-        """Start to continue one prompt; returns a generation: iterate it for text as it comes, or ask it for its ``result``.
+        """Start to continue one prompt. Returns a generation: iterate it for text as it comes, or ask it for its ``result``.
 
         It is cancelled when it is closed or dropped, and when a loop over it is left and no other reader remains.
 
@@ -213,7 +213,7 @@ class Cluster(ClusterControl):
             The places, which are to be closed in the end; None if there aren't as many now.
 
         Raises:
-            ConfigError: there never are.
+            ConfigError: the queue is shorter.
             ClusterError: the cluster can't go on.
         """
         self._check_open()
@@ -246,10 +246,10 @@ class Cluster(ClusterControl):
         """Send a prompt's choices; none if the queue has no room for all. The room of each is free again when it is done.
 
         Args:
-            settings: for what the prompt says nothing about.
+            settings: where the prompt has none of its own.
             on_done: gets the index and the number of each choice that is done.
             wait: until the queue has room.
-            places: held for them; None = of the queue.
+            places: those held for them; None = places of the queue.
         """
         bare, settings = with_own_settings(prompt, settings)
         if settings.n > self._room.places:
@@ -292,7 +292,16 @@ class Cluster(ClusterControl):
         return self._checker.end_tokens
 
     def encode(self, prompt: str | Chat, *, special_tokens: bool = True, most_tokens: int | None = None) -> list[int]:
-        """A prompt's tokens, for any thread. Arguments and errors as ``RequestChecker.encode``."""
+        """A prompt's tokens, for any thread.
+
+        Args:
+            prompt: text, or a chat for the chat template.
+            special_tokens: add the tokenizer's special tokens to text; in a chat, they are the template's.
+            most_tokens: tokens that fit, None for any. Text that certainly has more is refused early.
+
+        Raises:
+            ConfigError: the prompt isn't allowed, or there is no tokenizer.
+        """
         return self._checker.encode(prompt, special_tokens=special_tokens, most_tokens=most_tokens)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""``ClusterControl``: what a cluster's user sees of it and does to it, apart from requests. The base of ``Cluster``."""
+"""``ClusterControl``: reports and commands of a cluster's user, apart from requests. The base of ``Cluster``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from cluster.driver.controller_client import ControllerClient
 from cluster.driver.loop_thread import CLOSED, LoopThread
 from cluster.driver.supervisor import Supervisor
-from cluster.driver.workers import WorkerRecord
+from cluster.driver.workers import Worker
 from cluster.errors import ClusterError, raised_anew
 from cluster.generation import Generation
 from cluster.messages.controller import Explanation
@@ -73,7 +73,7 @@ class ClusterControl:
 
         async def ask() -> int | None:
             worker = self._supervisor.router.worker_of(generation.id)
-            return worker.group if isinstance(worker, WorkerRecord) else None
+            return worker.group if isinstance(worker, Worker) else None
 
         return self._thread.call(ask())
 
@@ -144,7 +144,7 @@ class ClusterControl:
         return self._ask_controller(group, ControllerClient.explain)
 
     def rebalance(self, group: int = 0) -> Explanation:
-        """Plan a group's placement now, and adopt it if it gains anything, frozen or not. Requests go on meanwhile.
+        """Plan a group's placement now, and follow it if it gains anything, frozen or not. Requests go on meanwhile.
 
         Returns:
             The controller's reasons; ``latest`` is this decision. Ranks know the placement then, and migrate step by step.
@@ -203,7 +203,7 @@ class ClusterControl:
         return self._supervisor.controllers[group]
 
     def scale(self, ranks: int | None = None, *, groups: int | None = None) -> None:
-        """Change the number of ranks, of groups, or of a group's ranks, while requests go on; returns when that many serve.
+        """Change the number of ranks, of groups, or of a group's ranks, while requests go on. Returns when that many serve.
 
         Groups of several are of one size. With ``ranks`` alone or ``groups`` alone whole groups come and go; with both, groups
         change their size, too: each forms anew with its new ranks, whenever these are there. What came last goes first. Of one

@@ -143,7 +143,7 @@ class Generation:
     close = cancel
 
     def give_up(self) -> None:
-        """As ``cancel``, but allowed in a forked child, where it does nothing."""
+        """Cancel the request; allowed in a forked child, where it does nothing."""
         self._stream.cancel_unless_done(self._cancel)
 
     def __enter__(self) -> Self:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cluster.driver.controller_client import ControllerStats
 from cluster.driver.hand_overs import NO_HAND_OVERS, HandOverCounts
-from cluster.driver.workers import WorkerRecord
+from cluster.driver.workers import Worker
 from cluster.messages.rank import LayerPlacement, RankReport
 from epslots.generation.engine_stats import EngineStats, sum_engines
 from epslots.rank_groups import Role
@@ -203,7 +203,7 @@ class PlacementReport:
     pending_migrations: int
 
 
-def placement_report(epoch: int, reports: Sequence[tuple[WorkerRecord, RankReport]]) -> PlacementReport:
+def placement_report(epoch: int, reports: Sequence[tuple[Worker, RankReport]]) -> PlacementReport:
     """The placement, from the newest of the ranks' reports that tell slots."""
     newest = max((report for _, report in reports), key=lambda report: (bool(report.layers), report.epoch), default=None)
     return PlacementReport(
@@ -215,7 +215,7 @@ def placement_report(epoch: int, reports: Sequence[tuple[WorkerRecord, RankRepor
     )
 
 
-def rank_stats(worker: WorkerRecord, report: RankReport, requests: int, before: int, role: Role) -> RankStats:
+def rank_stats(worker: Worker, report: RankReport, requests: int, before: int, role: Role) -> RankStats:
     """One rank's counters, from its report; ``before``: ranks of the groups before its own; ``role``: of its own."""
     return RankStats(
         group=worker.group,

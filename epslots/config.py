@@ -44,7 +44,7 @@ LOAD_DEADLINE_S = 3600.0
 
 @dataclass(frozen=True)
 class ComparedAs:
-    """Marks a setting whose effect is the same on all ranks: they compare it under this name when they form a group."""
+    """Marks a setting that all ranks must have alike. They compare it under this name when they form a group."""
 
     name: str
 
@@ -89,7 +89,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def planned_tokens(self) -> int:
-        """``kv_tokens``; of "auto", a number in its place where sizes are chosen once: those of captured steps."""
+        """``kv_tokens``; for "auto", the number by which sizes that are chosen once are planned: those of captured steps."""
         return DEFAULT_KV_TOKENS if isinstance(self.kv_tokens, str) else self.kv_tokens
 
     def step_tokens(self, whole_prompts: bool) -> int:
@@ -226,7 +226,7 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
         return EngineConfig(**{name: getattr(self, name) for name in EngineConfig.__struct_fields__})
 
     def check_costs(self, costs: Costs | None) -> None:
-        """Refuse costs that don't say what this configuration needs.
+        """Refuse costs that lack one that this configuration needs.
 
         Raises:
             ConfigError: experts are to be computed on the host, and the costs of that are missing.
@@ -252,7 +252,7 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.host_compute == "on"
 
     def has_link(self, device: str) -> bool:
-        """Whether experts come to this kind of device by a link from the host, or from the disk, while it computes."""
+        """Whether this kind of device computes while experts come from the host or the disk."""
         return device == "cuda" or self.link is not None or self.host_memory is not None
 
     def compared(self, effects: Mapping[str, str]) -> dict[str, str]:

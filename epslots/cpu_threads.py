@@ -1,4 +1,4 @@
-"""Number of CPU threads of a step, so that a busy machine makes it slower by its load, and not a hundred times.
+"""Number of CPU threads of a step on a busy machine. Other load makes a step slower by its share, and not a hundred times.
 
 The threads of a parallel region meet at its end. Libgomp's threads wait there by spinning, for milliseconds by default, each
 on a core that the last thread may need: two threads on two busy cores made a step up to 100 times slower than one thread.

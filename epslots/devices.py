@@ -62,7 +62,7 @@ def make_current(device: torch.device) -> None:
 def wait_for_freed_memory(
     device: torch.device, *, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], object] = time.sleep
 ) -> None:
-    """Wait until a GPU's free memory grows no more: the driver frees that of a killed process a while after its end.
+    """Wait until a GPU's free memory grows no more. The driver frees a killed process's memory a while after its end.
 
     A rank that replaces another on its GPU would plan with too little. Returns at once where the GPU is nearly empty, or for
     the CPU; else after ``_STEADY_S`` without growth, and ``_MOST_FREEING_S`` at most.
@@ -80,7 +80,7 @@ def wait_for_freed_memory(
 
 
 def cpu_share(device: torch.device, ranks: int) -> int:
-    """CPU threads of one of so many ranks of a node that compute on GPUs; 0 = torch's choice, for the CPU.
+    """CPU threads of each of so many ranks of a node that compute on GPUs. 0 = torch's choice, for the CPU.
 
     They pack records, copy them in memory, and compute experts. Ray gives an actor that asks for no CPU a single thread.
     """

@@ -1,4 +1,7 @@
-"""Files that a user names: opened without waiting for a writer, read up to a bound, written whole or not at all."""
+"""Files that a user names.
+
+They are opened without waiting for a writer, read up to a bound, and written whole or not at all.
+"""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Line:
 
 
 def read_lines(file: BinaryIO) -> Iterator[Line]:
-    """The lines of a file that aren't blank; only one is in memory at a time, and at most ``MOST_LINE_BYTES`` of it."""
+    """The lines of a file that aren't blank, one at a time. At most ``MOST_LINE_BYTES`` of a line are in memory."""
     number = 0
     while data := file.readline(MOST_LINE_BYTES + 1):
         number += 1

@@ -150,7 +150,7 @@ class PackedMatrix(msgspec.Struct, frozen=True):
 
 
 class PackedLayout(msgspec.Struct, frozen=True):
-    """What a packed record stands for.
+    """The unpacked form of a packed record.
 
     Attributes:
         weights: the tensors that experts are computed with, by the module's names.
@@ -167,7 +167,7 @@ class LayerSpec(msgspec.Struct, frozen=True):
     Attributes:
         name: the experts module's path in the model.
         layout: of a record, and so of a slot.
-        packed: what a packed record stands for; None = the record is what is computed with.
+        packed: the unpacked form of a packed record; None = records hold the weights that are computed with.
     """
 
     name: str

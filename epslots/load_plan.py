@@ -116,7 +116,7 @@ def _plan_ram(memory: MemoryPlan, config: LoadConfig, neighbours: int) -> HostMe
 
 
 def store_manifest(opened: OpenModel, expert_format: str | None) -> Manifest:
-    """What the model's host store holds.
+    """The contents of the model's host store.
 
     Args:
         opened: its layers have the layouts of slots and records.
@@ -176,7 +176,7 @@ def _plan_memory(
 
     Args:
         free: from ``_free_memory``.
-        gpu_fetches: as in ``MemoryPlan``.
+        gpu_fetches: whether a GPU can fetch experts by itself, from a store in memory.
     """
     checkpoint, prefetch = opened.checkpoint, parse_prefetch(config.prefetch)
     predictor_bytes = planned_bytes(

@@ -38,7 +38,6 @@ from epslots.errors import ConfigError
 from epslots.group.join import announce_failure, ranks_here, start_rank
 from epslots.layout import LayerSpec, RecordLayout
 from epslots.load_plan import plan_load
-from epslots.models.adoption import RUNNER
 from epslots.models.batch_invariance import is_batch_invariant, make_batch_invariant
 from epslots.models.checkpoint import CheckpointSource
 from epslots.models.dense_linear import read_in_place
@@ -46,6 +45,7 @@ from epslots.models.dense_norm import norm_in_place
 from epslots.models.dense_rotation import rotate_in_place
 from epslots.models.expert_reader import ExpertReader
 from epslots.models.experts import experts_modules
+from epslots.models.experts_interface import RUNNER
 from epslots.models.host_memory import HostMemoryPlan
 from epslots.models.memory_plan import MemoryPlan, moe_workspace_bytes
 from epslots.models.opening import load_dense

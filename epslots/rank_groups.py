@@ -10,7 +10,7 @@ import msgspec
 from epslots.errors import ConfigError
 
 Role = Literal["mixed", "prefill", "decode"]
-"""What a group serves: all; prompts, which others go on with; or requests whose prompts were computed elsewhere."""
+"""The requests that a group serves: all; prompts, which others decode; or requests whose prompts were computed elsewhere."""
 
 
 class RankGroups(msgspec.Struct, frozen=True):

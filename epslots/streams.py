@@ -40,7 +40,7 @@ def table_console(plain_width: int, *, stderr: bool = False) -> Console:
 
 
 class SafeStream(io.TextIOBase):
-    """A stream of text over any object that has ``write``, or over nothing; in the place of standard output or error.
+    """A stream of text in the place of standard output or error. It writes to any object that has ``write``, or to nothing.
 
     Args:
         inner: the process's own stream. Text is lost without an error if it is closed or has no ``write``.

@@ -102,7 +102,7 @@ class Stats(msgspec.Struct, frozen=True):
     steps: int = 0
     """Forward passes, those included in which only other ranks had tokens."""
     zero_miss_steps: int = 0
-    """Those in which the rank missed in no layer."""
+    """Steps in which the rank missed in no layer."""
 
     def total(self, counter: str) -> Any:
         """The sum over layers of a number of ``LayerStats``, by its name."""
@@ -173,7 +173,7 @@ class Telemetry:
 
     Attributes:
         device: of the counters there.
-        settle: called before counters are read, by a part that counts elsewhere meanwhile; None = there is none.
+        collect: called before counters are read, by a part that counts elsewhere meanwhile; None = there is none.
     """
 
     def __init__(self, layers: Sequence[LayerSpec], slots: Sequence[int], device: torch.device) -> None:
@@ -183,7 +183,7 @@ class Telemetry:
         self._slots = list(slots)
         count, experts = len(self._layers), max(layer.num_experts for layer in layers)
         self.device = device
-        self.settle: Callable[[], None] | None = None
+        self.collect: Callable[[], None] | None = None
         self._steps = self._missed_steps = 0
         self._missed = False
         """Whether a layer has missed in the step under way."""
@@ -259,7 +259,10 @@ class Telemetry:
         count_distances(self._reuse_LD[layer], distances)
 
     def reuse(self) -> tuple[IntArray, IntArray]:
-        """Stack distances that the host has counted, int64 [L, E + 1], and the uses that they are a sample of, int64 [L]."""
+        """Stack distances that the host has counted, int64 [L, E + 1].
+
+        With them, the uses that they are a sample of, int64 [L].
+        """
         return self._reuse_LD.copy(), self._uses_LE.sum(1)
 
     def set_slots(self, layer: int, slots: int) -> None:
@@ -268,7 +271,7 @@ class Telemetry:
 
     def snapshot(self) -> Stats:
         """All counters as they are now. Synchronises with the device."""
-        self._settle()
+        self._collect()
         counts, tokens_LX = self._all_counts(), self._all_tokens()
         return Stats(
             tuple(
@@ -291,14 +294,14 @@ class Telemetry:
         Returns:
             [L] of each number, int64 or float64; int64 [L, E] of tokens and uses, [L, E + 1] of stack distances.
         """
-        self._settle()
+        self._collect()
         counts = self._all_counts()
         arrays = {"tokens": self._all_tokens()[:, :-1], "uses": self._uses_LE.copy(), "reuse": self._reuse_LD.copy()}
         return arrays | {name: np.array(counts[name]) for name in _WINDOW_COUNTERS}
 
-    def _settle(self) -> None:
-        if self.settle is not None:
-            self.settle()
+    def _collect(self) -> None:
+        if self.collect is not None:
+            self.collect()
 
     def _all_counts(self) -> dict[str, list[float]]:
         """The table, with the hits that were counted on the device."""

@@ -1,4 +1,6 @@
-"""A rank of one group is killed under load: gaps in the streams of the others; requests lost, and tokens that differ.
+"""A rank of one group is killed under load.
+
+Measured: gaps in the streams of the others, requests lost, and tokens that differ.
 
 Half of the kills are amid decoding, of a rank of two, in one of two groups that do all. The other half are amid hand-overs: in
 turn of the rank that computes prompts, and of one of the two that decode. Of these, a kill counts that has cut a hand-over: it
@@ -134,7 +136,7 @@ def _in_turn() -> _Choose:
 
 
 def stop_amid_hand_over(groups: Collection[int]) -> _Choose:
-    """While one of these groups, of one rank each, hands a request over or takes one over: its rank is stopped then.
+    """Chooses the rank of one of these groups that hands a request over, or takes one over. The groups have one rank each.
 
     A hand-over takes some milliseconds, and on a busy machine more may pass until the rank is stopped: if it has ended by
     then, the rank goes on, and the next one is waited for.

@@ -144,7 +144,7 @@ class _Random:
 
 
 def measure_routing(report: BenchReport, _cache_dir: Path, _rounds: int) -> None:
-    """Route the turns of a chat-like trace, once with each router; and on fewer ranks, and while ranks come and go."""
+    """Route the turns of a chat-like trace with each router. Then on fewer ranks, and while ranks come and go."""
     ways: dict[str, Callable[[int], _Router]] = {
         "scheduler": _Scheduled,
         "scheduler, prefixes not looked at": partial(_Scheduled, shares_prefixes=False),

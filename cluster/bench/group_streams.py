@@ -22,7 +22,7 @@ _PATIENCE_S = 120.0
 
 @contextmanager
 def models() -> Iterator[dict[str, Path]]:
-    """The models of the bench, by name: the shipped one, and a random one whose experts are 20 times as large."""
+    """The models of the bench, by name. The shipped one, and a random one whose experts are 20 times as large."""
     larger = random_config(layers=4, hidden=384, experts=32, top_k=4, width=256, heads=6)
     with random_checkpoint(larger, torch.bfloat16) as folder:
         yield {"shipped": example_model(), "random": folder}

@@ -1,4 +1,4 @@
-"""Restarts of Ray's GCS under HTTP load, with Ray's own fault tolerance: what the GCS knows is kept in a store.
+"""Restarts of Ray's GCS under HTTP load, with Ray's own fault tolerance. The GCS keeps its state in a store.
 
 By default in RocksDB on this machine's disk, in the head's process: Ray calls that alpha. Redis, which Ray supports fully, is
 a server of its own: where its program is given, it is started here.
@@ -35,7 +35,7 @@ _LOOK_EVERY_S = 0.05
 
 
 def measure_gcs_restarts(report: BenchReport, cache_dir: Path, *, redis: str = "") -> None:
-    """The GCS is killed amid streams, stays away for a moment or for seconds, and comes back; then a rank is killed.
+    """Kill the GCS amid streams, for a moment or for seconds; then kill a rank.
 
     In a process of its own, because a process has one Ray token for its life.
 

@@ -1,4 +1,4 @@
-"""The service over a cluster of this process: as ``epslots serve`` has it, and in turn with the cluster's own API."""
+"""The service over a cluster of this process, as in ``epslots serve``. It takes turns with the cluster's own API."""
 
 from __future__ import annotations
 

@@ -14,7 +14,10 @@ _IDLE_S = 10.0
 
 
 def bench_start(report: BenchReport, cache_dir: Path, *, rounds: int = 5) -> None:
-    """``rounds`` starts, each with one token and a close, after a first one that builds the host store and isn't counted."""
+    """``rounds`` starts of a cluster, each with one token and a close.
+
+    A first start builds the host store and isn't counted.
+    """
     stages: dict[str, list[float]] = {}
     idle: list[dict[str, float | str]] = []
     for number in range(rounds + 1):

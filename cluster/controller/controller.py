@@ -95,7 +95,7 @@ class Controller:
         self._current: Placement | None = None
         """The newest placement of the group, whether or not its ranks follow it yet."""
         self._newest = -1
-        self._adopted = -1
+        self._followed = -1
         self._pending_migrations = 0
         self._windows_since = 0
         """Windows since the last placement was published."""
@@ -118,7 +118,7 @@ class Controller:
             return ControllerState.WAITING
         if self._frozen:
             return ControllerState.FROZEN
-        there = self._adopted >= self._current.version and not self._pending_migrations
+        there = self._followed >= self._current.version and not self._pending_migrations
         return ControllerState.WATCHING if there else ControllerState.MOVING
 
     def answer(self, order: Order) -> Reply:
@@ -172,7 +172,7 @@ class Controller:
             num_experts_L=placement.num_experts_L,
             expert_bytes=max(group.expert_bytes),
         )
-        self._current, self._adopted, self._pending_migrations = placement, followed.version, group.pending_migrations
+        self._current, self._followed, self._pending_migrations = placement, followed.version, group.pending_migrations
         self._newest = max(self._newest, order.published, placement.version)
         self._frozen = order.frozen
         self._gathered, self._last_learned, self._windows_since = {}, 0, 0
@@ -242,7 +242,7 @@ class Controller:
 
     def _learn_from(self, windows: Mapping[int, LoadWindow], group: _Group) -> bool:
         """Learn from the windows of all ranks, by rank; returns False if they have no step."""
-        self._adopted = min(window.placement for window in windows.values())
+        self._followed = min(window.placement for window in windows.values())
         self._pending_migrations = max(window.pending_migrations for window in windows.values())
         steps = max(window.steps for window in windows.values())
         if not steps:
@@ -313,7 +313,7 @@ class Controller:
             epoch=-1 if self._group is None else self._group.epoch,
             role="mixed" if self._group is None else self._group.role,
             placement=self._newest,
-            adopted=self._adopted,
+            followed=self._followed,
             pending_migrations=self._pending_migrations,
             windows=self._windows,
             pooled=0 if self._forecast is None else self._forecast.groups,

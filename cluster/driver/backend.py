@@ -12,7 +12,7 @@ from typing import NoReturn, Protocol
 
 
 class WorkerDied(Exception):
-    """A worker's or the controller's process has ended, or is taken for dead; the message says why, if that is known."""
+    """A worker's or the controller's process has ended, or is taken for dead. The message says why, if that is known."""
 
 
 class WorkerHandle(Protocol):
@@ -98,7 +98,7 @@ class Backend(Protocol):
             group_of: the group of each bundle, by number: those of one are placed near each other. () = as they were opened.
 
         Raises:
-            ClusterError: as ``open``; the bundles are unchanged.
+            ClusterError: nodes lack devices, or the model, or don't answer. The bundles are unchanged.
         """
 
     async def start_worker(self, bundle: int) -> WorkerHandle:
@@ -130,7 +130,7 @@ class Backend(Protocol):
         """After ``lost``: wait until bundles can be reserved again, and reserve those from 0 to ``ranks`` - 1.
 
         Args:
-            group_of: as that of ``resize``.
+            group_of: the group of each bundle, by number; () = as they were opened.
 
         Raises:
             ClusterError: that failed; it can be called again.

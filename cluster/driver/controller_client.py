@@ -23,7 +23,7 @@ import msgspec
 
 from cluster.driver.backend import ControllerHandle, WorkerDied
 from cluster.driver.loop_thread import Notifier
-from cluster.driver.workers import WorkerRecord
+from cluster.driver.workers import Worker
 from cluster.errors import ClusterError
 from cluster.messages.controller import (
     Attach,
@@ -60,7 +60,7 @@ class Ranks(Protocol):
     role: Role
 
     @property
-    def members(self) -> list[WorkerRecord]:
+    def members(self) -> list[Worker]:
         """Its ranks, in order."""
 
     def keep_placement(self, placement: bytes) -> None:
@@ -146,7 +146,7 @@ class ControllerClient:
         self._offered = None
         self._changes.notify()
 
-    def take(self, worker: WorkerRecord, event: LoadReport | GroupState | PlacementRejected) -> None:
+    def take(self, worker: Worker, event: LoadReport | GroupState | PlacementRejected) -> None:
         """Take a rank's event."""
         match event:
             case LoadReport():
@@ -174,7 +174,7 @@ class ControllerClient:
             self._group_state = state
             self._changes.notify()
 
-    def take_rejection(self, worker: WorkerRecord, cause: str) -> None:
+    def take_rejection(self, worker: Worker, cause: str) -> None:
         """A rank can't follow a placement: attach the group anew, because the controller believes that it is followed."""
         self._refused += 1
         logger.warning("%s does not follow a placement: %s", worker.name, cause)

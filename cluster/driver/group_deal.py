@@ -62,7 +62,7 @@ class GroupDeal:
         """The group of each bundle, by number."""
         return [group for block in self._blocks for group in block.bundles]
 
-    def settled(self, ranks: int) -> GroupDeal:
+    def with_size(self, ranks: int) -> GroupDeal:
         """The same for so many ranks, with a size: further groups will have it, too."""
         return self if self._blocks else self._with([_BundleBlock((0,) * ranks, 1, ranks)])
 
@@ -72,14 +72,14 @@ class GroupDeal:
         return found
 
     def changed(self, ranks: int | None, groups: int | None) -> tuple[GroupDeal, int]:
-        """The deal for so many ranks and groups, and the number of ranks. One group must be ``settled`` if others are to come.
+        """The deal for so many ranks and groups, and the number of ranks. A further group needs a deal ``with_size``.
 
         Args:
             ranks: None = as many as the groups have.
             groups: None = as many as there are, or, if the ranks aren't those of so many, as many of this size as they make.
 
         Raises:
-            ConfigError: there is no way to it.
+            ConfigError: the bundles can't be divided so.
         """
         if self._began_alone and self.groups == 1 and groups in (None, 1) and ranks is not None:
             return GroupDeal(1, None), ranks
@@ -90,7 +90,7 @@ class GroupDeal:
         return found, groups * size
 
     def common(self, other: GroupDeal) -> GroupDeal:
-        """The deal of the bundles that have been dealt alike here and there; with one group alone, that of one group."""
+        """The deal of those bundles that both deal alike. With one group alone, that of one group."""
         pairs = zip(self._blocks, other._blocks, strict=False)
         return self._with([block for block, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)])
 
@@ -131,7 +131,7 @@ class GroupDeal:
 
 
 def runs(groups: Sequence[int]) -> list[tuple[int, int]]:
-    """Groups of bundles that follow each other, each with its number of bundles: ``0 0 1`` -> ``(0, 2), (1, 1)``."""
+    """The number of bundles of each run of equal groups. ``0 0 1`` -> ``(0, 2), (1, 1)``."""
     found: list[tuple[int, int]] = []
     for group in groups:
         if found and found[-1][0] == group:

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from cluster.driver.scheduled_request import Move
 from cluster.driver.scheduler import Scheduler
 from cluster.messages.hand_over import (
+    ConnectionOrder,
     Forget,
     GoOn,
     HandedOver,
     HandOver,
-    LinkContact,
-    LinkContacts,
-    LinkOrder,
+    HandOverContact,
+    HandOverContacts,
     PromptProgress,
     Release,
     TakeOver,
@@ -58,7 +58,7 @@ class HandOvers:
     Args:
         scheduler: knows the requests, and decides about moves.
         send: sends a command to a rank, in the background and in order.
-        form_s, deadline_s: of ``LinkOrder``.
+        form_s, deadline_s: of ``ConnectionOrder``.
         first: number of the first one. Ranks that were adopted may still end hand-overs of the last driver.
 
     Attributes:
@@ -101,21 +101,21 @@ class HandOvers:
         id = move.entry.request.id
         number = next(self._numbers)
         self._moves[number] = move
-        link = LinkOrder(
+        connection = ConnectionOrder(
             number=number,
             secret=secrets.token_bytes(_SECRET_BYTES),
             kind="memory" if move.near else "gloo",
             form_s=self._form_s,
             deadline_s=self._deadline_s,
         )
-        self._send(move.target, TakeOver(id, link))
-        self._send(move.source, HandOver(id, link))
+        self._send(move.target, TakeOver(id, connection))
+        self._send(move.source, HandOver(id, connection))
 
-    def pass_on(self, worker: Hashable, contact: LinkContact) -> None:
+    def pass_on(self, worker: Hashable, contact: HandOverContact) -> None:
         """Send a rank's address to the other one."""
         if (move := self._moves.get(contact.number)) is not None:
             other = move.target if worker == move.source else move.source
-            self._send(other, LinkContacts(contact.number, {contact.key: contact.value}))
+            self._send(other, HandOverContacts(contact.number, {contact.key: contact.value}))
 
     def take(self, worker: Hashable, event: HandedOver) -> None:
         """A source reports the end of a hand-over."""
@@ -159,7 +159,10 @@ class HandOvers:
         self._drop_stale()
 
     def give_up(self, workers: Collection[Hashable]) -> None:
-        """A group makes no steps: end those that wait for its prompts, or they would hold their places at the targets."""
+        """End the hand-overs that wait for prompts of a group that makes no steps.
+
+        They would hold their places at the targets.
+        """
         self._drop_stale()
         for number, move in list(self._moves.items()):
             if move.source in workers and not move.entry.began:

@@ -74,7 +74,7 @@ class RequestQueue:
         self._long.discard(entry)
 
     def lines(self) -> list[WaitingLine]:
-        """Those in which requests wait."""
+        """The lines in which requests wait."""
         return [line for line in (self._short, self._long) if len(line)]
 
     def divide(self) -> None:
@@ -85,7 +85,7 @@ class RequestQueue:
             self.add(entry)
 
     def clear(self) -> None:
-        """None waits any more."""
+        """Drop all waiting requests."""
         self._short, self._long = WaitingLine(), WaitingLine()
 
 

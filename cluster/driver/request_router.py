@@ -19,7 +19,7 @@ from cluster.driver.rank_loads import RankCapacity
 from cluster.driver.scheduler import Scheduler
 from cluster.driver.workers import Deadlines
 from cluster.errors import ClusterError
-from cluster.messages.hand_over import HandedOver, LinkContact, PromptProgress
+from cluster.messages.hand_over import HandedOver, HandOverContact, PromptProgress
 from cluster.messages.rank import Cancel, Command, Submit, Wake
 from epslots.generation.portions import push_until_stop
 from epslots.generation.requests import Output, Request
@@ -193,12 +193,12 @@ class RequestRouter:
         if any(output.finished for output in outputs):
             self._assign_soon()
 
-    def take_hand_over(self, worker: Hashable, event: HandedOver | LinkContact | PromptProgress) -> None:
+    def take_hand_over(self, worker: Hashable, event: HandedOver | HandOverContact | PromptProgress) -> None:
         """Take a rank's news of a hand-over, or of a prompt before one."""
         match event:
             case PromptProgress():
                 self.hand_overs.consider_early(worker, event)
-            case LinkContact():
+            case HandOverContact():
                 self.hand_overs.pass_on(worker, event)
             case HandedOver():
                 self.hand_overs.take(worker, event)

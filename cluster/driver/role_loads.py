@@ -78,7 +78,11 @@ class RoleLoads:
         return self._decoding if stays else self._prompts
 
     def may_stay(self, request: Costly, decoding_holds: Callable[[RankLoads], int]) -> bool:
-        """Whether a prompt would be computed where its request decodes, if nothing else did. Arguments as above."""
+        """Whether a prompt would be computed where its request decodes, if nothing else did.
+
+        Args:
+            decoding_holds: tokens of its beginning that a rank of the given ones has in its cache.
+        """
         to_compute = request.held_tokens - decoding_holds(self._decoding)
         return self.costs.stays(to_compute, request.held_tokens, 0, self._way(request))
 

@@ -25,11 +25,11 @@ class Scaling:
         """Have so many ranks and groups (``GroupDeal.changed``); returns when they serve.
 
         Raises:
-            ConfigError: there is no way to it.
+            ConfigError: the bundles can't be divided so.
             ClusterError: there is no room for them, or they don't come up; the others go on.
         """
         async with self._changing:
-            old = self._groups.deal.settled(self._pool.size)
+            old = self._groups.deal.with_size(self._pool.size)
             deal, count = old.changed(ranks, groups)
             self._check_heir(old, deal)
             common = old.common(deal)

@@ -1,4 +1,4 @@
-"""``ScheduledRequest``: a request of the cluster with its progress, and ``Move``: its hand-over. Records of the scheduler."""
+"""The scheduler's dataclasses: ``ScheduledRequest``, a request with its progress, and ``Move``, its hand-over."""
 
 from __future__ import annotations
 

@@ -1,22 +1,14 @@
 """``Scheduler``: which rank serves which request, and what moves when a rank is lost. Pure decisions.
 
     queued     waits for a rank with room, in the order of priority and arrival
-    assigned   a rank serves it; its tokens until now are recorded here
-    ending     the user needs no more of it, but its rank doesn't know yet; the rank's last output is awaited
+    assigned   a rank serves it; its tokens until now are kept here
+    ending     the user needs no more of it; its rank's last output is awaited
 
-A request goes to a rank as soon as one has room, and not before: a queued request can still go to a rank that comes later.
-It goes to the rank with the least time of work before it: the tokens that it has yet to compute, over its speed, less those at
-the prompt's beginning that it has computed already (``prefix_index.py``). Cache is no cost, but a limit: it goes to none that
-hasn't the free cache for what it holds now (``rank_loads.py``). The choices of one prompt stay
-together, as long as their rank has room, because it computes their prompt once. All ranks of all groups are one set: a group
-that forms anew pauses its own, and what they have stays theirs. A decision costs log(ranks). The requests of a lost rank
-return to their place in the queue, and start again from their prompt and the tokens that had arrived. A request that was lost
-with several ranks, without a token in between, may be the reason: it gets a rank to itself, and in the end is given up.
-
-Where groups have roles (``role_loads.py``), a request moves once more: after its first token, from the rank that computed its
-prompt to the decode rank with the most free cache. A move may begin before that token, so that most of the cache is there by
-then (``hand_over_costs.py``). Until the move has ended well the request is the first rank's. Short prompts are computed where
-they decode, and wait in a line of their own (``request_queue.py``).
+A request goes to the rank with room that has the least time of work before it (``rank_loads.py``), but not before one has
+room: until then it may go to a rank that comes later. Work is the tokens yet to compute, without a beginning that the rank has
+in its cache (``prefix_index.py``). Cache is a limit and no cost. A decision costs log(ranks). A lost rank's requests return to
+their place in the queue, and start again from their prompt and delivered tokens. A request may be the reason for the loss of
+several ranks in a row: then it gets a rank to itself, and in the end is given up.
 """
 
 from __future__ import annotations
@@ -42,7 +34,16 @@ MOST_LOSSES = 5
 
 
 class Scheduler:
-    """All requests that aren't done. A ``worker`` is any key that stands for a rank's process."""
+    """All requests that aren't done. A ``worker`` is any key that stands for a rank's process.
+
+    All ranks of all groups are one set. A group that forms anew pauses its ranks, and they keep their requests. The choices of
+    one prompt stay together while their rank has room, because it computes their prompt once.
+
+    Where groups have roles (``role_loads.py``), a request moves once more: after its first token, from the rank that computed
+    its prompt to the decode rank with the most free cache. A move may begin before that token, so that most of the cache is
+    there by then (``hand_over_costs.py``). Until the move has ended well the request is the first rank's. Short prompts are
+    computed where they decode, and wait in a line of their own (``request_queue.py``).
+    """
 
     def __init__(self) -> None:
         self._entries: dict[str, ScheduledRequest] = {}
@@ -157,8 +158,8 @@ class Scheduler:
     def assign(self) -> list[tuple[Hashable, Request]]:
         """Assign queued requests to ranks with room; returns pairs of rank and request.
 
-        In the order of their turns, for each role: one that waits for a rank of a role lets none pass it that wants such a
-        rank, too, or those that need little room would pass it for ever. Others needn't wait for what it waits for.
+        Each role has its turns: no request overtakes one that waits for a rank of the same role, or requests of little room
+        would overtake it for ever. Requests for other roles don't wait for it.
         """
         assigned, full = [], set[RankLoads]()
         lines = self._queue.lines()
@@ -211,7 +212,7 @@ class Scheduler:
         self._served.setdefault(worker, {})[entry.request.id] = entry
 
     def count(self, worker: Hashable, output: Output) -> ScheduledRequest | None:
-        """Record a rank's output; returns its request, or None if no caller needs the output.
+        """Enter a rank's output; returns its request, or None if no caller needs the output.
 
         Outputs of a rank that was reserved for lost, and whose requests have moved, are ignored.
         """

@@ -13,7 +13,7 @@ from cluster.messages.controller import address
 
 
 class GroupController:
-    """A group's way to the controller. As a ``ControllerHandle``, but for what it shares."""
+    """A group's ``ControllerHandle``, whose process all groups share."""
 
     def __init__(self, shared: ControllerHandle, group: int, on_killed: Callable[[], None]) -> None:
         self._shared, self._group, self._on_killed = shared, group, on_killed

@@ -4,7 +4,7 @@
                -> WorkerGroups        the process groups of the workers that have loaded the model
                -> ControllerClient    for each group: the controller, its windows and its placements
                -> RequestRouter       requests and their outputs
-    all of them -> Workers            records of the workers; send and lose
+    all of them -> Workers            the workers; send and lose
 
 Everything runs in one thread, on one asyncio loop. A worker's life: started -> loads (or is
 adopted) -> ready -> member -> lost -> replaced.
@@ -32,9 +32,9 @@ from cluster.driver.shared_controller import SharedController
 from cluster.driver.worker_group import WorkerGroup
 from cluster.driver.worker_groups import WorkerGroups
 from cluster.driver.worker_pool import WorkerPool
-from cluster.driver.workers import Deadlines, GroupWorkers, WorkerRecord, Workers, WorkerState
+from cluster.driver.workers import Deadlines, GroupWorkers, Worker, Workers, WorkerState
 from cluster.errors import ClusterError, RankFailed, Superseded
-from cluster.messages.hand_over import HandedOver, LinkContact, PromptProgress
+from cluster.messages.hand_over import HandedOver, HandOverContact, PromptProgress
 from cluster.messages.placement import GroupState, LoadReport, PlacementRejected
 from cluster.messages.rank import (
     Adopt,
@@ -177,14 +177,14 @@ class Supervisor:
         """Change the number of ranks and groups; returns when that many serve (``Scaling.scale``).
 
         Raises:
-            ConfigError: there is no way to it.
+            ConfigError: the bundles can't be divided so.
             ClusterError: there is no room for them, or they don't come up; the others go on.
         """
         await self._scaling.scale(ranks, groups)
 
     async def reports(
         self, layers: tuple[int, ...] | None = None, group: int | None = None
-    ) -> list[tuple[WorkerRecord, RankReport]]:
+    ) -> list[tuple[Worker, RankReport]]:
         """The reports of all ranks, but for ranks that are lost meanwhile.
 
         Args:
@@ -192,7 +192,7 @@ class Supervisor:
                 same of them. None = all layers, in every report.
             group: of this group's ranks alone.
         """
-        asked: list[tuple[WorkerRecord, int]] = []
+        asked: list[tuple[Worker, int]] = []
         for worker in self.groups.members if group is None else self.groups[group].members:
             self._reports_asked += 1
             self._reports[self._reports_asked] = None
@@ -237,7 +237,7 @@ class Supervisor:
 
     # Events of the workers.
 
-    async def _listen(self, worker: WorkerRecord) -> None:
+    async def _listen(self, worker: Worker) -> None:
         """Have a new worker load the model, or adopt one; and take its events until it is lost."""
         self._mark("workers started")
         try:
@@ -257,14 +257,14 @@ class Supervisor:
         except (WorkerDied, ClusterError) as error:
             self.workers.lose(worker, error)
 
-    def _take(self, worker: WorkerRecord, event: Event) -> None:
+    def _take(self, worker: Worker, event: Event) -> None:
         """Hand an event to the part that it concerns: frequent ones first, which wake no coroutine."""
         match event:
             case Outputs(outputs):
                 worker.served = True
                 self.groups[worker.group].forget_breaks()
                 self.router.take(worker, outputs)
-            case HandedOver() | LinkContact() | PromptProgress():
+            case HandedOver() | HandOverContact() | PromptProgress():
                 self.router.take_hand_over(worker, event)
             case Asleep(epoch, step):
                 self.groups[worker.group].router.fell_asleep(worker, epoch, step)
@@ -279,7 +279,7 @@ class Supervisor:
                 self._take_change(worker, event)
                 self._changes.notify()
 
-    def _take_change(self, worker: WorkerRecord, event: Event) -> None:
+    def _take_change(self, worker: Worker, event: Event) -> None:
         """Note a change of a worker's state.
 
         Raises:
@@ -311,7 +311,7 @@ class Supervisor:
 
     # Changes of the group, and the end.
 
-    def _take_loss(self, worker: WorkerRecord, was_member: bool, retire: bool) -> None:
+    def _take_loss(self, worker: Worker, was_member: bool, retire: bool) -> None:
         """A worker was lost: break its group up, and move its requests."""
         cause = worker.cause
         if was_member:

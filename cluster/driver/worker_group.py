@@ -20,7 +20,7 @@ from cluster.driver.epochs import Epochs
 from cluster.driver.rank_loads import RankCapacity
 from cluster.driver.request_router import GroupRouter
 from cluster.driver.retries import Pace, Retries
-from cluster.driver.workers import Deadlines, GroupWorkers, WorkerRecord, WorkerState
+from cluster.driver.workers import Deadlines, GroupWorkers, Worker, WorkerState
 from cluster.errors import ClusterError
 from cluster.messages.rank import Contact, Contacts, Form
 from epslots.config import LOAD_DEADLINE_S
@@ -91,7 +91,7 @@ class WorkerGroup:
         """Published in this epoch, and not yet passed on."""
 
     @property
-    def members(self) -> list[WorkerRecord]:
+    def members(self) -> list[Worker]:
         """The ranks of the current epoch, in order."""
         return self._workers.members
 
@@ -143,7 +143,7 @@ class WorkerGroup:
             self._speeds = found
             self.router.serve(self._capacities(self.members))
 
-    def _capacities(self, members: Sequence[WorkerRecord]) -> dict[Hashable, RankCapacity]:
+    def _capacities(self, members: Sequence[Worker]) -> dict[Hashable, RankCapacity]:
         return {
             worker: RankCapacity(
                 worker.loaded.limits.capacity if self._kv_tokens is None else self._kv_tokens,
@@ -246,7 +246,7 @@ class WorkerGroup:
         self._workers.changes.notify()
         return None
 
-    def _send_forms(self, members: Sequence[WorkerRecord], fresh: bool) -> None:
+    def _send_forms(self, members: Sequence[Worker], fresh: bool) -> None:
         placement = self._first_placement(len(members)) if fresh or not self.stood else None
         secret = secrets.token_bytes(_SECRET_BYTES)
         for rank, worker in enumerate(members):
@@ -274,7 +274,7 @@ class WorkerGroup:
             return None
         return self.placement
 
-    async def _wait_until_formed(self, members: Sequence[WorkerRecord], fresh: bool) -> None:
+    async def _wait_until_formed(self, members: Sequence[Worker], fresh: bool) -> None:
         """Wait until all members report ``Formed``, or the group breaks; lose the members that are too late."""
         epoch = self.epoch
         in_time = await self._workers.changes.wait_for(
@@ -286,7 +286,7 @@ class WorkerGroup:
                 if worker.formed != epoch:
                     self._workers.lose(worker, WorkerDied("it neither joined the group nor reported an error"))
 
-    def _drop_newcomers(self, members: Sequence[WorkerRecord], cause: str) -> None:
+    def _drop_newcomers(self, members: Sequence[Worker], cause: str) -> None:
         """Lose the new members of a group that didn't form though no rank is lost: they are the likely reason."""
         newcomers = [worker for worker in members if worker.formed < 0]
         if len(newcomers) < len(members) and all(worker.state is WorkerState.MEMBER for worker in members):

@@ -14,7 +14,7 @@ from typing import Any
 from cluster.driver.backend import WorkerDied
 from cluster.driver.group_deal import GroupDeal
 from cluster.driver.worker_group import WorkerGroup
-from cluster.driver.workers import WorkerRecord
+from cluster.driver.workers import Worker
 from cluster.errors import ClusterError
 from epslots.rank_groups import RankGroups, Role, check_division
 
@@ -68,7 +68,7 @@ class WorkerGroups:
         self.deal = GroupDeal(groups, None if groups == 1 else self.division.group_size)
 
     def role_of(self, number: int) -> Role:
-        """What a group serves, one that was added later, too."""
+        """The role of a group, also of one that was added later."""
         return self.division.role_of(number)
 
     def number_of(self, bundle: int) -> int:
@@ -108,7 +108,7 @@ class WorkerGroups:
         return max((group.epoch for group in self._groups), default=-1)
 
     @property
-    def members(self) -> list[WorkerRecord]:
+    def members(self) -> list[Worker]:
         """The ranks of all groups, group by group."""
         return list(itertools.chain.from_iterable(group.members for group in self._groups))
 

@@ -17,7 +17,7 @@ from cluster.driver.backend import Backend, WorkerDied
 from cluster.driver.retries import Pace, Retries
 from cluster.driver.worker_group import MOST_FAILURES
 from cluster.driver.worker_groups import WorkerGroups
-from cluster.driver.workers import WorkerRecord, Workers, WorkerState
+from cluster.driver.workers import Worker, Workers, WorkerState
 from cluster.errors import ClusterError, RankFailed
 
 logger = logging.getLogger("epslots.cluster")
@@ -67,7 +67,7 @@ class WorkerPool:
         workers: Workers,
         groups: WorkerGroups,
         *,
-        listen: Callable[[WorkerRecord], Coroutine[Any, Any, None]],
+        listen: Callable[[Worker], Coroutine[Any, Any, None]],
         spawn: Callable[[Callable[[], Coroutine[Any, Any, None]]], asyncio.Task[None]],
         give_up_s: float | None,
     ) -> None:
@@ -181,7 +181,7 @@ class WorkerPool:
 
     # Reports of the supervisor.
 
-    def mark_grouped(self, members: Iterable[WorkerRecord]) -> None:
+    def mark_grouped(self, members: Iterable[Worker]) -> None:
         """These workers have formed a group."""
         for worker in members:
             if worker.bundle in self._places:  # else it is no longer needed
@@ -220,11 +220,11 @@ class WorkerPool:
             elif not await self._wait_to_retry(bundle, place, error, logged=worker is not None):
                 return
 
-    async def _run_worker(self, bundle: int) -> tuple[WorkerRecord | None, ClusterError]:
+    async def _run_worker(self, bundle: int) -> tuple[Worker | None, ClusterError]:
         """Start a worker, and wait for its end; returns it, or None if it didn't start, and the reason."""
         worker = None
         try:
-            worker = WorkerRecord(bundle, await self._backend.start_worker(bundle), self._groups.number_of(bundle))
+            worker = Worker(bundle, await self._backend.start_worker(bundle), self._groups.number_of(bundle))
             self._workers.add(worker)
             worker.listening = self._spawn(lambda: self._listen(worker))
             await asyncio.wait({worker.listening})
@@ -312,7 +312,7 @@ class WorkerPool:
             raise ClusterError(f"{self._lost}; it wasn't back within {self._give_up_s:g} s (give_up_after_s)") from None
 
     def missing(self) -> tuple[str, ...]:
-        """A line for each rank that doesn't serve, with the reason and the next step, for people; empty if all serve."""
+        """A line for each rank that doesn't serve: the reason and the next step, for people. Empty if all serve."""
         if self._lost:
             return (f"{self._lost}; waiting for it to come back",)
         lines = [f"rank {bundle} was given up: {error}" for bundle, error in sorted(self._given_up.items())]

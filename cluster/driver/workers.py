@@ -1,4 +1,4 @@
-"""The workers of a cluster as the driver knows them: their records, and how they are reached, watched and lost."""
+"""The workers of a cluster as the driver knows them, and how they are reached, watched and lost."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class WorkerState(Enum):
 
 
 @dataclass(eq=False)
-class WorkerRecord:
+class Worker:
     """A worker's process, and the driver's knowledge of it.
 
     Attributes:
@@ -82,7 +82,7 @@ class WorkerRecord:
 
     @property
     def proven(self) -> bool:
-        """It has worked, or lived, long enough that its end isn't taken for a failed start."""
+        """Whether it has worked, or lived for long: then its end isn't a failed start."""
         return self.served or time.monotonic() - self.since_s > _PROVEN_S
 
     def failure(self, event: Failed) -> RankFailed:
@@ -107,29 +107,29 @@ class Workers:
     def __init__(
         self,
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
-        on_lost: Callable[[WorkerRecord, bool, bool], None],
+        on_lost: Callable[[Worker, bool, bool], None],
     ) -> None:
         self._spawn, self._on_lost = spawn, on_lost
-        self._by_bundle: dict[int, WorkerRecord] = {}
+        self._by_bundle: dict[int, Worker] = {}
         self.changes = Notifier()
 
-    def __iter__(self) -> Iterator[WorkerRecord]:
+    def __iter__(self) -> Iterator[Worker]:
         return iter(list(self._by_bundle.values()))
 
-    def on(self, bundle: int) -> WorkerRecord | None:
+    def on(self, bundle: int) -> Worker | None:
         """The worker on a bundle."""
         return self._by_bundle.get(bundle)
 
-    def add(self, worker: WorkerRecord) -> None:
+    def add(self, worker: Worker) -> None:
         """Add a new worker, whose bundle is free."""
         self._by_bundle[worker.bundle] = worker
 
     def send(self, worker: Hashable, command: Command) -> None:
         """Send a command in the background; commands arrive in the order of these calls."""
-        assert isinstance(worker, WorkerRecord)
+        assert isinstance(worker, Worker)
         self._spawn(self._deliver(worker, encode(command)))
 
-    async def _deliver(self, worker: WorkerRecord, message: bytes) -> None:
+    async def _deliver(self, worker: Worker, message: bytes) -> None:
         try:
             await worker.handle.command(message)
         except Superseded:
@@ -137,7 +137,7 @@ class Workers:
         except WorkerDied as error:
             self.lose(worker, error)
 
-    def lose(self, worker: WorkerRecord, cause: WorkerDied | ClusterError, *, retire: bool = False) -> None:
+    def lose(self, worker: Worker, cause: WorkerDied | ClusterError, *, retire: bool = False) -> None:
         """Kill a worker, if it still lives, and take no more events of it.
 
         Args:
@@ -156,11 +156,11 @@ class Workers:
 
     # Health.
 
-    async def check_health(self, workers: Iterable[WorkerRecord], deadline_s: float) -> None:
+    async def check_health(self, workers: Iterable[Worker], deadline_s: float) -> None:
         """Ping workers, and lose those that don't answer in time."""
         await asyncio.gather(*(self._ping(worker, deadline_s) for worker in workers))
 
-    async def _ping(self, worker: WorkerRecord, deadline_s: float) -> None:
+    async def _ping(self, worker: Worker, deadline_s: float) -> None:
         asking = asyncio.ensure_future(worker.handle.command(encode(Ping())))
         try:
             await asyncio.wait({asking}, timeout=deadline_s)
@@ -191,15 +191,15 @@ class GroupWorkers:
             workers.check_health,
         )
 
-    def __iter__(self) -> Iterator[WorkerRecord]:
+    def __iter__(self) -> Iterator[Worker]:
         return (worker for worker in self._workers if worker.group == self._group)
 
     @property
-    def members(self) -> list[WorkerRecord]:
+    def members(self) -> list[Worker]:
         """The ranks of the current epoch, in order."""
         return sorted((worker for worker in self if worker.state is WorkerState.MEMBER), key=lambda worker: worker.rank)
 
     @property
-    def candidates(self) -> list[WorkerRecord]:
+    def candidates(self) -> list[Worker]:
         """The possible members of the next epoch: first those of the current one, then the ready ones."""
         return self.members + [worker for worker in self if worker.state is WorkerState.READY]

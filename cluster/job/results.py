@@ -1,4 +1,4 @@
-"""The output of a job: a JSON line for each prompt, written when it finishes, and read when the job goes on.
+"""The output of a job: a JSON line for each prompt. A job that goes on reads its earlier lines.
 
     {"line":3,"id":"a-1","text":" world","tokens":2,"reason":"stop","digest":"5c0ffee1-0123456789abcdef"}
     {"line":5,"choices":[{"text":" a","tokens":1,"reason":"length"},{...}],"digest":"5c0ffee1-13579bdf02468ace"}

@@ -1,11 +1,11 @@
 """The lease of a named cluster: which driver its ranks obey, and when they have none. Pure decisions; times are arguments.
 
-claim     a record that one process has made a driver of the cluster's ranks; only one process can make it
+claim     one process's entry that it drives the cluster's ranks, with a number; only one process can make it
 term      the claim's number. Each driver that takes over claims the next one, and ranks refuse commands of older terms
 beat      what the claim's holder writes every second; while it changes, the holder lives
 orphan    a rank whose driver is gone: dead, silent for as long as a lease lasts, or detached
 adopt     claim the next term, and serve on with the ranks as they are
-doom      a rank or placement group that a driver is about to end is on record as doomed; the next driver doesn't adopt it
+doom      a rank or placement group that a driver is about to end is marked as doomed; the next driver doesn't adopt it
 
 A paused driver is silent as a dead one is, and may go on at any place, also just before it ends a rank. So it dooms the rank,
 then looks at the claims, then ends the rank; the next driver claims, then reads what is doomed, then adopts. In either order

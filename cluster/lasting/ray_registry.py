@@ -1,6 +1,6 @@
-"""What Ray knows of a cluster that outlives its driver: claims and beats in its key-value store, placement groups, actors.
+"""Ray's knowledge of a cluster that outlives its driver: claims and beats in its key-value store, placement groups, actors.
 
-All calls ask the cluster's head, and wait for it. The names are those of ``records.py``.
+All calls ask the cluster's head, and wait for it. The names are those of ``descriptions.py``.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ray.experimental import internal_kv
 from ray.util import list_named_actors
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
+from cluster.lasting.descriptions import GroupName, RankName
 from cluster.lasting.lease import Claim, Sight
-from cluster.lasting.records import GroupName, RankName
 
 NAMESPACE = "epslots"
 _DIGITS = 12  # of a term, in keys: they sort as terms do
@@ -48,7 +48,7 @@ def put_beat(name: str, term: int, beat: bytes) -> None:
 
 
 def doom(name: str, id: str) -> None:
-    """Put a rank or a placement group on record as doomed, by its id. From now on no driver adopts it."""
+    """Mark a rank or a placement group as doomed, by its id. From now on no driver adopts it."""
     internal_kv._internal_kv_put(_doom_key(name) + id, b"", True, namespace=NAMESPACE)
 
 
@@ -116,7 +116,9 @@ def actors_of(name: str) -> list[tuple[RankName, ActorHandle[Any]]]:
 
 
 def remove_groups(name: str, before_term: int, *, pending: bool = False) -> None:
-    """Remove a cluster's placement groups of earlier terms, and end the ranks on them: this process last, if it is one.
+    """Remove a cluster's placement groups of earlier terms, and end the ranks on them.
+
+    This process ends last, if it is one of them.
 
     Args:
         pending: only those that Ray hasn't made yet.

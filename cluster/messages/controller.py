@@ -136,7 +136,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
         epoch: of the group; -1 = no group is attached.
         role: what the group serves.
         placement: the newest version of a placement.
-        adopted: the version that all ranks follow, as of the last window.
+        followed: the version that all ranks follow, as of the last window.
         pending_migrations: copies that have yet to be fetched for it, as of the last window.
         windows: windows that all ranks reported, and that were learned from.
         pooled: groups of this role whose windows the forecast learns from together.
@@ -155,7 +155,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int
     role: str
     placement: int
-    adopted: int
+    followed: int
     pending_migrations: int
     windows: int
     pooled: int
@@ -176,7 +176,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         lines = [
-            f"{self.state}: placement {self.placement}, followed by all ranks: {self.adopted}, "
+            f"{self.state}: placement {self.placement}, followed by all ranks: {self.followed}, "
             f"copies to move: {self.pending_migrations}",
             f"epoch {self.epoch}, role {self.role}, {self.windows} windows learned from, {self.incomplete} incomplete, "
             f"{self.dropped} messages dropped, {self.refused} refused",

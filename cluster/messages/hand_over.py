@@ -1,8 +1,8 @@
-"""Messages of a hand-over, as msgpack: between driver and ranks, and between the two ranks on their link.
+"""Messages of a hand-over, as msgpack: between driver and ranks, and between the two ranks on their connection.
 
     source -> driver           PromptProgress, after each step
     driver -> source, target   HandOver, TakeOver
-    both -> driver -> other    LinkContact, LinkContacts, if they meet by gloo
+    both -> driver -> other    HandOverContact, HandOverContacts, if they meet by gloo
     source -> target           CacheOffer; (CachePart; pieces), until all is sent; CacheSent
     target -> source           CacheAnswer; CacheAnswer once more, after the last piece
     source -> driver           HandedOver
@@ -20,13 +20,13 @@ import msgspec
 
 from epslots.generation.cache_layout import CacheLayout
 
-LinkKind = Literal["memory", "gloo"]
+ConnectionKind = Literal["memory", "gloo"]
 BYTES_BETWEEN_STEPS = 32 << 20
 """Bytes of a cache that its source reads between two steps, at most: some milliseconds; while a prompt is computed, a step may
 take much longer than these bytes on their way."""
 
 
-class LinkOrder(msgspec.Struct, frozen=True, kw_only=True):
+class ConnectionOrder(msgspec.Struct, frozen=True, kw_only=True):
     """How two ranks meet for a hand-over.
 
     Attributes:
@@ -39,7 +39,7 @@ class LinkOrder(msgspec.Struct, frozen=True, kw_only=True):
 
     number: int
     secret: bytes
-    kind: LinkKind
+    kind: ConnectionKind
     form_s: float
     deadline_s: float
 
@@ -48,17 +48,17 @@ class HandOver(msgspec.Struct, tag=True, frozen=True):
     """Hand a request's cache over to another rank, as soon as its prompt is computed; answer ``HandedOver``."""
 
     id: str
-    link: LinkOrder
+    connection: ConnectionOrder
 
 
 class TakeOver(msgspec.Struct, tag=True, frozen=True):
     """Take the cache of a request that will be submitted later."""
 
     id: str
-    link: LinkOrder
+    connection: ConnectionOrder
 
 
-class LinkContacts(msgspec.Struct, tag=True, frozen=True):
+class HandOverContacts(msgspec.Struct, tag=True, frozen=True):
     """Entries that the other rank of a hand-over has published, by key."""
 
     number: int
@@ -72,18 +72,18 @@ class GoOn(msgspec.Struct, tag=True, frozen=True):
 
 
 class Forget(msgspec.Struct, tag=True, frozen=True):
-    """Drop a request whose cache was handed over, and say nothing of its end: it may come back at once, under its old id."""
+    """Drop a request whose cache was handed over, without an event. It may come back at once under its old id."""
 
     id: str
 
 
 class Release(msgspec.Struct, tag=True, frozen=True):
-    """Drop a cache that was taken, or is being taken: its request doesn't come. So does a target whose link breaks."""
+    """Drop a cache that was taken, or is being taken: its request doesn't come. So does a target whose connection breaks."""
 
     id: str
 
 
-class LinkContact(msgspec.Struct, tag=True, frozen=True):
+class HandOverContact(msgspec.Struct, tag=True, frozen=True):
     """An entry of torch's rendezvous store, which the other rank of a hand-over needs in order to connect."""
 
     number: int
@@ -150,16 +150,16 @@ class CacheAnswer(msgspec.Struct, tag=True, frozen=True):
     refusal: str | None = None
 
 
-LinkMessage = CacheOffer | CachePart | CacheSent | CacheAnswer
+CacheMessage = CacheOffer | CachePart | CacheSent | CacheAnswer
 
 _encoder = msgspec.msgpack.Encoder()
-_messages = msgspec.msgpack.Decoder(LinkMessage)
+_messages = msgspec.msgpack.Decoder(CacheMessage)
 
 
-def encode_link_message(message: LinkMessage) -> bytes:
+def encode_cache_message(message: CacheMessage) -> bytes:
     """A message between the two ranks as bytes."""
     return _encoder.encode(message)
 
 
-def decode_link_message(message: bytes) -> LinkMessage:
+def decode_cache_message(message: bytes) -> CacheMessage:
     return _messages.decode(message)

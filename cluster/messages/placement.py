@@ -63,7 +63,7 @@ class GroupState(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         pending_migrations: copies of it that have yet to be fetched, over all ranks.
         costs: the costs that the ranks plan with; the largest where layers differ.
         expert_bytes: bytes of one expert, by layer.
-        pools: number of the slot pool, by layer; slots may pass between layers with the same number.
+        pools: number of the slot pool, by layer; slots may move between layers with the same number.
     """
 
     number: int

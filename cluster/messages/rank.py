@@ -23,8 +23,8 @@ from cluster.messages.hand_over import (
     GoOn,
     HandedOver,
     HandOver,
-    LinkContact,
-    LinkContacts,
+    HandOverContact,
+    HandOverContacts,
     PromptProgress,
     Release,
     TakeOver,
@@ -167,7 +167,7 @@ Command = (
     | SetPlacement
     | HandOver
     | TakeOver
-    | LinkContacts
+    | HandOverContacts
     | GoOn
     | Forget
     | Release
@@ -257,7 +257,7 @@ class Asleep(msgspec.Struct, tag=True, frozen=True):
 
 
 class WakesOthers(msgspec.Struct, tag=True, frozen=True):
-    """This rank slept, and begins a step of this epoch for which it got no request: its cache waits for slots of experts."""
+    """This rank, which slept, begins a step of this epoch without a request. Its cache waits for slots of experts."""
 
     epoch: int
 
@@ -355,7 +355,7 @@ Event = (
     | LoadReport
     | GroupState
     | PlacementRejected
-    | LinkContact
+    | HandOverContact
     | HandedOver
     | PromptProgress
     | RankStopped

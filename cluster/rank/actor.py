@@ -14,7 +14,7 @@ import ray
 
 from cluster.actor_process import ActorProcess, die_with_parent
 from cluster.lasting import ray_registry
-from cluster.lasting.records import SUPERSEDED, Lasting, split_term
+from cluster.lasting.descriptions import SUPERSEDED, Lasting, split_term
 from cluster.messages.rank import GiveUp, encode
 from cluster.rank.network_interface import use_interface
 from cluster.rank.orphan_guard import OrphanGuard

@@ -1,4 +1,4 @@
-"""A request's cache over a link: the source's side and the target's. Each runs in a thread of its own, beside the steps.
+"""A request's cache over a connection: the source's side and the target's. Each runs in a thread of its own, beside the steps.
 
     CacheOffer -> CacheAnswer -> (CachePart -> pieces) ... -> CacheSent -> CacheAnswer
 
@@ -23,21 +23,21 @@ import xxhash
 from cluster.messages.hand_over import (
     BYTES_BETWEEN_STEPS,
     CacheAnswer,
+    CacheMessage,
     CacheOffer,
     CachePart,
     CacheSent,
-    LinkMessage,
-    decode_link_message,
-    encode_link_message,
+    decode_cache_message,
+    encode_cache_message,
 )
 from cluster.rank.command_queue import NotYet
 from epslots.errors import EpslotsError, PeerLost, RankMismatchError
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout, CachePiece
-from epslots.transport.pair_link import PIECE_BYTES, PairLink
+from epslots.transport.pair_connection import PIECE_BYTES, PairConnection
 
 T = TypeVar("T")
-M = TypeVar("M", bound=LinkMessage)
+M = TypeVar("M", bound=CacheMessage)
 
 
 class BetweenSteps(Protocol):
@@ -111,34 +111,36 @@ class _PartReader:
         return [self._image.read(self._pieces.popleft()) for _ in range(count)]
 
 
-def send_cache(link: PairLink, image: CacheImage, between_steps: BetweenSteps) -> SendingTimes:
-    """Send a held request's cache, or that of a prompt as it is computed; returns when the target has all of it.
+def send_cache(connection: PairConnection, image: CacheImage, between_steps: BetweenSteps) -> SendingTimes:
+    """Send the cache of a held request, or of a prompt while it is computed. Returns when the target has all of it.
 
     Raises:
         HandOverRefused: the target refuses it.
         CacheGone: the request has ended, or has given up its place.
-        PeerLost: the link is broken.
+        PeerLost: the connection is broken.
     """
     began_s = time.monotonic()
-    _send(link, CacheOffer(image.layout))
-    _check(_receive(link, CacheAnswer))
+    _send(connection, CacheOffer(image.layout))
+    _check(_receive(connection, CacheAnswer))
     digest, reader = xxhash.xxh3_128(), _PartReader(image, began_s)
     while not reader.done:
         pieces = between_steps(reader.next_pieces)
         if reader.begins:
-            _send(link, CachePart(reader.end))
+            _send(connection, CachePart(reader.end))
         for piece in pieces:
             data = piece.cpu()
             digest.update(data.numpy().data)
-            link.send_piece(data)
-    _send(link, CacheSent(digest.digest()))
-    _check(_receive(link, CacheAnswer))
+            connection.send_piece(data)
+    _send(connection, CacheSent(digest.digest()))
+    _check(_receive(connection, CacheAnswer))
     ended_s = time.monotonic()
     assert reader.held_from_s is not None, "all of it was read"
     return SendingTimes(ended_s - reader.held_from_s, ended_s - began_s - reader.waited_s)
 
 
-def take_cache(link: PairLink, reserve: Callable[[CacheLayout], CacheImage | None], between_steps: BetweenSteps) -> CacheImage:
+def take_cache(
+    connection: PairConnection, reserve: Callable[[CacheLayout], CacheImage | None], between_steps: BetweenSteps
+) -> CacheImage:
     """Take a request's cache; returns its place, when all of it is there and the source was told so.
 
     Args:
@@ -147,30 +149,32 @@ def take_cache(link: PairLink, reserve: Callable[[CacheLayout], CacheImage | Non
     Raises:
         HandOverRefused: there is no room, the layout is another model's, or the bytes aren't those that were sent.
         CacheGone: the place was given up.
-        PeerLost: the link is broken.
+        PeerLost: the connection is broken.
     """
-    layout = _receive(link, CacheOffer).layout
+    layout = _receive(connection, CacheOffer).layout
     try:
         image = between_steps(lambda: reserve(layout))
     except RankMismatchError as error:
-        raise _refused(link, str(error)) from error
+        raise _refused(connection, str(error)) from error
     if image is None:
-        raise _refused(link, f"its cache has no room for {layout.tokens} tokens now")
-    _send(link, CacheAnswer())
+        raise _refused(connection, f"its cache has no room for {layout.tokens} tokens now")
+    _send(connection, CacheAnswer())
     digest, taken = xxhash.xxh3_128(), 0
     while taken < layout.tokens:
-        end = _receive(link, CachePart).end
+        end = _receive(connection, CachePart).end
         if not taken < end <= layout.tokens:
-            raise PeerLost(f"the other end of a link sent a part up to token {end} of {layout.tokens}, after token {taken}")
+            raise PeerLost(
+                f"the other end of a connection sent a part up to token {end} of {layout.tokens}, after token {taken}"
+            )
         for piece in layout.pieces(PIECE_BYTES, taken, end):
-            data = link.receive_piece(layout.piece_bytes(piece))
+            data = connection.receive_piece(layout.piece_bytes(piece))
             digest.update(data.numpy().data)
             between_steps(partial(image.write, piece, data))
         taken = end
-    if _receive(link, CacheSent).digest != digest.digest():
-        raise _refused(link, "the bytes that arrived have another digest than those that were sent")
+    if _receive(connection, CacheSent).digest != digest.digest():
+        raise _refused(connection, "the bytes that arrived have another digest than those that were sent")
     between_steps(image.complete)
-    _send(link, CacheAnswer())
+    _send(connection, CacheAnswer())
     return image
 
 
@@ -179,17 +183,17 @@ def _check(answer: CacheAnswer) -> None:
         raise HandOverRefused(f"the other rank refuses: {answer.refusal}")
 
 
-def _refused(link: PairLink, why: str) -> HandOverRefused:
-    _send(link, CacheAnswer(why))
+def _refused(connection: PairConnection, why: str) -> HandOverRefused:
+    _send(connection, CacheAnswer(why))
     return HandOverRefused(why)
 
 
-def _send(link: PairLink, message: LinkMessage) -> None:
-    link.send(encode_link_message(message))
+def _send(connection: PairConnection, message: CacheMessage) -> None:
+    connection.send(encode_cache_message(message))
 
 
-def _receive(link: PairLink, kind: type[M]) -> M:
-    message = decode_link_message(link.receive())
+def _receive(connection: PairConnection, kind: type[M]) -> M:
+    message = decode_cache_message(connection.receive())
     if not isinstance(message, kind):
-        raise PeerLost(f"the other end of a link sent {type(message).__name__}, and {kind.__name__} was due")
+        raise PeerLost(f"the other end of a connection sent {type(message).__name__}, and {kind.__name__} was due")
     return message

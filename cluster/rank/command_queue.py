@@ -52,7 +52,7 @@ class Errand(Generic[T]):
         self.result: Future[T] = Future()
 
     def run(self) -> bool:
-        """Call the function; returns whether that was its last call. What it raises is the asking thread's."""
+        """Call the function; returns whether that was its last call. Its exceptions go to the asking thread."""
         try:
             self.result.set_result(self._function())
         except NotYet:
@@ -125,7 +125,7 @@ class CommandQueue:
                 self._open.discard(errand)
 
     def end(self) -> None:
-        """Nothing is taken any more: errands that wait, or were taken and not run, fail. For the stepping thread."""
+        """End the queue: errands that wait, or were taken and not run, fail. For the stepping thread."""
         with self._news:
             self._ended = True
             left = [errand for errand in self._open if not errand.result.done()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.messages.hand_over import HandedOver, LinkContact
+from cluster.messages.hand_over import HandedOver, HandOverContact
 from cluster.messages.rank import Event, Outputs
 
 EVENTS_EVERY_S = 0.02
@@ -25,7 +25,7 @@ class EventPace:
 
     def note(self, event: Event) -> None:
         """Note an event that is to be sent."""
-        self._urgent |= isinstance(event, HandedOver | LinkContact)  # a stream stands still until then
+        self._urgent |= isinstance(event, HandedOver | HandOverContact)  # a stream stands still until then
         if isinstance(event, Outputs):
             for output in event.outputs:
                 if (output.tokens or output.finished) and output.id in self._silent:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from cluster.messages.hand_over import HandedOver, HandOver, LinkContact, LinkContacts, LinkOrder, TakeOver
+from cluster.messages.hand_over import ConnectionOrder, HandedOver, HandOver, HandOverContact, HandOverContacts, TakeOver
 from cluster.messages.rank import Contact
 from cluster.rank.cache_exchange import BetweenSteps, HandOverRefused, send_cache, take_cache
 from cluster.rank.command_queue import NotYet
@@ -18,20 +18,20 @@ from epslots.generation.batcher import Batcher
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout
 from epslots.transport import background
-from epslots.transport.gloo_link import open_gloo_link
-from epslots.transport.memory_link import open_source, open_target
-from epslots.transport.pair_link import PairLink
+from epslots.transport.gloo_connection import open_gloo_connection
+from epslots.transport.memory_connection import open_source, open_target
+from epslots.transport.pair_connection import PairConnection
 
 logger = logging.getLogger("epslots.cluster")
 
 
-class OpenLink(Protocol):
+class Connect(Protocol):
     """Connects this rank with the other one of a hand-over; raises PeerLost if that doesn't come in time."""
 
-    def __call__(self, order: LinkOrder, contacts: ContactStore, *, source: bool) -> PairLink: ...
+    def __call__(self, order: ConnectionOrder, contacts: ContactStore, *, source: bool) -> PairConnection: ...
 
 
-def open_link(order: LinkOrder, contacts: ContactStore, *, source: bool) -> PairLink:
+def connect(order: ConnectionOrder, contacts: ContactStore, *, source: bool) -> PairConnection:
     """Connect this rank with the other one of a hand-over.
 
     Args:
@@ -42,7 +42,7 @@ def open_link(order: LinkOrder, contacts: ContactStore, *, source: bool) -> Pair
     """
     if order.kind == "memory":
         return (open_source if source else open_target)(order.number, order.secret, order.form_s, order.deadline_s)
-    return open_gloo_link(
+    return open_gloo_connection(
         contacts, order.number, order.secret, order.form_s, order.deadline_s, source=source, stop=contacts.stop
     )
 
@@ -54,21 +54,21 @@ class HandOverThreads:
         batcher: returns the rank's batcher; it is touched between steps alone.
         between_steps: has the stepping thread call a function.
         send: sends an event to the driver.
-        open_link: connects two ranks.
+        connect: connects two ranks.
     """
 
     def __init__(
         self,
         batcher: Callable[[], Batcher],
         between_steps: BetweenSteps,
-        send: Callable[[HandedOver | LinkContact], None],
-        open_link: OpenLink = open_link,
+        send: Callable[[HandedOver | HandOverContact], None],
+        connect: Connect = connect,
     ) -> None:
-        self._batcher, self._between_steps, self._send, self._open_link = batcher, between_steps, send, open_link
+        self._batcher, self._between_steps, self._send, self._connect = batcher, between_steps, send, connect
         self._lock = threading.Lock()
         self._contacts: dict[int, ContactStore] = {}
         """Of hand-overs under way, by number."""
-        self._links: dict[int, PairLink] = {}
+        self._connections: dict[int, PairConnection] = {}
         self._ended = ""
         self._drivers = 0
         """Whose hand-overs were forgotten."""
@@ -76,13 +76,13 @@ class HandOverThreads:
     def give(self, order: HandOver) -> None:
         """Begin a hand-over as its source."""
         driver = self._drivers
-        self._begin(order.link, lambda: self._give(order, driver))
+        self._begin(order.connection, lambda: self._give(order, driver))
 
     def take(self, order: TakeOver) -> None:
         """Begin a hand-over as its target."""
-        self._begin(order.link, lambda: self._take(order))
+        self._begin(order.connection, lambda: self._take(order))
 
-    def meet(self, contacts: LinkContacts) -> None:
+    def meet(self, contacts: HandOverContacts) -> None:
         """The other rank's entries have come."""
         with self._lock:
             store = self._contacts.get(contacts.number)
@@ -99,15 +99,15 @@ class HandOverThreads:
         with self._lock:
             self._drivers += forget
             self._ended = reason if end else self._ended
-            stores, links = list(self._contacts.values()), list(self._links.values())
+            stores, connections = list(self._contacts.values()), list(self._connections.values())
         for store in stores:
             store.end(reason)
-        for link in links:
-            link.abort()
+        for connection in connections:
+            connection.abort()
 
-    def _begin(self, order: LinkOrder, work: Callable[[], None]) -> None:
+    def _begin(self, order: ConnectionOrder, work: Callable[[], None]) -> None:
         def publish(contact: Contact) -> None:
-            self._send(LinkContact(contact.epoch, contact.key, contact.value))
+            self._send(HandOverContact(contact.epoch, contact.key, contact.value))
 
         with self._lock:
             if self._ended:
@@ -116,34 +116,34 @@ class HandOverThreads:
         background.start(work, name="epslots-hand-over", stop=lambda: self.abort_all("the process ends", end=True))
 
     @contextmanager
-    def _link(self, order: LinkOrder, *, source: bool) -> Iterator[PairLink]:
-        """The link of a hand-over, for as long as the context lasts."""
-        link: PairLink | None = None
+    def _connection(self, order: ConnectionOrder, *, source: bool) -> Iterator[PairConnection]:
+        """The connection of a hand-over, for as long as the context lasts."""
+        connection: PairConnection | None = None
         try:
-            link = self._open_link(order, self._contacts[order.number], source=source)
+            connection = self._connect(order, self._contacts[order.number], source=source)
             with self._lock:
-                self._links[order.number] = link
+                self._connections[order.number] = connection
                 stopped = self._contacts[order.number].stop
             if stopped.done():
-                link.abort()
-            yield link
+                connection.abort()
+            yield connection
         finally:
             with self._lock:
                 del self._contacts[order.number]
-                self._links.pop(order.number, None)
-            if link is not None:
-                link.abort()
+                self._connections.pop(order.number, None)
+            if connection is not None:
+                connection.abort()
 
     def _give(self, order: HandOver, driver: int) -> None:
-        done = HandedOver(number=order.link.number, failure="")
+        done = HandedOver(number=order.connection.number, failure="")
         try:
-            with self._link(order.link, source=True) as link:
+            with self._connection(order.connection, source=True) as connection:
                 image: CacheImage | None = self._between_steps(lambda: self._batcher().hold(order.id))
                 if image is None:
                     raise HandOverRefused("the request has no cache that could be read now")
-                times, layout = send_cache(link, image, self._between_steps), image.layout
+                times, layout = send_cache(connection, image, self._between_steps), image.layout
             done = HandedOver(
-                number=order.link.number,
+                number=order.connection.number,
                 failure=None,
                 seconds=times.held_s,
                 copying_s=times.copying_s,
@@ -152,7 +152,7 @@ class HandOverThreads:
                 prompt_token_s=self._batcher().prompt_token_s,
             )
         except Exception as error:
-            done = HandedOver(number=order.link.number, failure=_in_words(error))
+            done = HandedOver(number=order.connection.number, failure=_in_words(error))
             if driver == self._drivers:
                 self._let_go(lambda: self._batcher().resume(order.id))
         if driver == self._drivers:
@@ -175,10 +175,10 @@ class HandOverThreads:
                 self._batcher().release(order.id)
 
         try:
-            with self._link(order.link, source=False) as link:
-                take_cache(link, reserve, self._between_steps)
+            with self._connection(order.connection, source=False) as connection:
+                take_cache(connection, reserve, self._between_steps)
         except Exception as error:
-            logger.debug("hand-over %d isn't taken: %s", order.link.number, _in_words(error))
+            logger.debug("hand-over %d isn't taken: %s", order.connection.number, _in_words(error))
             self._let_go(drop)
 
     def _let_go(self, function: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""``OrphanGuard``: a rank's thread that notices when its cluster has no driver, and ends the rank if none comes in time."""
+"""``OrphanGuard``: a thread that ends its rank when no driver comes in time."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from cluster.lasting.descriptions import Lasting
 from cluster.lasting.lease import Claim, Fate, LeaseRegistry, OrphanWatch, Sight
-from cluster.lasting.records import Lasting
 
 logger = logging.getLogger("epslots.cluster")
 

@@ -1,16 +1,13 @@
 """``RankLoop``: one rank's life. It carries out commands, makes steps together with the other ranks, and sends events.
 
-Three threads meet here, and none waits for another's work:
-
     stepping   ``_main``: loads, forms groups, steps the engine; sleeps when no rank has work
     commands   calls ``command``: queues it for the stepping thread, or aborts a group whose operation is stuck
     events     calls ``events``: waits for the next batch (``event_queue.py``)
 
-Each hand-over has a further one (``hand_over_threads.py``), which asks the stepping thread for pieces of caches.
-
-A group that breaks costs only the current step: the rank sends ``Broken``, waits, and repeats the step in the next epoch. A
-request whose computation raises ends with an error (``generation/batcher.py``), and the rank sends ``Broken`` if that broke
-the group. Any other error ends the rank (``Failed``), because its state is unknown then.
+None of these threads waits for another's work. Each hand-over has a thread more (``hand_over_threads.py``), which asks the
+stepping thread for pieces of caches. A group that breaks costs only the current step: the rank sends ``Broken``, waits, and
+repeats the step in the next epoch. A request whose computation raises ends with an error (``generation/batcher.py``), and the
+rank sends ``Broken`` if that broke the group. Any other error ends the rank (``Failed``): its state is unknown then.
 """
 
 from __future__ import annotations
@@ -21,8 +18,8 @@ from collections.abc import Callable
 
 import torch
 
-from cluster.lasting.records import RankDescription
-from cluster.messages.hand_over import Forget, GoOn, HandOver, LinkContacts, PromptProgress, Release, TakeOver
+from cluster.lasting.descriptions import RankDescription
+from cluster.messages.hand_over import Forget, GoOn, HandOver, HandOverContacts, PromptProgress, Release, TakeOver
 from cluster.messages.placement import GetGroupState, PlacementRejected, SetPlacement
 from cluster.messages.rank import (
     Adopt,
@@ -52,7 +49,7 @@ from cluster.messages.rank import (
 from cluster.rank.command_queue import CommandQueue, Errand, Forming, Placing, Queued
 from cluster.rank.contact_store import ContactStore
 from cluster.rank.event_queue import EventQueue
-from cluster.rank.hand_over_threads import HandOverThreads, OpenLink, open_link
+from cluster.rank.hand_over_threads import Connect, HandOverThreads, connect
 from cluster.rank.rank_reports import WindowCutter, failure_of, group_state, loaded_report, rank_report
 from epslots.config import LOAD_DEADLINE_S
 from epslots.devices import cpu_share, make_current, resolve_device, wait_for_freed_memory
@@ -78,15 +75,13 @@ class RankLoop:
     Args:
         form: connects the ranks of an epoch.
         clock: seconds, for the pace of events.
-        open_link: connects two ranks for a hand-over.
+        connect: connects two ranks for a hand-over.
 
     Attributes:
         hand_overs: those under way.
     """
 
-    def __init__(
-        self, form: FormTransport, clock: Callable[[], float] = time.monotonic, open_link: OpenLink = open_link
-    ) -> None:
+    def __init__(self, form: FormTransport, clock: Callable[[], float] = time.monotonic, connect: Connect = connect) -> None:
         self._form_transport = form
         self._thread = threading.Thread(target=self._main, name="epslots-steps", daemon=True)
         self._news = threading.Condition()
@@ -94,7 +89,7 @@ class RankLoop:
         self._commands = CommandQueue(self._news)
         self._events = EventQueue(self._news, clock)
         self.hand_overs = HandOverThreads(
-            lambda: self._loaded_engine.batcher, self._commands.between_steps, self._send, open_link
+            lambda: self._loaded_engine.batcher, self._commands.between_steps, self._send, connect
         )
         self._contacts: ContactStore | None = None
         """Of the newest epoch; only the commands' thread uses it."""
@@ -271,7 +266,7 @@ class RankLoop:
             self._send(Outputs((Output(request.id, (), True, "error", str(error)),)))
 
     def _set_placement(self, placing: Placing) -> None:
-        """Offer a placement to the group, which adopts it once all ranks have it; all reject an impossible one alike."""
+        """Offer a placement to the group, which follows it once all ranks have it; all reject an impossible one alike."""
         group = group_of(self._loaded_engine.model)
         if group is None or not self._serving or group.transport.epoch != placing.epoch:
             return
@@ -354,7 +349,7 @@ class RankLoop:
                 self.hand_overs.give(order)
             case TakeOver() as order:
                 self.hand_overs.take(order)
-            case LinkContacts() as contacts:
+            case HandOverContacts() as contacts:
                 self.hand_overs.meet(contacts)
             case command:
                 self._commands.put(command)
@@ -396,5 +391,5 @@ class RankLoop:
         self._events.send(event)
 
     def events(self, term: int = 0) -> bytes | None:
-        """Wait for events, and take all of them when it is time; returns None once a newer driver's term has begun."""
+        """Wait for events, and take all of them; None once a newer driver's term has begun."""
         return self._events.take(term)

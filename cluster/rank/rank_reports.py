@@ -1,4 +1,4 @@
-"""A rank's reports: what it loaded, its load window by window, all its counters, the state of its group, and its failure."""
+"""A rank's reports: its load order, load windows, counters, group state and failure."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from epslots.group.rank_group import group_of
 from epslots.placement.placement import pack
 from epslots.runtime import runtime_of, stats
 from epslots.telemetry import WindowMeter
-from epslots.transport.pair_link import machine_of_this
+from epslots.transport.pair_connection import machine_of_this
 
 
 def loaded_report(engine: Engine, seconds: dict[str, float]) -> Loaded:
-    """What a rank that has loaded its model can serve; ``seconds``: duration of each stage of loading."""
+    """The capacity of a rank that has loaded its model; ``seconds``: duration of each stage of loading."""
     batcher = engine.batcher
     return Loaded(
         limits=model_limits(engine.model, batcher.capacity),

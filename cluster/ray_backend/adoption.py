@@ -23,8 +23,8 @@ from cluster.actor_process import ActorProcess
 from cluster.driver.backend import WorkerDied
 from cluster.errors import ClusterError
 from cluster.lasting import ray_registry
+from cluster.lasting.descriptions import GroupName, Lasting, RankName
 from cluster.lasting.lease import LEASE_S
-from cluster.lasting.records import GroupName, Lasting, RankName
 from cluster.lasting.settings import differences
 from cluster.messages.rank import Load
 from cluster.ray_backend.bundles import remove_group
@@ -76,7 +76,7 @@ class Adoption:
         self._serial = 0
 
     async def begin(self, *, own_ray: bool) -> None:
-        """Claim the cluster, and find what its last driver has left.
+        """Claim the cluster, and find its last driver's ranks and placement groups.
 
         Raises:
             ClusterError: its driver lives, or its ranks were loaded with other settings.
@@ -168,7 +168,7 @@ class Adoption:
                 )
 
     async def _remove_all(self) -> None:
-        """End what the last driver has left, and wait until its places are free."""
+        """End the last driver's ranks and placement groups, and wait until their places are free."""
         await ask(ray_registry.remove_groups, self.name, self.lease.term)
         ends_s = asyncio.get_running_loop().time() + _ENDED_S
         while await ask(ray_registry.ranks_of, self.name):
@@ -178,7 +178,7 @@ class Adoption:
 
     @property
     def bundles(self) -> frozenset[int]:
-        """Those whose ranks can be adopted."""
+        """Bundles whose ranks can be adopted."""
         return frozenset(self._survivors)
 
     def take_survivor(self, bundle: int) -> RayWorkerHandle | None:

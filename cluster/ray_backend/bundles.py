@@ -154,7 +154,7 @@ class Bundles:
         return [nodes_of[bundle.group.id].get(bundle.index, "") for bundle in self._bundles]
 
     async def placed(self, bundle: int) -> str:
-        """Wait until the node of a bundle is alive, and return it: Ray finds another for the bundles of a lost one.
+        """Wait until the node of a bundle is alive, and return it. Ray finds another node for the bundles of a lost one.
 
         Raises:
             ClusterError: Ray finds none, or one that lacks the model.

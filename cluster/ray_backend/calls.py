@@ -1,4 +1,4 @@
-"""Calls of Ray that ask the cluster's head: each has a thread and a deadline, because without a head none returns."""
+"""Calls of Ray that ask the cluster's head, each with a thread and a deadline. Without a head none returns."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 from cluster.actor_process import ActorProcess
 from cluster.driver.backend import WorkerDied
 from cluster.errors import Superseded
-from cluster.lasting.records import SUPERSEDED, RankDescription, with_term
+from cluster.lasting.descriptions import SUPERSEDED, RankDescription, with_term
 from cluster.ray_backend.driver_lease import DriverLease
 
 _CONTROL, _EVENTS = "control", "events"  # concurrency groups of Ray
@@ -97,7 +97,7 @@ class RayActorHandle:
                     ray.kill(self._actor)
 
     def forget(self) -> None:
-        """Drop the actor, because its Ray is gone: Ray must not be asked about it any more, and never answers what was."""
+        """Drop the actor, because its Ray is gone. A Ray that is gone must not be asked, and never answers earlier calls."""
         self._actor = None
         for asked in self._asked:
             asked.cancel()

@@ -1,4 +1,4 @@
-"""Functions and classes for ``ray.remote`` that import our packages, and never a file of the same name in the user's folder.
+"""Functions and classes for ``ray.remote`` that import our packages. They never import a user's file of the same name.
 
 Ray puts the driver's working and script folders first on the module path of its processes: a script there called
 ``cluster.py`` or ``torch.py`` would be imported in place of the package. The objects made here reach a process by value, and

@@ -1,4 +1,4 @@
-"""A Ray of our own that outlives its driver, for one named cluster: found by its name, or started by a keeper.
+"""A Ray of our own that outlives its driver, for one named cluster. It is found by its name, or started by a keeper.
 
 Its folder has the cluster's name as a digest, and this user's rights alone:
 
@@ -49,7 +49,7 @@ def users_file(name: str) -> Path:
 
 @contextmanager
 def lasting_ray(name: str, ranks: int, ranks_stay: Callable[[], bool]) -> Iterator[FindEnded]:
-    """Join the Ray of a named cluster, started if there is none; it ends with the last process that uses it.
+    """Join the Ray of a named cluster, or start it. It ends with the last process that uses it.
 
     Args:
         ranks: number of worker processes that a new Ray starts beforehand.

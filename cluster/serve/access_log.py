@@ -10,51 +10,51 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from cluster.serve.record import RequestRecord
+from cluster.serve.request_summary import RequestSummary
 
 _MOST_WAITING = 10_000
 
 
-def line_of(record: RequestRecord, now: float) -> dict[str, Any]:
+def line_of(summary: RequestSummary, now: float) -> dict[str, Any]:
     """A request's line; facts that it hasn't are left out.
 
     Args:
-        record: the request's.
+        summary: the request's.
         now: seconds since 1970.
     """
     found: dict[str, Any] = {
         "time": round(now, 3),
-        "id": record.id,
-        "client": record.client,
-        "method": record.method,
-        "path": record.path[:500],
-        "status": record.status,
-        "ms": round((record.ended_s - record.began_s) * 1e3, 1),
-        "bytes": record.bytes_out,
+        "id": summary.id,
+        "client": summary.client,
+        "method": summary.method,
+        "path": summary.path[:500],
+        "status": summary.status,
+        "ms": round((summary.ended_s - summary.began_s) * 1e3, 1),
+        "bytes": summary.bytes_out,
     }
-    if record.model is not None:
-        found["model"] = record.model
-    if record.choices:
+    if summary.model is not None:
+        found["model"] = summary.model
+    if summary.choices:
         found |= {
-            "stream": record.stream,
-            "choices": record.choices,
-            "prompt_tokens": record.prompt_tokens,
-            "new_tokens": record.new_tokens,
-            "finish": record.finish_reasons,
+            "stream": summary.stream,
+            "choices": summary.choices,
+            "prompt_tokens": summary.prompt_tokens,
+            "new_tokens": summary.new_tokens,
+            "finish": summary.finish_reasons,
         }
-    if record.ttft_s is not None:
-        found["ttft_ms"] = round(record.ttft_s * 1e3, 1)
-    if record.problem is not None:
-        found["problem"] = record.problem
-    if record.prompt is not None:
-        found["prompt"] = record.prompt
-    if record.text is not None:
-        found["text"] = record.text
+    if summary.ttft_s is not None:
+        found["ttft_ms"] = round(summary.ttft_s * 1e3, 1)
+    if summary.problem is not None:
+        found["problem"] = summary.problem
+    if summary.prompt is not None:
+        found["prompt"] = summary.prompt
+    if summary.text is not None:
+        found["text"] = summary.text
     return found
 
 
 class AccessLog:
-    """Writes lines in a thread of its own: a slow disk, or a pipe without a reader, holds up no request.
+    """Writes lines in a thread of its own. A slow disk, or a pipe without a reader, holds up no request.
 
     Args:
         output: where to; standard error by default.
@@ -68,10 +68,10 @@ class AccessLog:
         self._thread = threading.Thread(target=self._write, name="epslots-access-log", daemon=True)
         self._thread.start()
 
-    def log(self, record: RequestRecord) -> None:
+    def log(self, summary: RequestSummary) -> None:
         """Write a request's line soon."""
         try:
-            self._lines.put_nowait(line_of(record, time.time()))
+            self._lines.put_nowait(line_of(summary, time.time()))
         except queue.Full:
             self.lost += 1
 

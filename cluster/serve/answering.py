@@ -16,8 +16,8 @@ from starlette.responses import Response
 from cluster.serve.bridge import ChoiceReader, ClientLeft
 from cluster.serve.completions import Chunk
 from cluster.serve.errors import INTERNAL, ApiError, of_cluster
-from cluster.serve.record import RequestRecord
 from cluster.serve.request_settings import api_names
+from cluster.serve.request_summary import RequestSummary
 from cluster.serve.responses import NoAnswer, error_response, json_response
 from cluster.serve.schema import CommonRequest
 from cluster.serve.service import Service
@@ -54,7 +54,7 @@ class Answering:
     """
 
     service: Service
-    record: RequestRecord
+    summary: RequestSummary
     reader: ChoiceReader
     body: CommonRequest
     head: dict[str, Any]
@@ -66,7 +66,7 @@ class Answering:
     async def respond(self, request: Request) -> Response:
         """The answer, as a stream or whole."""
         if self.body.stream:
-            self.record.stream = True
+            self.summary.stream = True
             return EventStream(
                 self._parts(),
                 on_left=self.reader.leave,
@@ -77,7 +77,7 @@ class Answering:
         try:
             return json_response(await self._whole())
         except ClientLeft:
-            self.record.problem = "left"
+            self.summary.problem = "left"
             return NoAnswer()
         except Exception as error:
             return error_response(self._failed(error))
@@ -123,7 +123,7 @@ class Answering:
                 last += event({**self.chunk_head, "choices": [], "usage": self._usage()})
             yield last + DONE
         except ClientLeft:
-            self.record.problem = "left"
+            self.summary.problem = "left"
         except Exception as error:
             yield event(self._failed(error).body) + DONE
 
@@ -135,12 +135,12 @@ class Answering:
         return lambda chunk: frame.event((chunk,))
 
     def _take(self, choice: int, portion: Portion) -> list[Chunk]:
-        record = self.record
-        record.note_tokens(len(portion.tokens), time.perf_counter())
+        summary = self.summary
+        summary.note_tokens(len(portion.tokens), time.perf_counter())
         if portion.reason is not None:
-            record.finish_reasons.append(portion.reason)
-        if record.text is not None:
-            record.text[choice] += portion.text or ""
+            summary.finish_reasons.append(portion.reason)
+        if summary.text is not None:
+            summary.text[choice] += portion.text or ""
         return self.answer.take(choice, portion)
 
     def _usage(self) -> dict[str, int]:
@@ -155,9 +155,9 @@ class Answering:
         """The client's version of an error; the log gets the whole one."""
         found = error if isinstance(error, ApiError) else INTERNAL
         if isinstance(error, EpslotsError):
-            logger.warning("request %s failed: %s", self.record.id, error)
+            logger.warning("request %s failed: %s", self.summary.id, error)
             found = of_cluster(error, api_names(self.body))
         elif found is INTERNAL:
-            logger.error("request %s met a bug", self.record.id, exc_info=error)
-        self.record.problem = found.code or str(found.status)
+            logger.error("request %s met a bug", self.summary.id, exc_info=error)
+        self.summary.problem = found.code or str(found.status)
         return found

@@ -1,6 +1,6 @@
 """The application: FastAPI's routes for a ``Service``, and the middlewares around them.
 
-A request passes, from outside: records -> origins (CORS) -> keys -> bodies' forms and sizes -> route -> endpoint.
+A request passes, from outside: summaries -> origins (CORS) -> keys -> bodies' forms and sizes -> route -> endpoint.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cluster.serve.live_feed import LiveFeed
 from cluster.serve.metrics import CONTENT_TYPE
 from cluster.serve.middleware import JsonBodies, Records
 from cluster.serve.page import add_page
-from cluster.serve.record import record_of
+from cluster.serve.request_summary import summary_of
 from cluster.serve.responses import error_response, json_response
 from cluster.serve.schema import FIELDS, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from cluster.serve.service import Service
@@ -57,13 +57,13 @@ class _StrictRequest(Request):
 
 
 class _Route(APIRoute):
-    """A route that reads strict JSON, and notes its path in the request's record."""
+    """A route that reads strict JSON, and notes its path in the request's summary."""
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
         handle, path = super().get_route_handler(), self.path
 
         async def handle_strictly(request: Request) -> Response:
-            record_of(request.scope).route = path
+            summary_of(request.scope).route = path
             return await handle(_StrictRequest(request.scope, request.receive))
 
         return handle_strictly
@@ -73,7 +73,7 @@ def create_app(service: Service, keys: ApiKeys, *, local: bool, on_close: Callab
     """The ASGI application of a service.
 
     Args:
-        service: what it serves.
+        service: answers the requests.
         keys: the API keys; none = everybody is let in.
         local: without keys, the service is for this machine alone.
         on_close: called at the end, in the loop's thread.
@@ -118,7 +118,7 @@ def _add_errors(app: FastAPI, most_bytes: int) -> None:
     """Answer every error in OpenAI's form."""
 
     def answer(request: Request, error: ApiError) -> Response:
-        record_of(request.scope).problem = error.code or str(error.status)
+        summary_of(request.scope).problem = error.code or str(error.status)
         return error_response(error)
 
     @app.exception_handler(ApiError)

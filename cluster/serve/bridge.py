@@ -1,4 +1,4 @@
-"""From the cluster's threads to asyncio: one reader for all choices of an API request, without a thread of its own.
+"""From the cluster's threads to asyncio. One reader takes all choices of an API request, without a thread of its own.
 
 A reader keeps no queue. New tokens wait in the generation, which holds a request's tokens anyway, and as many as the
 request may have; a reader that is late finds them as one larger portion.

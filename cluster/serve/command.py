@@ -1,4 +1,4 @@
-"""``epslots serve``: its options, and what is checked before anything is loaded. ``epslots/cli`` finds it by an entry point.
+"""``epslots serve``: its options, and its checks before anything is loaded. ``epslots/cli`` finds it by an entry point.
 
 config.py      the settings
 run.py         the process's life
@@ -112,7 +112,7 @@ class ServiceOptions:
 
 @dataclass(frozen=True)
 class ServeRanks(RayOptions):
-    """The ranks of a service; by default, they run in a Ray of its own, and outlive its process when that is killed."""
+    """The ranks of a service. By default they run in a Ray of its own, and outlive its process when that is killed."""
 
     name: Annotated[
         Optional[str],

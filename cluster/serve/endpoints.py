@@ -13,8 +13,8 @@ from cluster.serve import chat, completions
 from cluster.serve.answering import Answering
 from cluster.serve.errors import refused
 from cluster.serve.message_reader import MessageReader, NamedToolReader, PlainReader, TemplateReader, ToolListReader
-from cluster.serve.record import RequestRecord, record_of
 from cluster.serve.request_settings import GRAMMARS, api_names, check_min_tokens, common_settings
+from cluster.serve.request_summary import RequestSummary, summary_of
 from cluster.serve.schema import ChatRequest, CommonRequest, CompletionRequest, NamedTool
 from cluster.serve.served_model import ServedModel
 from cluster.serve.service import QUICK, Service
@@ -22,17 +22,17 @@ from epslots.generation.chat_template import Chat
 from epslots.generation.request_limits import foreign_token
 
 
-def _note(service: Service, body: CommonRequest, request: Request, prompt: Any, choices: int) -> RequestRecord:
+def _note(service: Service, body: CommonRequest, request: Request, prompt: Any, choices: int) -> RequestSummary:
     """Check the model's name, and note what is asked."""
-    record = record_of(request.scope)
-    record.model, record.choices = service.name_of(body.model), choices
+    summary = summary_of(request.scope)
+    summary.model, summary.choices = service.name_of(body.model), choices
     if service.config.log_prompts:
-        record.prompt, record.text = prompt, [""] * choices
-    return record
+        summary.prompt, summary.text = prompt, [""] * choices
+    return summary
 
 
-def _head(record: RequestRecord, prefix: str, kind: str) -> dict[str, Any]:
-    return {"id": prefix + record.id, "object": kind, "created": int(time.time()), "model": record.model}
+def _head(summary: RequestSummary, prefix: str, kind: str) -> dict[str, Any]:
+    return {"id": prefix + summary.id, "object": kind, "created": int(time.time()), "model": summary.model}
 
 
 def _truncated(tokens: Sequence[int], body: CommonRequest, most: int) -> Sequence[int]:
@@ -52,13 +52,13 @@ async def complete(service: Service, body: CompletionRequest, request: Request) 
     prompts: list[str | list[int]] = [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
     if len(prompts) > service.config.max_prompts:
         raise refused(f"prompt: {len(prompts)} prompts; allowed: up to {service.config.max_prompts}", "prompt")
-    record = _note(service, body, request, given, len(prompts) * body.choices)
-    with service.admitted(record.choices) as (model, places):
+    summary = _note(service, body, request, given, len(prompts) * body.choices)
+    with service.admitted(summary.choices) as (model, places):
         settings = common_settings(body, model.cluster.end_tokens, service.drawn_seed())
         wanted = 1 if body.max_tokens == 0 else body.max_tokens
         quick = sum(map(len, prompts)) <= QUICK
         tokens = [await _tokens(service, model, body, prompt, wanted, quick=quick) for prompt in prompts]
-        record.prompt_tokens = sum(map(len, tokens))
+        summary.prompt_tokens = sum(map(len, tokens))
         asked = [(each, settings | _limits(model, body, len(each), wanted)) for each in tokens]
         for _, own in asked:
             check_min_tokens(own, own["max_new_tokens"], "max_tokens")
@@ -70,17 +70,17 @@ async def complete(service: Service, body: CompletionRequest, request: Request) 
             ]
         answer = completions.CompletionAnswer(body, tokens, echoes, model.texts)
         reader = await service.start(asked, api_names(body), places, whole=not body.stream)
-    head = _head(record, completions.ID_PREFIX, completions.OBJECT)
+    head = _head(summary, completions.ID_PREFIX, completions.OBJECT)
     answering = Answering(
         service=service,
-        record=record,
+        summary=summary,
         reader=reader,
         body=body,
         head=head,
         chunk_head=head,
         answer=answer,
         join=completions.joined_completion,
-        prompt_tokens=record.prompt_tokens,
+        prompt_tokens=summary.prompt_tokens,
     )
     return await answering.respond(request)
 
@@ -116,7 +116,7 @@ def _limits(model: ServedModel, body: CompletionRequest, length: int, wanted: in
 async def answer_chat(service: Service, body: ChatRequest, request: Request) -> Response:
     """Answer the chat of a request."""
     messages = [message.model_dump(exclude_none=True) for message in body.messages] if service.config.log_prompts else None
-    record = _note(service, body, request, messages, body.choices)
+    summary = _note(service, body, request, messages, body.choices)
     with service.admitted(body.choices) as (model, places):
         made = chat.chat_of(body, service.config.chat_template)
         _check_chat(model, body)
@@ -124,7 +124,7 @@ async def answer_chat(service: Service, body: ChatRequest, request: Request) -> 
         settings |= _one_grammar(settings, body)
         tokens = await service.encode(made, "messages", fits=body.truncate_prompt_tokens is None)
         tokens = list(_truncated(tokens, body, model.room.most - 1))
-        record.prompt_tokens = len(tokens)
+        summary.prompt_tokens = len(tokens)
         wanted = body.max_completion_tokens or body.max_tokens
         name = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
         settings["max_new_tokens"] = model.room.new_tokens(len(tokens), wanted, name=name, clamp=True, field="messages")
@@ -139,14 +139,14 @@ async def answer_chat(service: Service, body: ChatRequest, request: Request) -> 
         )
     answering = Answering(
         service=service,
-        record=record,
+        summary=summary,
         reader=reader,
         body=body,
-        head=_head(record, chat.ID_PREFIX, chat.OBJECT),
-        chunk_head=_head(record, chat.ID_PREFIX, chat.CHUNK_OBJECT),
+        head=_head(summary, chat.ID_PREFIX, chat.OBJECT),
+        chunk_head=_head(summary, chat.ID_PREFIX, chat.CHUNK_OBJECT),
         answer=chat.ChatAnswer(body, readers, model.texts),
         join=chat.joined_chat,
-        prompt_tokens=record.prompt_tokens,
+        prompt_tokens=summary.prompt_tokens,
     )
     return await answering.respond(request)
 

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from cluster.serve.record import RequestRecord
+from cluster.serve.request_summary import RequestSummary
 
 RECENT_S = 60.0
 _MOST = 4096  # requests; of a busy service's last minute the newest
@@ -20,17 +20,17 @@ class RecentLatencies:
     """Keeps the times to first token and per output token of requests. For one thread.
 
     Args:
-        clock: seconds, as ``RequestRecord`` has them.
+        clock: seconds, the clock of ``RequestSummary``.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._ended: deque[tuple[float, float | None, float | None]] = deque(maxlen=_MOST)
 
-    def note(self, record: RequestRecord) -> None:
+    def note(self, summary: RequestSummary) -> None:
         """Keep a request that has ended, if it had a token."""
-        if record.ttft_s is not None:
-            self._ended.append((record.ended_s, record.ttft_s, record.per_token_s))
+        if summary.ttft_s is not None:
+            self._ended.append((summary.ended_s, summary.ttft_s, summary.per_token_s))
 
     def quantiles(self) -> tuple[Quantiles | None, Quantiles | None]:
         """P50 and P99 of the time to first token, and of the time per output token; None without a request."""

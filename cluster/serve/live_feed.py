@@ -77,7 +77,7 @@ class LiveFeed:
     """Makes frames for viewers. For the loop's thread.
 
     Args:
-        service: what they see.
+        service: shown to them.
         every_s: seconds from a frame to the next.
     """
 

@@ -153,7 +153,7 @@ class LiveFrame(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         at: seconds since 1970.
-        phase, model, chat, recoveries: as ``Known`` has them.
+        phase, model, chat, recoveries: the fields of ``Known``.
         serving: number of ranks that serve.
         epoch: number of their group.
         running, waiting, places: requests that a rank has, that wait, and that there is room for.

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from cluster.serve.cluster_metrics import ClusterCollector, ServiceSample
-from cluster.serve.record import RequestRecord
+from cluster.serve.request_summary import RequestSummary
 
 PREFIX = "epslots:"
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -73,30 +73,30 @@ class Metrics:
         self._cluster = ClusterCollector(PREFIX, model, sample)
         registry.register(self._cluster)
 
-    def note(self, record: RequestRecord) -> None:
+    def note(self, summary: RequestSummary) -> None:
         """Count a request that has ended."""
-        self._http.labels(self._model, record.route or "other", str(record.status)).inc()
-        if record.problem is not None:
-            self._failed.labels(self._model, record.problem).inc()
-        for reason in record.finish_reasons:
+        self._http.labels(self._model, summary.route or "other", str(summary.status)).inc()
+        if summary.problem is not None:
+            self._failed.labels(self._model, summary.problem).inc()
+        for reason in summary.finish_reasons:
             self._ended.labels(self._model, reason).inc()
-        if not record.choices:
+        if not summary.choices:
             return
-        self._prompt.inc(record.prompt_tokens)
-        self._generated.inc(record.new_tokens)
-        self._prompts.observe(record.prompt_tokens)
-        self._texts.observe(record.new_tokens)
-        self._observe("request_duration", self._request, record, record.ended_s - record.began_s)
-        self._observe("time_to_first_token", self._ttft, record, record.ttft_s)
-        self._observe("time_per_output_token", self._per_token, record, record.per_token_s)
+        self._prompt.inc(summary.prompt_tokens)
+        self._generated.inc(summary.new_tokens)
+        self._prompts.observe(summary.prompt_tokens)
+        self._texts.observe(summary.new_tokens)
+        self._observe("request_duration", self._request, summary, summary.ended_s - summary.began_s)
+        self._observe("time_to_first_token", self._ttft, summary, summary.ttft_s)
+        self._observe("time_per_output_token", self._per_token, summary, summary.per_token_s)
 
-    def _observe(self, name: str, histogram: Histogram, record: RequestRecord, seconds: float | None) -> None:
+    def _observe(self, name: str, histogram: Histogram, summary: RequestSummary, seconds: float | None) -> None:
         """Enter a time under vLLM's name, and under OpenTelemetry's."""
         if seconds is None:
             return
         histogram.observe(seconds)
-        operation = _OPERATIONS.get(record.route, "other")
-        self._gen_ai[name].labels(operation, "epslots", record.model or self._model).observe(seconds)
+        operation = _OPERATIONS.get(summary.route, "other")
+        self._gen_ai[name].labels(operation, "epslots", summary.model or self._model).observe(seconds)
 
     def page(self, *, layers: bool = False) -> bytes:
         """All metrics in Prometheus' text format.

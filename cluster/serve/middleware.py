@@ -1,4 +1,4 @@
-"""The ASGI middlewares around the application: ids, records, and the forms of requests.
+"""The ASGI middlewares around the application: ids, summaries, and the forms of requests.
 
 Pure ASGI: frameworks' own middlewares cost five times as much as a chunk of a stream.
 """
@@ -14,7 +14,7 @@ from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.serve.errors import ApiError
-from cluster.serve.record import STATE, RequestRecord
+from cluster.serve.request_summary import STATE, RequestSummary
 from cluster.serve.responses import send_error
 
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -23,16 +23,16 @@ LEFT = 499
 
 
 class Records:
-    """Gives each request an id and a record, and hands the record on at its end.
+    """Gives each request an id and a summary, and hands the summary on at its end.
 
     The id is the client's ``X-Request-Id``, if it has one of up to 128 visible characters. The answer has it, too.
 
     Args:
         app: the application behind it.
-        done: gets each request's record.
+        done: gets each request's summary.
     """
 
-    def __init__(self, app: ASGIApp, done: Callable[[RequestRecord], None]) -> None:
+    def __init__(self, app: ASGIApp, done: Callable[[RequestSummary], None]) -> None:
         self._app, self._done = app, done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -40,34 +40,34 @@ class Records:
             await self._app(scope, receive, send)
             return
         client = scope.get("client")
-        record = RequestRecord(
+        summary = RequestSummary(
             id=_request_id(scope),
             method=scope["method"],
             path=scope["path"],
             client=client[0] if client else "",
             began_s=time.perf_counter(),
         )
-        scope.setdefault("state", {})[STATE] = record
+        scope.setdefault("state", {})[STATE] = summary
 
         async def send_noting(message: Message) -> None:
             if message["type"] == "http.response.start":
-                record.status = message["status"]
-                ms = int((time.perf_counter() - record.began_s) * 1e3)
-                own = [(b"x-request-id", record.id.encode()), (b"openai-processing-ms", b"%d" % ms)]
+                summary.status = message["status"]
+                ms = int((time.perf_counter() - summary.began_s) * 1e3)
+                own = [(b"x-request-id", summary.id.encode()), (b"openai-processing-ms", b"%d" % ms)]
                 message["headers"] = [*message.get("headers", ()), *own, (b"x-content-type-options", b"nosniff")]
             else:
-                record.bytes_out += len(message.get("body", b""))
+                summary.bytes_out += len(message.get("body", b""))
             await send(message)
 
         try:
             await self._app(scope, receive, send_noting)
         except BaseException:
-            record.status = record.status or 500
+            summary.status = summary.status or 500
             raise
         finally:
-            record.status = record.status or LEFT
-            record.ended_s = time.perf_counter()
-            self._done(record)
+            summary.status = summary.status or LEFT
+            summary.ended_s = time.perf_counter()
+            self._done(summary)
 
 
 def _request_id(scope: Scope) -> str:

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from cluster.serve.errors import ApiError
 from cluster.serve.live_feed import LiveFeed
 from cluster.serve.page_files import HEADERS, PAGE_FILES
-from cluster.serve.record import record_of
+from cluster.serve.request_summary import summary_of
 from cluster.serve.sse import EventStream
 
 MOST_LAYERS = 4096
@@ -35,7 +35,7 @@ def add_page(app: FastAPI, feed: LiveFeed, stalled_s: float) -> None:
     @app.get("/live", include_in_schema=False)
     async def live(request: Request, layer: Annotated[int, Query(ge=0, lt=MOST_LAYERS)] = 0) -> Response:
         viewer = feed.join(layer)
-        record_of(request.scope).stream = True
+        summary_of(request.scope).stream = True
         return EventStream(viewer.frames(), on_left=viewer.leave, on_end=lambda: feed.part(viewer), stalled_s=stalled_s)
 
 

@@ -20,5 +20,5 @@ class PartPace:
         return max(0.0, self._due_s - now_s)
 
     def delivered(self, now_s: float, streams: int) -> None:
-        """So many streams have got a part."""
+        """Note that so many streams have got a part."""
         self._due_s = now_s + min(_MOST_S, streams * _EACH_S)

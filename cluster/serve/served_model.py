@@ -1,4 +1,4 @@
-"""``ServedModel``: a cluster that serves, and what the service makes of its model once."""
+"""``ServedModel``: a cluster that serves, and the service's views of its model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ServedCluster(Protocol):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model that serves, and what is made of it once.
+    """A model that serves, and the views of it that are made once.
 
     Attributes:
         room: tokens that a request may have.

@@ -26,8 +26,8 @@ from cluster.serve.errors import ApiError, of_cluster, overloaded, refused, unav
 from cluster.serve.latencies import RecentLatencies
 from cluster.serve.live_frame import Known
 from cluster.serve.metrics import Metrics
-from cluster.serve.record import RequestRecord
 from cluster.serve.request_settings import API_NAMES, GRAMMARS
+from cluster.serve.request_summary import RequestSummary
 from cluster.serve.sampler import Sampler
 from cluster.serve.served_model import ServedCluster, ServedModel
 from epslots.errors import ConfigError, EpslotsError
@@ -195,7 +195,9 @@ class Service:
 
     @contextmanager
     def admitted(self, choices: int) -> Iterator[tuple[ServedModel, HeldPlaces]]:
-        """Take a request, if there is room for its choices: before its prompts are read, which costs more than to refuse it.
+        """Within the context, a request's choices have their place in the service.
+
+        It is taken before prompts are read, which costs more than a refusal.
 
         Raises:
             ApiError: there is no room now, or never; or the model doesn't serve.
@@ -325,12 +327,12 @@ class Service:
         """A seed for a request without one."""
         return secrets.randbits(63)
 
-    def done(self, record: RequestRecord) -> None:
+    def done(self, summary: RequestSummary) -> None:
         """Count and log a request that has ended."""
-        self.metrics.note(record)
-        self.latencies.note(record)
+        self.metrics.note(summary)
+        self.latencies.note(summary)
         if self._log is not None and self.config.log_requests:
-            self._log.log(record)
+            self._log.log(summary)
 
     # Metrics.
 

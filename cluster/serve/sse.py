@@ -71,7 +71,7 @@ class _StallWatch:
         self._sending = True
 
     def end(self) -> None:
-        """It has been sent."""
+        """Note that the part has been sent."""
         self._sending = False
 
     def _look(self) -> None:

@@ -2,7 +2,7 @@
 
 The source holds its request between two steps, and the target makes room between two of its own. Then the bytes go as in
 ``rank/cache_exchange.py``: the source reads two pieces between two steps, the target writes one between two of its own, and at
-most two are on the way. Those of a prompt that is being computed follow its steps. Pieces of a rank take turns on its link.
+most two are on the way. Those of a prompt that is being computed follow its steps. Pieces of a rank take turns on its network.
 Copies delay no step.
 """
 
@@ -17,7 +17,7 @@ from cluster.messages.hand_over import BYTES_BETWEEN_STEPS, HandedOver
 from cluster.simulation.simulated_rank import SimulatedRank
 from epslots.generation.cache_image import CacheImage
 from epslots.simulation.grouped_cluster import GroupedCluster
-from epslots.transport.pair_link import BYTES_IN_FLIGHT, PIECE_BYTES
+from epslots.transport.pair_connection import BYTES_IN_FLIGHT, PIECE_BYTES
 
 _READ_TOGETHER = BYTES_BETWEEN_STEPS // PIECE_BYTES
 _IN_FLIGHT = BYTES_IN_FLIGHT // PIECE_BYTES
@@ -96,7 +96,7 @@ class CacheTransfers:
         self._growing: dict[int, list[_Transfer]] = {}
         """By source: those that wait for its prompts."""
         self._free_s = [0.0] * len(ranks)
-        """When each rank's link is free."""
+        """When each rank's network is free."""
 
     def take(self, number: int, target: int) -> None:
         """A rank is to take the cache of a hand-over."""
@@ -176,7 +176,7 @@ class CacheTransfers:
             self._at(now_s + self._cluster.hand_over.fixed_s, partial(self._complete, one))
 
     def _carry(self, one: _Transfer, nbytes: int, now_s: float) -> float:
-        """When a piece is there: it goes as soon as both links are free."""
+        """When a piece is there: it goes as soon as both ranks' networks are free."""
         same_node = self._cluster.node_of(one.source) == self._cluster.node_of(one.target)
         seconds = self._cluster.hand_over.transfer_s(nbytes, same_node=same_node)
         free_s = max(now_s, self._free_s[one.source], self._free_s[one.target]) + seconds

@@ -80,7 +80,7 @@ class GroupWindows:
         reply = self._order(number, Learn(reports, dropped=0))
         if (placed := reply.set_placement) is not None:
             self.placements += 1
-            group.experts.model.adopt(unpack(placed.placement), placed.bytes_per_step)
+            group.experts.model.follow(unpack(placed.placement), placed.bytes_per_step)
         if reply.speeds == self._speeds[number]:
             return None
         self._speeds[number] = reply.speeds

@@ -87,7 +87,7 @@ class LockstepGroup:
         self._tokens_R = np.zeros(len(ranks), np.int64)
         self._due_R = np.full(len(ranks), _NEVER)
         """The step before which a rank has to be asked; until then it makes the same step, or none."""
-        self._settled_R = np.zeros(len(ranks), np.int64)
+        self._caught_up_R = np.zeros(len(ranks), np.int64)
         self._decodes_R = np.zeros(len(ranks), bool)
         """Whether the tokens of each rank's step continue texts."""
         self._decoded_s_R = np.zeros(len(ranks))
@@ -108,19 +108,19 @@ class LockstepGroup:
         """Have a rank carry out a command before its next step."""
         self._inbox.append((rank, command))
 
-    def settle(self, rank: int) -> None:
+    def catch_up(self, rank: int) -> None:
         """Enter the steps that a rank has made since it was last asked."""
-        made = self.steps - int(self._settled_R[rank])
+        made = self.steps - int(self._caught_up_R[rank])
         if made and self.ranks[rank].coasting is not None:
-            self.ranks[rank].settle(self._seconds[-made:])
-        self._settled_R[rank] = self.steps
+            self.ranks[rank].catch_up(self._seconds[-made:])
+        self._caught_up_R[rank] = self.steps
 
     def begin(self, now_s: float) -> float | None:
         """Carry out the commands, and begin a step; returns its seconds, or None if no rank has work."""
         while self._inbox:  # a command may put others
             inbox, self._inbox = self._inbox, []
             for rank, command in inbox:
-                self.settle(rank)
+                self.catch_up(rank)
                 self._due_R[rank] = self.steps
                 command()
         self._asked = np.flatnonzero(self._due_R <= self.steps).tolist()
@@ -136,7 +136,7 @@ class LockstepGroup:
 
     def _ask(self, rank: int, balanced: int | None, now_s: float) -> list[tuple[int, int]]:
         """Begin a rank's step; returns the stretches of the trace that are its chunks of prompts."""
-        self.settle(rank)
+        self.catch_up(rank)
         if not self._tokens_R[rank]:  # it was idle
             self._decoded_s_R[rank] = now_s
         step = self.ranks[rank].begin(balanced)
@@ -160,7 +160,7 @@ class LockstepGroup:
         return (self._first_rows[running.entry.request.id] + running.row.length) % self._counts.tokens
 
     def end(self, now_s: float, seconds: float) -> tuple[list[int], list[int]]:
-        """The step that began is made; returns the ranks that have a request's first token, and those that have an end.
+        """End the step that began. Returns the ranks with a request's first token, and the ranks with a request's end.
 
         Args:
             now_s: at its end.
@@ -177,7 +177,7 @@ class LockstepGroup:
             one = self.ranks[rank]
             if self._tokens_R[rank]:
                 news = one.end(seconds)
-                self._settled_R[rank] = self.steps
+                self._caught_up_R[rank] = self.steps
                 self.news_R[rank] |= news.tokens
                 first += [rank] if news.first else []
                 ended += [rank] if news.ended else []
@@ -200,7 +200,7 @@ class LockstepGroup:
 
     def outputs(self, rank: int) -> list[Output]:
         """A rank's results since the last call."""
-        self.settle(rank)
+        self.catch_up(rank)
         self.news_R[rank] = False
         return self.ranks[rank].outputs()
 

@@ -214,10 +214,10 @@ class RequestSimulation:
             case Submit(requests):
                 for request in requests:
                     self._put(worker, partial(rank.add, request))
-            case TakeOver(id, link):
-                self._transfers.take(link.number, worker)
-            case HandOver(id, link):
-                self._transfers.give(link.number, id, worker, self.now_s)
+            case TakeOver(id, connection):
+                self._transfers.take(connection.number, worker)
+            case HandOver(id, connection):
+                self._transfers.give(connection.number, id, worker, self.now_s)
             case Release(id):
                 self._put(worker, partial(rank.release, id))
             case GoOn(id):
@@ -236,7 +236,7 @@ class RequestSimulation:
         self._assign_soon()
 
     def _take(self, rank: int, outputs: list[Output]) -> None:
-        """As ``RequestRouter.take``."""
+        """Take a rank's outputs, like ``RequestRouter.take``."""
         for output in outputs:
             if self._scheduler.count(rank, output) is None:
                 continue

@@ -1,8 +1,8 @@
 """``SimulatedRank``: a rank's requests, admitted and batched by the rules of ``RowBatcher``, with nothing computed.
 
 Admission, shared beginnings, preemption and batches are the real ones (``row_admission.py``, ``row_plan.py``,
-``chunk_size.py``). While a rank does nothing but decode, its steps are all alike: ``coasts`` says for how many, and ``settle``
-enters them together.
+``chunk_size.py``). While a rank does nothing but decode, its steps are all alike: ``coasts`` says for how many, and
+``catch_up`` enters them together.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class SimulatedRank:
         return self._step
 
     def _plan(self, balanced: int | None) -> RowBatch | None:
-        """As ``RowBatcher`` plans: where the cache is full, the last rows are given up."""
+        """The next batch by the rules of ``RowBatcher``: where the cache is full, the last rows are given up."""
         while active := self._admission.active:
             states = [RowState(known=one.entry.length, computed=one.row.length, stop=one.stop) for one in active]
             room = self._chunk.prompt_tokens(sum(map(decodes, states)), balanced)
@@ -211,7 +211,7 @@ class SimulatedRank:
         return StepNews(first, bool(ended), bool(chosen), paused)
 
     def coasts(self) -> int:
-        """How many further steps are decoding ones of all active rows, if no command comes; for ``settle``.
+        """How many further steps are decoding ones of all active rows, if no command comes; for ``catch_up``.
 
         They end before a request does, and before the cache is full.
         """
@@ -230,7 +230,7 @@ class SimulatedRank:
         """The step that the rank makes again and again since ``coasts``."""
         return self._step
 
-    def settle(self, seconds_S: Sequence[float]) -> None:
+    def catch_up(self, seconds_S: Sequence[float]) -> None:
         """Enter steps that ``coasts`` has promised, by their seconds."""
         step, steps = self._step, len(seconds_S)
         assert step is not None

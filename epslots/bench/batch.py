@@ -1,4 +1,6 @@
-"""Batches of requests in an engine: what they bring, against one request at a time, transformers, and the other kind of cache.
+"""Requests in an engine's batches, against other ways to serve them.
+
+One request at a time, transformers, and the other kind of cache.
 
 The bench has parts, which can be chosen: ``PARTS``. All candidates are in fp32 on the CPU with every expert resident, so that
 nothing but the engine and the model's forward pass is timed. In ``memory``, cache and slots share what is too little for both.
@@ -54,8 +56,10 @@ PARTS = {
 
 
 def bench_batch(report: BenchReport, cache_dir: Path, *, rounds: int = 5, parts: str = ",".join(PARTS)) -> None:
-    """Throughput, steps against ``generate``, rows against pages, latents, newcomers' effect on running requests, grammars,
-    and the exchange of memory between cache and slots.
+    """Throughput, latency and memory of requests in batches.
+
+    Steps against ``generate``, rows against pages, latents, newcomers' effect on running requests, grammars, and the exchange
+    of memory between cache and slots.
 
     Args:
         parts: names in ``PARTS``, with commas between them.

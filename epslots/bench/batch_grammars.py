@@ -133,7 +133,9 @@ def train_tokenizer(vocabulary: int = LARGE_VOCABULARY) -> PreTrainedTokenizerBa
 
 
 def measure_grammar(tokenizer: PreTrainedTokenizerBase, rounds: int) -> dict[str, float]:
-    """Milliseconds of what is done once for a model and for a request; microseconds of what is done for each row's token.
+    """Times of a grammar, by where they are spent.
+
+    Milliseconds of the work for a model and for a request; microseconds of the work for each row's token.
 
     Every request's grammar is compiled, so each row pays for its own; the first mask is part of that.
     """

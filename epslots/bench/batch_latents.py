@@ -83,7 +83,9 @@ def measure_latents(cache_dir: Path, rounds: int, advance: Advance) -> Tables:
 
 
 def cache_bytes(config: Any) -> dict[str, float]:
-    """Bytes for each token: what an engine allocates, on the meta device; what its plan says; and those of keys and values.
+    """Bytes of cache for each token: allocated, planned, and of keys and values.
+
+    The allocation is an engine's on the meta device.
 
     Args:
         config: of a model whose layers all keep latents.

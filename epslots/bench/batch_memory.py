@@ -26,7 +26,10 @@ _STEP_TOKENS = 512
 
 
 def measure_memory(cache_dir: Path, rounds: int, advance: Advance) -> Tables:
-    """Tokens a second of the three divisions, which make their steps in turn; each goes through the load again and again."""
+    """Tokens a second of the three divisions of memory.
+
+    They make their steps in turn, and each goes through the load again and again.
+    """
     with batch_checkpoint(CONFIG) as folder:
         engines = _engines(folder, cache_dir)
         seconds: dict[str, dict[str, list[float]]] = {part: {kind: [] for kind in engines} for part in ("many", "few", "both")}

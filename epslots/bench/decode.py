@@ -40,7 +40,10 @@ CAPTURED = "engine, captured"
 
 
 def shape_for(device: torch.device, layers: int = 48) -> Qwen3MoeConfig:
-    """Qwen3-30B-A3B's shape (57 GiB in bf16) on a GPU; one a thousand times smaller on the CPU, to try the code."""
+    """The model's shape: Qwen3-30B-A3B's (57 GiB in bf16) on a GPU.
+
+    On the CPU one a thousand times smaller, to try the code.
+    """
     if device.type == "cuda":
         return random_config(layers=layers, hidden=2048, experts=128, top_k=8, width=768, vocab=151_936, heads=16)
     return random_config(layers=4, hidden=256, experts=32, top_k=4, width=128)
@@ -49,7 +52,7 @@ def shape_for(device: torch.device, layers: int = 48) -> Qwen3MoeConfig:
 def bench_decode(
     report: BenchReport, cache_dir: Path, device: torch.device, *, rounds: int = 3, new_tokens: int = 48, layers: int = 48
 ) -> None:
-    """Tokens a second of batch 1 and 4, and the speed of copies into slots against the link's ceiling, all in bf16.
+    """Tokens a second of batch 1 and 4 in bf16, and the speed of copies into slots. That is compared with the link's ceiling.
 
     Args:
         layers: of the model on a GPU. All layers are alike, so fewer give the same ratios in less time.
@@ -194,7 +197,7 @@ def _by_batcher(batcher: RowBatcher, tokens: torch.Tensor) -> Callable[[], float
 
 
 def _by_model(model: PreTrainedModel, tokens: torch.Tensor) -> Callable[[], float]:
-    """The same by the forward pass alone, which is faster than ``generate``."""
+    """Tokens by the forward pass alone, which is faster than ``generate``."""
 
     def run() -> float:
         cache = model(tokens[:, :PROMPT], use_cache=True).past_key_values

@@ -61,7 +61,7 @@ class Question:
 
 
 def bench_eviction(report: BenchReport, cache_dir: Path, *, steps: int = 2000, passages: int = 24) -> None:
-    """A row for each trace, batch and share of slots; then means over kinds of traffic, and the worst of each.
+    """A row for each trace, batch and share of slots; then means and the worst by kind of traffic.
 
     Args:
         steps: of a trace, at the most.
@@ -112,7 +112,7 @@ def _better(shares: Mapping[str, Any]) -> float:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each policy's share less that of the better of LRU and LFU: mean and worst, by kind of traffic and over all."""
+    """Each policy's share less that of the better of LRU and LFU. Mean and worst, by kind of traffic and over all."""
     found: list[dict[str, Any]] = []
     for kind, policy in product((*dict.fromkeys(row["kind"] for row in rows), "all"), POLICIES):
         gains = [row[policy] - _better(row) for row in rows if kind in (row["kind"], "all")]

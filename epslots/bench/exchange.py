@@ -1,4 +1,4 @@
-"""The price of having ranks: a layer's exchange and plan, over bare collectives of counts and rows; and the plan alone."""
+"""The price of having ranks. A layer's exchange and plan over bare collectives of counts and rows; the plan alone."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def bench_gpu(report: BenchReport, cache_dir: Path, device: torch.device, *, min
 
 @contextmanager
 def ended_in_time(kit: GpuKit, report: BenchReport, end: Callable[[int], object] = os._exit) -> Iterator[None]:
-    """Within the context the process ends when the kit's time is over, with a report: a hanging GPU would keep it.
+    """Within the context, the process ends when the kit's time is over, with a report. A hanging GPU would keep it.
 
     Args:
         end: ends the process with an exit code.

@@ -1,4 +1,4 @@
-"""``GpuKit``: what the steps of ``bench gpu`` share: the device, the clock that they must keep, and what they have found."""
+"""``GpuKit``: the device, the deadline and the results of all steps of ``bench gpu``."""
 
 from __future__ import annotations
 

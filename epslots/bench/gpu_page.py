@@ -9,7 +9,7 @@ from epslots.bench.gpu_kit import StepOutcome
 
 
 def page(result: Mapping[str, Any], outcomes: Sequence[StepOutcome]) -> str:
-    """The page: what was run where, how the steps went, and every table.
+    """The page: the runs and their machines, the outcome of each step, and every table.
 
     Args:
         result: of the bench's report: date, versions, machine.

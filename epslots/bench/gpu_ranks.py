@@ -1,4 +1,4 @@
-"""``bench gpu``: two ranks over NCCL, on one GPU where NCCL allows that; one is killed, and the other goes on alone.
+"""``bench gpu``: two ranks over NCCL, on one GPU where NCCL allows that. One is killed, and the other goes on alone.
 
 form, load, generate   both ranks; tokens equal plain transformers'
 kill                   rank 1 ends itself by SIGKILL; rank 0 is in a step, and raises PeerLost

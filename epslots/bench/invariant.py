@@ -26,7 +26,7 @@ EngineStep = tuple[Engine, Callable[[], object]]
 
 
 def bench_invariant(report: BenchReport, cache_dir: Path, *, rounds: int = 20) -> None:
-    """Steps that decode 1, 8 and 32 requests, and steps that compute a prompt of 256 tokens; two models in two dtypes."""
+    """Decoding steps of 1, 8 and 32 requests, and steps of a prompt of 256 tokens. Two models, in two dtypes."""
     large = random_config(layers=4, hidden=1024, experts=32, top_k=4, width=768)
     with torch.no_grad(), random_checkpoint(large, torch.bfloat16) as folder:
         for dtype in ("bfloat16", "float32"):

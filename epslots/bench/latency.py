@@ -168,7 +168,9 @@ def turn(rows: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 def bench_latency(report: BenchReport, cache_dir: Path, *, rounds: int = 3, steps: int = 60) -> None:
-    """The trained example on code that it has never seen, and a larger random model on random tokens; shares in turn.
+    """The trained example on code that it has never seen, and a larger random model.
+
+    The random model gets random tokens; shares of slots take turns.
 
     Raises:
         AssertionError: the text of the trained model depends on the slots.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TokenTimes:
-    """What a token takes.
+    """The times of a token.
 
     Attributes:
         resident_s: seconds with all experts in slots.

@@ -27,7 +27,10 @@ STEPS = {"decode, batch 1": (1, 1), "decode, batch 8": (8, 1), "prefill, 512 tok
 
 
 def bench_overhead(report: BenchReport, cache_dir: Path, *, rounds: int = 40, layers: int = 8) -> None:
-    """Whole steps (decode of batch 1 and 8, prefill of 512 tokens); one MoE layer alone; whole steps on two ranks."""
+    """Whole steps, one MoE layer alone, and whole steps on two ranks.
+
+    Steps are decoding of batch 1 and 8, and a prefill of 512 tokens.
+    """
     config = random_config(layers=layers, hidden=1024, experts=32, top_k=4, width=768)
     with random_checkpoint(config, torch.float32) as folder, torch.no_grad():
         plain, ours = _plain(folder), epslots.load(folder, cache_dir=cache_dir, **SETTINGS)

@@ -20,8 +20,8 @@ from epslots.bench.models import load_fp32, random_checkpoint, random_config, us
 from epslots.bench.report import MS, BenchReport, median, ratio_of_rounds
 from epslots.cache.copy_engine import CopyEngine, SynchronousEngine, WriteSlot
 from epslots.example import example_model
-from epslots.models.adoption import RUNNER
 from epslots.models.experts import experts_modules
+from epslots.models.experts_interface import RUNNER
 from epslots.planner.cache_policy import DEFAULT_POLICY
 from epslots.runtime import runtime_of
 from epslots.units import parse_link

@@ -1,4 +1,4 @@
-"""Packed experts in whole models: how many fit, and what quantising costs the shipped model in loss and brings it in hits."""
+"""Packed experts in whole models. How many fit; what quantising costs the shipped model in loss, and brings it in hits."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _UNBOUNDED = 2**50
 
 
 def measure_memory(advance: Advance) -> Tables:
-    """Bytes of a slot, and the experts of all layers that 24 GiB of slots hold, by model and format, as planned."""
+    """Bytes of a slot and the experts that 24 GiB of slots hold, by model and format. Experts of all layers, as planned."""
     rows = []
     for name in LARGE_MODELS:
         experts = None

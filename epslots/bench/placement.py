@@ -1,4 +1,4 @@
-"""The planner against EPLB's rules: on loads known in advance, and on the window after the one that was planned on.
+"""The planner against EPLB's rules. Scored on loads known in advance, and on the window after the planned one.
 
 Legend of shape suffixes: W windows, L layers, R ranks, E experts.
 """

@@ -87,7 +87,10 @@ def windows_of(model: PreTrainedModel, texts: Sequence[str], tokens: int) -> tor
 def recalls(
     seen: dict[int, LayerRecording], routers: Sequence[LinearRouter], fits: Sequence[Estimator | None], distance: int
 ) -> list[dict[str, Any]]:
-    """A row for each layer, and their mean: recall of its own router on earlier hidden states, and of the estimator."""
+    """A row of recalls for each layer, and their mean.
+
+    Recall of the layer's own router on earlier hidden states, and of the estimator.
+    """
     rows: list[dict[str, Any]] = []
     for layer in range(len(routers) - distance):
         estimator, target_NK = fits[layer], seen[layer + distance].index_NK
@@ -150,7 +153,7 @@ def calibration(predictor: Predictor, seen: dict[int, LayerRecording]) -> list[d
 
 
 def steps(predictor: Predictor, seen: dict[int, LayerRecording], batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Predicted usage, and whether it came true, of the experts of each layer and step; ``batch`` windows run at a time."""
+    """Predicted and true usage of the experts of each layer and step. ``batch`` windows run at a time."""
     first_S = torch.arange(JUDGED_WINDOWS) * WINDOW
     with torch.inference_mode():
         for first_B in first_S.split(batch):

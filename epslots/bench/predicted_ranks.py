@@ -1,6 +1,8 @@
-"""Predicted decoding steps of ranks in lock-step, each a thread with a simulated GPU of its own, joined by simulated NCCL.
+"""Predicted decoding steps of ranks in lock-step.
 
-As in ``predicted_steps.py``; but a step is a bare forward pass of the model, and one of the usual path: none is captured.
+Each rank is a thread with a simulated GPU of its own, joined by simulated NCCL.
+
+A step is a bare forward pass of the model, on the usual path: none is captured. Models are those of ``predicted_steps.py``.
 """
 
 from __future__ import annotations

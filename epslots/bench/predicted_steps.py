@@ -206,7 +206,7 @@ def load_twin(
     share: float,
     **settings: Any,
 ) -> PreTrainedModel:
-    """A tiny twin on a simulated GPU, whose kernels and copies take the time of the true model's from then on.
+    """A tiny twin of a model on a simulated GPU. Its kernels and copies take the true model's time from then on.
 
     Args:
         sizes: of ``tiny_twin``.
@@ -230,7 +230,7 @@ def hits_of(uses: Mapping[str, float]) -> dict[str, Any]:
 
 
 def times_of(gpu: SimulatedMachine, steps: int, began_s: float, planned_s: float) -> dict[str, Any]:
-    """What the first device has seen until now, by step, as fields of ``StepTimes``; all devices do the same.
+    """The first device's times until now, by step, as fields of ``StepTimes``; all devices do the same.
 
     Args:
         began_s, planned_s: when it began, and for how long this thread has planned since.

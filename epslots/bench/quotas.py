@@ -1,4 +1,4 @@
-"""The worth of learned slots per layer: hit rates on text that they weren't learned from, as a share of Belady's optimum.
+"""The worth of learned slots per layer. Measured by hit rates on other text, as a share of Belady's optimum.
 
 The example model's routing over kinds of text that differ. Half of the passages of each kind teach, the other half judge.
 """

@@ -30,7 +30,7 @@ from epslots.planner.cache_policy import POLICIES
 from epslots.planner.cost_model import Costs, layer_time
 from epslots.planner.layer_planner import LayerPlanner
 from epslots.planner.layer_state import LayerState
-from epslots.planner.use_history import UseHistory, record_use
+from epslots.planner.use_history import UseHistory, note_use
 from epslots.transport.torch_transport import TorchTransport
 
 EXPERTS = 32  # of each layer of the example model
@@ -170,7 +170,7 @@ def _model_steps(ids_STLK: np.ndarray, slots: int, batch: int, costs: Costs, rul
         shared = LayerPlanner(0, LayerState(np.zeros((ranks, EXPERTS), bool), quota_R, homes), costs, rule)
         for step, start in enumerate(range(0, tokens - batch + 1, batch), start=1):
             counts_RE = _pair_counts(ids_STLK[:, start : start + batch, layer])
-            record_use(history, counts_RE.sum(0) > 0, step)
+            note_use(history, counts_RE.sum(0) > 0, step)
             plan = shared.decide(counts_RE, partial(POLICIES["lrfu"], history)).assignment
             time_ns += layer_time(costs, plan.counts_RU, plan.computed_RU, plan.fetch_ranks, plan.fetch_sources)
             from_peer = int((plan.fetch_sources >= 0).sum())

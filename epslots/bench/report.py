@@ -144,7 +144,7 @@ def _cpu_name() -> str:
 
 
 class BenchReport:
-    """The result of one bench: printed as tables, saved as JSON, with a plot beside it where the bench draws one.
+    """The result of one bench. It is printed as tables and saved as JSON, with a plot beside it where the bench draws one.
 
     Args:
         name: the bench's name, and the file's.
@@ -196,7 +196,7 @@ class BenchReport:
 
 @contextmanager
 def axes_of_plot(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[Any]:
-    """Axes [rows, columns] of a figure of ``size`` inches, with a grid and legends; saved at the end of the block."""
+    """Axes [rows, columns] of a figure of ``size`` inches, with a grid and legends. Saved at the end of the block."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from epslots.arrays import BoolArray, IntArray
-from epslots.models.adoption import RUNNER
 from epslots.models.experts import experts_modules
+from epslots.models.experts_interface import RUNNER
 from epslots.moe.moe_layer import MoELayer
 from epslots.moe.prefetcher import Prefetcher, UsagePredictor
 from epslots.planner.prefetch_policy import PrefetchVerdict
@@ -89,7 +89,7 @@ class ScriptedRouting:
     def _forget_predictions(self) -> None:
         """The random model's own predictions, of its prompt, say nothing about the script's."""
         for runner in self._runtime.runners:
-            runner.planner.prefetch_policy.adopt(PrefetchVerdict(active=True, predicted=0, used=0))
+            runner.planner.prefetch_policy.set_verdict(PrefetchVerdict(active=True, predicted=0, used=0))
 
     def _choose(self, runner: MoELayer, shape: Sequence[int]) -> IntArray:
         resident_E = self._resident(runner)

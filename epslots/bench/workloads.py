@@ -198,7 +198,10 @@ def phases(random: np.random.Generator, experts: int, top_k: int, steps: int) ->
 
 
 def prompts(random: np.random.Generator, experts: int, top_k: int, steps: int) -> Ids:
-    """Requests one after the other, each with its own Zipf distribution: a prompt of 50 tokens in one step, then 99 steps."""
+    """Requests one after the other, each with its own Zipf distribution.
+
+    Each is a prompt of 50 tokens in one step, then 99 steps.
+    """
     ids_TK = np.full((steps, 50 * top_k), -1, np.int16)
     for start in range(0, steps, 100):
         end = min(start + 100, steps)

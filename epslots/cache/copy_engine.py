@@ -94,7 +94,7 @@ class CopyEngine(Protocol):
         """
         ...
 
-    def settle(self, slots: Tensors | None = None) -> None:
+    def wait_cancelled(self, slots: Tensors | None = None) -> None:
         """Let cancelled transfers end before this thread's other writers of these slots, by default of all slots."""
         ...
 
@@ -121,7 +121,7 @@ class SynchronousEngine:
 
     cancel = poll
 
-    def settle(self, slots: Tensors | None = None) -> None:
+    def wait_cancelled(self, slots: Tensors | None = None) -> None:
         pass
 
 
@@ -220,7 +220,7 @@ class EmulatedEngine:
             wait([transfer.copy])  # the slot's next writer may be another thread than the copier
         return crosses
 
-    def settle(self, slots: Tensors | None = None) -> None:
+    def wait_cancelled(self, slots: Tensors | None = None) -> None:
         pass
 
     def _advance(self) -> float:

@@ -117,7 +117,7 @@ class CudaEngine:
             self._stale[transfer.slot.data_ptr()] = transfer
         return True
 
-    def settle(self, slots: Tensors | None = None) -> None:
+    def wait_cancelled(self, slots: Tensors | None = None) -> None:
         with self._lock:
             addresses = list(self._stale) if slots is None else [slot.data_ptr() for slot in slots]
             stale = [self._stale.pop(address) for address in addresses if address in self._stale]

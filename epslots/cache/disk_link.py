@@ -178,8 +178,8 @@ class DiskLink:
                 return crosses
             return transfer.error is None
 
-    def settle(self, slots: Tensors | None = None) -> None:
-        self._device_link.settle(slots)
+    def wait_cancelled(self, slots: Tensors | None = None) -> None:
+        self._device_link.wait_cancelled(slots)
 
     def _advance(self) -> None:
         """Move every transfer on as far as it goes without waiting."""

@@ -1,4 +1,4 @@
-"""A host store of which RAM holds a part: records are read from its file ahead of their copy into a slot.
+"""A host store with a part of its records in RAM. Others are read from its file ahead of their copy into a slot.
 
     lease      a record's cell, which keeps the record until it is released; its bytes are there, or being read
     DiskStore  leases cells, and reads records into them by threads, several at a time
@@ -28,7 +28,7 @@ from epslots.progress import Advance
 
 
 class RecordKey(NamedTuple):
-    """A record by its layer and expert: what a ``DiskStore`` gives for ``request``."""
+    """A record by its layer and expert, as ``DiskStore.request`` returns it."""
 
     layer: int
     expert: int
@@ -153,7 +153,7 @@ class DiskStore(HostStore):
             self.release(lease)
 
     def lease(self, key: RecordKey) -> RecordLease | None:
-        """Lease a record's cell, and begin to read the record if it isn't in RAM; None while every cell is leased."""
+        """Lease a record's cell, and begin to read the record if it isn't in RAM. None while every cell is leased."""
         layer, expert = key
         cells, position = self._place[layer]
         with self._lock:

@@ -85,9 +85,9 @@ class ExpertLoader:
             experts_F: ids, int64 [F].
             slots_F: slots of the pool, int64 [F]; empty, or those of ``evicted``.
             evicted: the layer's experts that lose their slots, int64 [any number]; -1 is skipped.
-            copies: what comes from peers, and what goes to them; all else comes from the host store. Experts that go to peers
+            copies: the experts that come from peers, and go to them; others come from the host store. Experts that go to peers
                 aren't among ``evicted``, and have left on return, so no slot is reused while a peer reads it.
-            agreed: whether the ranks go without comparing sizes first, which they derive from the same plan.
+            agreed: whether ranks skip the comparison of sizes, which follow from the same plan.
             urgent: whether the running step needs them.
 
         Raises:
@@ -101,7 +101,7 @@ class ExpertLoader:
         try:
             if copies is not None:
                 experts_F, slots_F, from_peers = _peers_first(experts_F, slots_F, copies)
-                self.link.settle([self._rows[slot] for slot in slots_F[:from_peers].tolist()])
+                self.link.wait_cancelled([self._rows[slot] for slot in slots_F[:from_peers].tolist()])
                 self._exchange(layer, experts_F[:from_peers], slots_F[:from_peers], copies, agreed)
                 started.extend(slots_F[:from_peers].tolist())
                 self._unconfirmed.append((layer, experts_F[:from_peers]))
@@ -138,7 +138,7 @@ class ExpertLoader:
         return bool(self._transfers)
 
     def wait(self, slots: IntArray) -> None:
-        """Make these slots, int64 [any number], complete for what is computed next. Duplicates are allowed.
+        """Make these slots, int64 [any number], complete for the next computation. Duplicates are allowed.
 
         Raises:
             StoreError: a record can't be read, or differs from its digest. Its slot is empty again.
@@ -149,9 +149,9 @@ class ExpertLoader:
             self._finish(slot, self._transfers[slot])
 
     def wait_all(self) -> None:
-        """Make every slot complete for what is computed next, and free for what may be written next."""
+        """Make every slot complete for the next computation, and free for the next writer."""
         self.wait(np.flatnonzero(self.in_flight))
-        self.link.settle()
+        self.link.wait_cancelled()
 
     def poll(self, slots: IntArray) -> None:
         """Find out which of these slots have received their records: int64 [any number], without duplicates."""
@@ -222,18 +222,18 @@ class ExpertLoader:
             agreed=agreed,
         )
 
-    def pass_slot(self, giver: int, taker: int, evicted: int) -> None:
-        """Pass a slot from a layer to its neighbour in the pool; its expert moves to an empty slot of the giver.
+    def give_slot(self, giver: int, taker: int, evicted: int) -> None:
+        """Give a slot of one layer to its neighbour in the pool. Its expert moves to an empty slot of the giver.
 
         Args:
             evicted: the giver's expert that loses its slot first; -1 = the giver has an empty slot.
         """
         self.wait_all()
         self._empty_slot(giver, self.pool.boundary_slot(giver, taker), evicted)
-        self.pool.pass_slot(giver, taker)
+        self.pool.give_slot(giver, taker)
 
     def cede_level(self, evicted: Sequence[int]) -> None:
-        """Let each layer of the pool cede the last slot that it uses; its expert moves to an empty slot of the layer.
+        """Let each layer of the pool cede the last slot that it uses. Its expert moves to an empty slot of the layer.
 
         Args:
             evicted: each layer's expert that loses its slot first; -1 = the layer has an empty slot.
@@ -248,7 +248,7 @@ class ExpertLoader:
         pool.set_levels(pool.levels + 1)
 
     def take_back_level(self, *, complete: bool) -> None:
-        """Let each layer use the slot again that it ceded last; it is empty. What was read from it must be done.
+        """Let each layer use the slot again that it ceded last. It is empty, and no read of it is under way.
 
         Args:
             complete: load the missing experts of the layers that have a slot for every one now.

@@ -34,7 +34,7 @@ def deal_cells(layers: Sequence[LayerSpec], quotas: Sequence[int], top_k: int, r
 
 
 def least_ram(layers: Sequence[LayerSpec], top_k: int) -> int:
-    """Bytes of the fewest cells of a rank: of each size of record, the experts of one token in one layer."""
+    """Bytes of the fewest cells that a rank needs. Of each size of record, the experts of one token in one layer."""
     return sum(_least_cells(records, top_k) * layout.stride for layout, records in _records(layers).items())
 
 

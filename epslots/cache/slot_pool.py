@@ -116,7 +116,7 @@ class SlotPool:
         self._unpublished[layer] = True
         return _vacate(self.slot_of[layer], self.expert_of, experts)
 
-    def pass_slot(self, giver: int, taker: int) -> None:
+    def give_slot(self, giver: int, taker: int) -> None:
         """Shift the boundary between two neighbouring layers by one slot, ``boundary_slot``, which must be empty."""
         assert abs(giver - taker) == 1 and self.quotas[giver] > 1 and self.expert_of[self.boundary_slot(giver, taker)] == -1
         assert not self.levels, "the cache's cells are in the way"
@@ -148,7 +148,7 @@ class SlotPool:
         self._lay_out(self.rooms)
 
     def level_slots(self, level: int) -> IntArray:
-        """The slots of a level, int64 [layers], one of each layer; level 0 is the KV cache's own slots, int64 [own slots]."""
+        """The slots of a level, one of each layer, int64 [layers]. Level 0 is the KV cache's own slots, int64 [own slots]."""
         if not level:
             return np.arange(self.starts[-1], self.num_slots)
         return np.array(self.starts[1:], np.int64) - level
@@ -163,7 +163,7 @@ class SlotPool:
         assert done == len(experts), f"slot {slots[done]} isn't empty, or expert {experts[done]} is elsewhere"
 
     def publish(self, layer: int) -> None:
-        """Copy the layer's row of ``slot_of`` to the device if it has changed; on the CPU they are the same memory.
+        """Copy the layer's row of ``slot_of`` to the device if it has changed. On the CPU they are the same memory.
 
         The upload is queued on the current stream, and the host may change its table at once. ``ExpertCompute`` calls this
         before it sorts by the row.
@@ -180,8 +180,9 @@ class SlotPool:
             copy_to_device(self.expert_of, self.expert_of_device)
 
     def check_integrity(self) -> None:
-        """Assert that tables and quotas agree: free + used = capacity, each table the other's inverse, and the
-        device's rows equal where they are published.
+        """Assert that tables and quotas agree.
+
+        Free + used = capacity, each table is the other's inverse, and the device's rows are equal where they are published.
 
         Raises:
             AssertionError: naming the layer and slot that break the rule. It is a bug of ours.

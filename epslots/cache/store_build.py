@@ -1,4 +1,4 @@
-"""Building a host store: every expert is converted once, in parallel, into a file that appears whole or not at all.
+"""Building a host store: every expert is converted once, in parallel, into a file. The file appears whole or not at all.
 
 ``fill_store`` writes the store; the other functions make room for it. Called by ``node_store.py`` and ``memory_store.py``.
 """

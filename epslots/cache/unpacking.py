@@ -90,11 +90,11 @@ class PackedWeight:
 
 
 Weight = torch.Tensor | PackedWeight
-"""[Q, inputs, outputs], or transposed as the module has it."""
+"""[Q, inputs, outputs], or transposed if the module's are."""
 
 
 def weights_of(layer: LayerSpec, tensors: Mapping[str, torch.Tensor]) -> dict[str, Weight]:
-    """What experts are computed with, by the module's parameter names, from the tensors [Q, ...] of Q slots by name."""
+    """The weights of experts by the module's parameter names, from the tensors [Q, ...] of Q slots by name."""
     packed = {} if layer.packed is None else {matrix.name: matrix for matrix in layer.packed.matrices}
     return {
         spec.name: PackedWeight.of(packed[spec.name], tensors, getattr(torch, spec.dtype))
@@ -189,7 +189,7 @@ def _by_loops(form: PackedForm, codes: torch.Tensor, scale: torch.Tensor | None,
 
 
 def _by_operations(form: PackedForm, codes: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None) -> Runs:
-    """The same by torch's operations, on any device and for any blocks."""
+    """``unpack`` by torch's operations, on any device and for any blocks."""
     for rows in _runs(codes, form):
         values = _values(form, codes[rows])
         if zero is not None:

@@ -31,7 +31,7 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def load_extension(group: str, name: str, options: str, does: str) -> Any:
-    """What another package provides for some options, by its entry point.
+    """Another package's function for some options, by its entry point.
 
     Args:
         options: as the user names them: "--ranks, --address".

@@ -16,7 +16,7 @@ from epslots.private_files import default_cache_dir
 
 @dataclass(frozen=True)
 class FoundModel:
-    """What a model brings to its plan.
+    """A model's contributions to its plan.
 
     Attributes:
         checkpoint_bytes: of its weight files; None for a known model.

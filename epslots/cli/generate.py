@@ -183,7 +183,7 @@ class _EncodedPrompt:
         """Tokenize a prompt.
 
         Args:
-            settings: for what the line says nothing about.
+            settings: where the line has none of its own.
             most_tokens: tokens that fit, new ones included; None for any.
 
         Raises:

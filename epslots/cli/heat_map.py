@@ -1,4 +1,4 @@
-"""Pictures of a placement, as text and as a PNG: which ranks hold which experts, and the ranks' loads before and after.
+"""Pictures of a placement, as text and as a PNG. They show each rank's experts, and the ranks' loads before and after.
 
 Legend of shape suffixes: R ranks, E experts of a layer.
 """
@@ -18,7 +18,7 @@ _BAR = 28  # letters of the longest bar
 
 
 def shares(holds_RE: BoolArray, tokens_E: IntArray | FloatArray) -> FloatArray:
-    """Each rank's load from each expert in units of the mean rank load, float64 [R, E]: the colours of the map."""
+    """Each rank's load from each expert over the mean rank load, float64 [R, E]. These are the colours of the map."""
     mean = max(float(np.sum(tokens_E)) / len(holds_RE), 1e-12)
     result: FloatArray = holds_RE * (tokens_E / np.maximum(holds_RE.sum(0), 1)) / mean
     return result

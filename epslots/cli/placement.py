@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional
 
 import typer
 
+from epslots.cli.column_table import Columns, column_table
 from epslots.cli.option_groups import takes_groups
-from epslots.cli.record_table import Columns, record_table
 from epslots.errors import ConfigError
 from epslots.placement.placement import MOST_RANKS
 from epslots.streams import table_console
@@ -58,7 +58,7 @@ class RanksOptions:
 
 @dataclass(frozen=True)
 class WindowOptions:
-    """The windows of the record."""
+    """The windows of the loads."""
 
     PANEL: ClassVar[str] = "The windows"
 
@@ -109,7 +109,7 @@ def replay(
             scores[name] = run(loads_WLE, start, plan_window, time.perf_counter, advance)
     if not as_json:
         title = f"{count} windows: planned after each, scored on the next"
-        table_console(_PLAIN_WIDTH).print(record_table(title, _SCORES, scores.items()))
+        table_console(_PLAIN_WIDTH).print(column_table(title, _SCORES, scores.items()))
         return
     shape = {
         "windows": count,
@@ -128,7 +128,7 @@ def replay(
 @placement_app.command()
 @takes_groups
 def plan(
-    record: LoadsArgument,
+    loads: LoadsArgument,
     ranks: RanksOptions,
     windows: WindowOptions,
     slots: Annotated[str, typer.Option("--slots", help='Slots of each rank and layer: a number, or a share such as "25%".')],
@@ -154,7 +154,7 @@ def plan(
     from epslots.placement.planner import propose
     from epslots.simulation.placement_replay import expected_of_all, replay_costs
 
-    loads_WLE, trace = _read_record(record, windows.window)
+    loads_WLE, trace = _read_loads(loads, windows.window)
     _, layers, experts = loads_WLE.shape
     experts_L = np.full(layers, experts) if trace is None else trace.num_experts
     quota_LR = np.repeat(slots_of_layers(slots, experts_L)[:, None], ranks.ranks, 1)
@@ -174,8 +174,8 @@ def plan(
     balances = [[balancedness(rank_loads(holders(one), window_LE)) for window_LE in loads_WLE] for one in (start, found)]
     before, after = (sum(one) / len(one) for one in balances)
     typer.echo(
-        f"{output}: {int(found.wanted_LRE.sum())} copies are to stay resident, and every expert has a home; balance over the "
-        f"record's windows {before:.3f} -> {after:.3f}"
+        f"{output}: {int(found.wanted_LRE.sum())} copies are to stay resident, and every expert has a home; balance over "
+        f"the loads' windows {before:.3f} -> {after:.3f}"
     )
 
 
@@ -245,10 +245,10 @@ def read_loads(path: Path, window: int) -> IntArray:
     Raises:
         ConfigError: the file holds neither.
     """
-    return _read_record(path, window)[0]
+    return _read_loads(path, window)[0]
 
 
-def _read_record(path: Path, window: int) -> tuple[IntArray, Trace | None]:
+def _read_loads(path: Path, window: int) -> tuple[IntArray, Trace | None]:
     """The loads of windows, and the routing trace if they come from one."""
     import numpy as np
 

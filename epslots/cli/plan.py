@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional
 import msgspec
 import typer
 
+from epslots.cli.column_table import Columns, column_table
 from epslots.cli.find_model import FoundModel, find_model
 from epslots.cli.option_groups import takes_groups
 from epslots.cli.options import (
@@ -22,7 +23,6 @@ from epslots.cli.options import (
     SlotsOption,
 )
 from epslots.cli.plan_groups import GroupPlanOptions, groups_as_json, print_groups
-from epslots.cli.record_table import Columns, record_table
 from epslots.config import (
     CACHE_SETTINGS,
     DEFAULT_BATCH_TOKENS,
@@ -299,7 +299,7 @@ def _plan_table(result: MemoryPlan, found: FoundModel, host: HostMemoryPlan | No
 
 
 def _describe_reads(host: HostMemoryPlan, read_speed: float | None) -> str:
-    """What the disk costs a token, were all experts used equally often."""
+    """The disk's cost for a token, were all experts used equally often."""
     text = f"{format_bytes(host.read_bytes_per_token)} read for a token if experts are used evenly, less if not"
     if read_speed is None:
         return f"{text}; the disk's speed is measured once the store is built"
@@ -348,4 +348,4 @@ def _alternatives_table(result: MemoryPlan) -> Table:
         ("fits", lambda other: "yes" if other.fits else "no"),
     )
     by_size = sorted(others.values(), key=lambda other: other.slot_bytes)
-    return record_table("other numbers of slots, all else as above", columns, by_size)
+    return column_table("other numbers of slots, all else as above", columns, by_size)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional
 import msgspec
 import typer
 
+from epslots.cli.column_table import Columns, column_table
 from epslots.cli.options import DecodeRanksOption, GroupsOption, PrefillRanksOption
-from epslots.cli.record_table import Columns, record_table
 from epslots.errors import ConfigError
 from epslots.models.cluster_plan import HandOverCost, RolePlan, plan_hand_overs, plan_roles
 from epslots.models.memory_plan import MemoryPlan
@@ -88,12 +88,12 @@ def print_groups(console: Console, plan: MemoryPlan, division: RankGroups, optio
     """Print what each role has room for, and the costs of hand-overs."""
     title = f"{division.ranks} ranks in {division.groups} groups, each a whole model; each rank as above"
     console.print()
-    console.print(record_table(title, _ROLE_COLUMNS, plan_roles(plan, division)))
+    console.print(column_table(title, _ROLE_COLUMNS, plan_roles(plan, division)))
     if costs := options.hand_overs(plan):
         machine = options.machine or _MACHINES[plan.device]
         caption = f"{machine}, by data sheet, and 20 ms of messages; a cluster measures its own"
         console.print()
-        console.print(record_table("a hand-over from a prefill to a decode rank", _HAND_OVER_COLUMNS, costs, caption))
+        console.print(column_table("a hand-over from a prefill to a decode rank", _HAND_OVER_COLUMNS, costs, caption))
 
 
 def groups_as_json(plan: MemoryPlan, division: RankGroups, options: GroupPlanOptions) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Optional
 import msgspec
 import typer
 
+from epslots.cli.column_table import Columns, column_table
 from epslots.cli.option_groups import LoadOptions, takes_groups
-from epslots.cli.record_table import Columns, record_table
 from epslots.errors import ConfigError
 from epslots.generation.text import load_tokenizer
 from epslots.json_lines import decode_text
@@ -48,7 +48,7 @@ class FitOptions:
     seed: Annotated[int, typer.Option(min=0, help="Seed of the fit.")] = 0
 
     def settings(self) -> FitSettings:
-        """The same for the fit. ConfigError: the memory is no number of bytes."""
+        """The options as settings of the fit. ConfigError: the memory is no number of bytes."""
         from epslots.prefetch.fit import FitSettings
         from epslots.units import parse_bytes
 
@@ -182,7 +182,7 @@ def _print(about: PredictorMetadata) -> None:
     columns: Columns[list[str]] = [(heading, itemgetter(number)) for number, heading in enumerate(headings)]
     title = f"{about.model}, fitted on {about.tokens:,} tokens: recall {about.settings.distance} layer ahead"
     caption = "naive: the layer's own router, given the hidden states of the layer before"
-    table_console(120).print(record_table(title, columns, rows, caption))
+    table_console(120).print(column_table(title, columns, rows, caption))
     typer.echo(f"fitted to checkpoint content {about.checkpoint}")
 
 

@@ -12,9 +12,9 @@ import msgspec
 import typer
 
 from epslots.arrays import IntArray
+from epslots.cli.column_table import Columns, column_table
 from epslots.cli.option_groups import takes_groups
 from epslots.cli.options import POLICY_HELP
-from epslots.cli.record_table import Columns, record_table
 from epslots.cli.simulate_load import ArrivalOptions, DivisionOptions, EngineOptions, find_simulator, print_load
 from epslots.cli.trace import slots_of_layers
 from epslots.compiled import prepare
@@ -280,4 +280,4 @@ def _print(outcomes: Sequence[Outcome]) -> None:
     first = outcomes[0]
     title = f"{first.ranks} ranks on {first.nodes} nodes in groups of {first.ranks // first.groups}: {first.steps} steps"
     caption = "from host, from peers: bytes a rank fetches in a step, for placements included"
-    table_console(_PLAIN_WIDTH).print(record_table(title, _COLUMNS, outcomes, caption))
+    table_console(_PLAIN_WIDTH).print(column_table(title, _COLUMNS, outcomes, caption))

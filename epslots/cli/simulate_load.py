@@ -14,9 +14,9 @@ from typing import Annotated, ClassVar, Optional, cast
 
 import typer
 
+from epslots.cli.column_table import Columns, column_table
 from epslots.cli.extensions import load_extension
 from epslots.cli.options import DecodeRanksOption, PrefillRanksOption
-from epslots.cli.record_table import Columns, record_table
 from epslots.config import DEFAULT_BATCH_TOKENS, DEFAULT_REQUESTS, EngineConfig
 from epslots.errors import ConfigError
 from epslots.rank_groups import RankGroups, divide_ranks
@@ -182,4 +182,4 @@ def print_load(division: RankGroups, figures: Sequence[LoadFigures]) -> None:
         "rank. imbalance: tokens of a step's busiest rank over the mean of those that have some"
         + (", prefill | decode" if roles else "")
     )
-    table_console(_PLAIN_WIDTH).print(record_table(title, _COLUMNS, figures, caption))
+    table_console(_PLAIN_WIDTH).print(column_table(title, _COLUMNS, figures, caption))

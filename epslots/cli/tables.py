@@ -38,7 +38,7 @@ class RanksStats(Protocol):
 
 
 def stats_table(stats: Stats, *, link: str | None = None) -> Table:
-    """One row for each MoE layer, and their sums. Arguments as ``print_stats``."""
+    """One row for each MoE layer, and their sums. ``link`` is the emulated link, which the caption names."""
     table = Table(title="expert slots", title_justify="left", caption_justify="left")
     table.add_column("layer")
     for heading in ("slots", "steps", "hit rate", "misses", "passes/step", "evictions", "fetched", "stall", "hottest"):

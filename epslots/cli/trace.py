@@ -1,4 +1,4 @@
-"""``epslots trace record | replay``: the experts that each token of some prompts chooses, and hit rates of caches on them."""
+"""``epslots trace record | replay``: routing of prompts, and hit rates of caches on it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 import typer
 
 from epslots.arrays import IntArray
+from epslots.cli.column_table import Columns, column_table
 from epslots.cli.generate import context_of, read_prompts
 from epslots.cli.option_groups import LoadOptions, takes_groups
-from epslots.cli.record_table import Columns, record_table
 from epslots.compiled import prepare
 from epslots.errors import ConfigError
 from epslots.generation.prompt_line import PromptLine
@@ -189,11 +189,11 @@ def _print_replayed(found: dict[str, Any]) -> None:
     columns: Columns[str] = [("slots of a layer", str), *policies]
     console = table_console(120)
     caption = "belady: the optimum, which knows the future"
-    console.print(record_table(f"hit rates: {head}", columns, rates["belady"], caption))
+    console.print(column_table(f"hit rates: {head}", columns, rates["belady"], caption))
     counts: Columns[dict[str, Any]] = [
         (heading, lambda row, name=name: f"{row[name]:,}")  # type: ignore[misc]
         for name, heading in _REUSE_HEADINGS.items()
     ]
     layers = [{"layer": str(layer), **row} for layer, row in enumerate(found["reuse"])]
     title = "number of other experts used before one is used again"
-    console.print(record_table(title, [("layer", lambda row: row["layer"]), *counts], layers))
+    console.print(column_table(title, [("layer", lambda row: row["layer"]), *counts], layers))

@@ -204,7 +204,7 @@ class DeviceSlots:
         pairs: the most (token, k) pairs of a step.
         policy: the eviction policy, one of ``DEVICE_POLICIES``. It may be another than the host's: each continues with the
             history that the other leaves.
-        left: as in ``DeviceLayer``; None = unbounded.
+        left: int64 [1], bytes that the running step may still fetch ahead; None = unbounded.
 
     Attributes:
         layers: each layer's state.
@@ -329,7 +329,7 @@ class DeviceSlots:
         self._kernels.copy(self.layers[layer], self._missing)
 
     def choose(self, layer: int, usage_E: torch.Tensor, running: torch.Tensor) -> None:
-        """Choose a layer's prefetches; arguments as for ``Kernels.choose``."""
+        """Choose a layer's prefetches by its predicted usage (``Kernels.choose``)."""
         self._kernels.choose(self.layers[layer], usage_E, running)
 
     def copy_ahead(self, layer: int) -> None:
@@ -344,7 +344,7 @@ class DeviceSlots:
         """
         last_use, decayed = self._last_use.cpu().numpy(), self._decayed.cpu().numpy()
         steps: list[int] = self._steps[:, 0].tolist()
-        adopt_device_tables(self._pool)
+        read_device_tables(self._pool)
         for layer, history in enumerate(histories):
             experts = len(history.last_use)
             history.last_use[:] = last_use[layer, :experts]
@@ -360,7 +360,7 @@ class DeviceSlots:
         return steps, tallies, verdicts
 
 
-def adopt_device_tables(pool: SlotPool) -> None:
+def read_device_tables(pool: SlotPool) -> None:
     """Copy the pool's device tables to the host's; a no-op where they are the same memory, as on the CPU."""
     for host, device in ((pool.slot_of, pool.slot_of_device), (pool.expert_of, pool.expert_of_device)):
         if host.ctypes.data != device.data_ptr():

@@ -129,7 +129,7 @@ class LentSlots:
                 slots.enter([row.history for row in rows], [row.steps for row in rows], verdicts)
         for runner, experts in zip(runners, self._experts, strict=True):
             runner.lend_slots(experts)
-        self._runtime.telemetry.settle = self.give_back
+        self._runtime.telemetry.collect = self.give_back
         self.taken = True
         return changed
 
@@ -204,7 +204,7 @@ class LentSlots:
         self.taken = False
         self._beside.join()  # a step may have broken off
         runners, telemetry = self._runtime.runners, self._runtime.telemetry
-        telemetry.settle = None
+        telemetry.collect = None
         for runner in runners:
             runner.take_slots_back()
         replays, self._replays = self._replays, 0
@@ -224,7 +224,7 @@ class LentSlots:
             if not tally.steps:
                 continue
             row.steps = step
-            row.planner.prefetch_policy.adopt(verdict)
+            row.planner.prefetch_policy.set_verdict(verdict)
             # While a graph replays, every use counts as a hit.
             telemetry.count(row.index, hits=-tally.misses, misses=tally.misses, prefetches=tally.prefetches)
             fetched = (tally.misses + tally.prefetches) * loader.pool.layout.nbytes

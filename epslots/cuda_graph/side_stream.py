@@ -1,4 +1,4 @@
-"""``SideStream``: a stream of a GPU whose work runs beside that of the current one, in the order of its queueing.
+"""``SideStream``: a stream of a GPU beside the current one. Its work runs in the order of its queueing.
 
 It may be captured: a capture follows both streams from where they part to where they join. On a CPU all is done at once.
 """
@@ -35,7 +35,7 @@ class SideStream:
         return None if self._stream is None else self._stream.record_event()
 
     def wait_for(self, mark: torch.cuda.Event | None) -> None:
-        """What is queued on the current stream from now on comes after this work."""
+        """Put the current stream behind this work."""
         if mark is not None:
             torch.cuda.current_stream(self._device).wait_event(mark)
 
@@ -48,11 +48,11 @@ class SideStream:
         self._promised, self._read = self.mark(), read
 
     def wait_for_promised(self) -> None:
-        """What is queued on the current stream from now on comes after the work that was promised last, if any was."""
+        """Put the current stream behind the work that was promised last, if any was."""
         self.wait_for(self._promised)
         self._promised = self._read = None
 
     def join(self) -> None:
-        """What is queued on the current stream from now on comes after all of the side stream's work."""
+        """Put the current stream behind all of the side stream's work."""
         self.wait_for(self.mark())
         self._promised = self._read = None

@@ -1,6 +1,7 @@
 """``TorchKernels``: the decisions about slots as torch operations, for the CPU, and as the reference of the Triton kernels.
 
-Legend of shape suffixes as in ``device_slots.py``.
+Legend of shape suffixes: L layers of the pool, E experts, Q slots of a layer, N (token, k) pairs, M misses, F prefetches of a
+layer at most, D rows of ``UseHistory.decayed``.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class TorchKernels:
         layer.expert_of_Q.copy_(after_Q.index_fill_(0, place_F, -1)[:slots])
 
     def _record(self, layer: DeviceLayer, needed_E: torch.Tensor) -> None:
-        """Update the history like the host's ``record_use``."""
+        """Update the history like the host's ``note_use``."""
         step, decayed_DE = layer.step.add_(1), layer.decayed_DE
         decayed_DE.sub_(decayed_DE >> self._shift_D1).add_(self._use_D1 * needed_E)
         still = (step % SNAPSHOT_EVERY == 0) | (step & (step - 1) == 0)

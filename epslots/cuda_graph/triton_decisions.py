@@ -51,7 +51,7 @@ def _mark_needed(ids, pairs, number_E, real_E, BLOCK_E: tl.constexpr):  # type: 
 
 @triton.jit
 def _count_use(last_E, decayed_DE, shift_D, number_D, needed_E, now):  # type: ignore[no-untyped-def]
-    """last_E and decayed_DE after step number ``now``: the rule of ``record_use`` on the host."""
+    """last_E and decayed_DE after step number ``now``: the rule of ``note_use`` on the host."""
     use_DE = tl.where((number_D[:, None] != _STILL) & needed_E[None, :], _USE, 0)
     decayed_DE = decayed_DE - (decayed_DE >> shift_D[:, None]) + use_DE
     slowest_E = tl.sum(tl.where(number_D[:, None] == _SLOWEST, decayed_DE, 0), axis=0)

@@ -1,17 +1,14 @@
 """compressed-tensors, which llm-compressor writes (Kimi-K2-Thinking, RedHatAI's checkpoints).
 
-    float-, int-,      weight F8_E4M3 or I8 [rows, columns]; weight_scale of the matrix, its rows [rows, 1], or blocks
-    naive-quantized
-    mxfp8-quantized    weight F8_E4M3; weight_scale U8 [rows, columns / 32]
-    pack-quantized     weight_packed I32 [rows, columns / 8], eight codes a word, lowest bits first; weight_scale [rows,
-                       groups]; weight_zero_point I32 [rows / 8, groups] if asymmetric; weight_g_idx with act order
-    nvfp4-pack-        weight_packed U8 [rows, columns / 2], low half first; weight_scale F8_E4M3 [rows, columns / 16];
-    quantized          weight_global_scale F32 [1], which divides
-    mxfp4-pack-        weight_packed U8; weight_scale U8 [rows, columns / 32]
-    quantized
+    float-, int-, naive-quantized  weight F8_E4M3 or I8 [rows, columns]; weight_scale of the matrix, rows [rows, 1] or blocks
+    mxfp8-quantized                weight F8_E4M3; weight_scale U8 [rows, columns / 32]
+    pack-quantized                 weight_packed I32 [rows, columns / 8], eight codes a word, lowest bits first; weight_scale
+                                   [rows, groups]; weight_zero_point I32 [rows / 8, groups]; weight_g_idx with act order
+    nvfp4-pack-quantized           weight_packed U8 [rows, columns / 2], low half first; weight_scale F8_E4M3
+                                   [rows, columns / 16]; weight_global_scale F32 [1], which divides
+    mxfp4-pack-quantized           weight_packed U8; weight_scale U8 [rows, columns / 32]
 
-The layout follows from the tensors; of the settings, only those that no shape shows are read. Scales of activations
-(input_scale, input_global_scale) aren't used: activations are computed with as they are.
+Layouts follow from the tensors; only settings that no shape shows are read. Scales of activations (input_scale) aren't used.
 """
 
 from __future__ import annotations

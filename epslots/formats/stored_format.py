@@ -1,4 +1,4 @@
-"""What a quantised format has to say of itself: ``StoredFormat``. ``known_formats.py`` has the table of them."""
+"""``StoredFormat``: the description of a quantised format. ``known_formats.py`` has the table of all."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ class Batcher(ABC):
     @property
     @abstractmethod
     def _capture_obstacle(self) -> str | None:
-        """Why decoding passes aren't captured, as a sentence's end; None if they may be."""
+        """Why decoding steps aren't captured, as a sentence's end; None if they may be."""
 
     @abstractmethod
     def close(self) -> None:
@@ -232,7 +232,7 @@ class Batcher(ABC):
 
     @abstractmethod
     def reserve(self, id: str, layout: CacheLayout) -> CacheImage | None:
-        """Reserve a place for the cache of a request that comes from another rank, and is added later under this id.
+        """Reserve a place for the cache of a request that comes from another rank. The request is added later under this id.
 
         The request begins there, if the image is complete by then and holds the beginning of its tokens; else with its prompt.
 
@@ -252,12 +252,12 @@ class Batcher(ABC):
         """Give up all places that are reserved."""
 
     def hold(self, id: str) -> CacheImage | None:
-        """Let a decoding request make no step, so that its cache can be read: until ``resume``, ``cancel``, or until other
-        requests need its place. A request whose prompt is being computed goes on until that is done.
+        """Let a request make no step from its prompt's end on, so that its cache can be read.
+
+        That ends with ``resume``, ``cancel``, or when other requests need its place.
 
         Returns:
-            Its cache; None if it has none yet, or none that can be read before its prompt is done, or if a step has to be
-            repeated first.
+            Its cache; None if it has none yet or none to read before the prompt's end, or if a step must be repeated first.
         """
         if (entry := self._entries.get(id)) is None or entry.reason is not None:
             return None

@@ -56,7 +56,7 @@ def choose_cache(model: PreTrainedModel, engine: EngineConfig, kept: Sequence[Ca
 
     Args:
         model: may be on the meta device.
-        engine: ``cache`` = "auto" takes the cache that serves the model best; the other sizes tell what each would take.
+        engine: ``cache`` = "auto" takes the cache that serves the model best; the other sizes say how much memory each takes.
         kept: the tensors that the model's own cache keeps of a sequence; None = those of its plan, or
             measured; empty = unknown.
 

@@ -61,7 +61,7 @@ CachePiece = tuple[TensorRange, ...]
 
 
 class CacheLayout(msgspec.Struct, frozen=True):
-    """What a batcher keeps of one request.
+    """The tensors that a batcher keeps of one request.
 
     Attributes:
         kind: of the batcher's cache.
@@ -88,7 +88,9 @@ class CacheLayout(msgspec.Struct, frozen=True):
         return any(tensor.grows and tensor.nbytes for tensor in self.tensors)
 
     def pieces(self, most_bytes: int, first: int = 0, end: int | None = None) -> Iterator[CachePiece]:
-        """The bytes of a part in order, in pieces of at most ``most_bytes``; or of one larger entry, because none is cut.
+        """The bytes of a part in order, in pieces of at most ``most_bytes``.
+
+        No entry is cut: a piece of one entry may be larger.
 
         Args:
             first, end: the part: tokens ``first`` to ``end`` - 1 of tensors that grow, and all others with the last token.

@@ -1,14 +1,14 @@
-"""Whether experts cede one more slot a layer to their rank's KV cache, or use one again: decided by windows of steps. Pure.
+"""Whether experts cede one more slot per layer to the KV cache, or use one again. Decided once a window of steps. Pure.
 
 A *level* is one slot of each layer. Both sides are weighed in seconds of a window of steps:
 
     one more level      requests that wait would run, too: the fixed time of a step is divided among more of them
-    one level less      further misses that a slot saves each layer, and what a fetch costs
+    one level less      further misses that a slot saves each layer, and the price of a fetch
 
-Misses follow from stack distances (``planner/reuse_distance.py``), seconds of steps from the fit of ``chunk_size.py``. Equal
-marginal gains are where the division of memory is best, if gains fall (as Stone, Turek and Wolf divide a cache, IEEE
-Transactions on Computers 1992). One level a window, at most; back only after some calm windows. ``slot_exchange.py`` measures
-the windows, and lets running requests have the room that they can't go on without, which isn't decided here.
+Misses follow from stack distances (``planner/reuse_distance.py``), seconds from the fit of ``chunk_size.py``. With falling
+gains, memory is divided best where marginal gains are equal (Stone, Turek and Wolf, IEEE Transactions on Computers 1992). A
+window changes one level at most, and back only after some calm windows. ``slot_exchange.py`` measures the windows. It also
+lets running requests have the cells that they can't go on without.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from epslots.runtime import plan_of
 
 
 def tensors_of(model: PreTrainedModel) -> tuple[CacheTensor, ...]:
-    """The tensors that a model's own cache keeps of a sequence: those that its memory was planned for, if it was.
+    """The tensors that a model's own cache keeps of a sequence. Those that its memory was planned for, if it was.
 
     Raises:
         UnsupportedModelError: they can't be measured.

@@ -1,13 +1,13 @@
-"""Captured decoding: a batcher's decoding passes as CUDA graphs, one for each padded size, replayed by one call.
+"""Captured decoding: a batcher's decoding steps as CUDA graphs, one for each padded size, replayed by one call.
 
 A forward pass launches some thousand small kernels, and waits for the host once a layer where experts may be missing. A
 captured one reads and writes tensors that stay in place (``static_step.py``, ``static_pages.py``), and lets the device decide
-about slots (``cuda_graph/lent_slots.py``). The 1st pass of a size runs uncaptured, which compiles kernels; the 2nd is captured
+about slots (``cuda_graph/lent_slots.py``). The 1st step of a size runs uncaptured, which compiles kernels; the 2nd is captured
 and replayed, like all later ones. Choosing tokens, delivering and stopping stay the batcher's, after the replay.
 
-Only for one rank on CUDA, and while every running request decodes: prompts have no fixed shape. A pass takes the usual path
+Only for one rank on CUDA, and while every running request decodes: prompts have no fixed shape. A step takes the usual path
 where its rows could need more experts than a layer has slots (*crowded*), where it would read more positions than graphs have
-memory for (*ragged*), and while routes are observed; so do all passes where ``CapturedDecoding.obstacle`` is set.
+memory for (*ragged*), and while routes are observed; so do all steps where ``CapturedDecoding.obstacle`` is set.
 Capturing follows PyTorch's notes on CUDA graphs; decisions and copies within the graph are an idea of FreeToken's.
 """
 
@@ -43,7 +43,7 @@ class DecodingStep(Protocol):
     Attributes:
         count_1: int64 [1], requests that are no repetition.
         row_B: int64 [B], a place for each request, the same in all steps: from 0, below the most requests.
-        new_states: what the pass leaves to be kept by ``keep_states``; empty if it keeps all by itself.
+        new_states: what the step leaves to be kept by ``keep_states``; empty if it keeps all by itself.
     """
 
     @property
@@ -66,7 +66,7 @@ Step = TypeVar("Step", bound=DecodingStep)
 
 
 def capture_obstacle(model: PreTrainedModel, of_cache: str | None) -> str | None:
-    """Why no decoding pass of a model can be captured, as a sentence's end; None if nothing is known to be in the way.
+    """Why no decoding step of a model can be captured, as a sentence's end. None if nothing is known to be in the way.
 
     Args:
         of_cache: what obstructs it in the cache that serves the model.
@@ -99,7 +99,7 @@ def model_obstacle(model: PreTrainedModel, of_cache: str | None) -> str | None:
 
 
 class CapturedDecoding(Generic[Step]):
-    """The decoding passes of one batcher.
+    """The decoding steps of one batcher.
 
     Args:
         call: runs the model.
@@ -108,7 +108,7 @@ class CapturedDecoding(Generic[Step]):
 
     Attributes:
         obstacle: as given; or found out by a capture that failed.
-        present_obstacle: why no pass could be captured when one was asked for last: layers have passed slots, or a group has
+        present_obstacle: why no step could be captured when one was asked for last: layers have moved slots, or a group has
             formed. None if one could.
     """
 
@@ -125,7 +125,7 @@ class CapturedDecoding(Generic[Step]):
         self.replays = self._crowded = self._ragged = self._graph_bytes = 0
 
     def takes(self, rows: int, longest: int | None) -> bool:
-        """Whether the next pass can be made here; where its size is in the way, that is counted.
+        """Whether the next step can be made here; where its size is in the way, that is counted.
 
         Args:
             rows: requests, each of which has one new token.
@@ -144,13 +144,13 @@ class CapturedDecoding(Generic[Step]):
         return not crowded and not ragged
 
     def count_in(self, counters: EngineCounters) -> None:
-        """Bring an engine's counters of captured passes up to date."""
+        """Bring an engine's counters of captured steps up to date."""
         counters.replayed_steps = self.replays
         counters.crowded_steps, counters.ragged_steps = self._crowded, self._ragged
         counters.graph_bytes = self._graph_bytes
 
     def _open(self) -> None:
-        """Look at the layers' slots as they are now: layers may have passed some, and a group may have formed."""
+        """Look at the layers' slots as they are now: layers may have moved some, and a group may have formed."""
         runtime = runtime_of(self._model)
         # Slots that have moved may serve more rows than planned: the memory plan counted the graphs of those.
         limits = (most_rows(runtime), runtime.plan.served_tokens)
@@ -173,7 +173,7 @@ class CapturedDecoding(Generic[Step]):
         return self._sizes.padded(rows)
 
     def logits(self, size: Hashable, make: Callable[[], Step], begin: Callable[[Step], None]) -> torch.Tensor | None:
-        """The logits after one new token of each request; overwritten by the next pass. Its states aren't kept yet.
+        """The logits after one new token of each request; overwritten by the next step. Its states aren't kept yet.
 
         Args:
             size: of the step: one graph serves all steps of a size.
@@ -181,7 +181,7 @@ class CapturedDecoding(Generic[Step]):
             begin: sets its requests and their new tokens.
 
         Returns:
-            ``Call``'s, those of repeated requests at the end; None if the pass can't be captured: it has to be made in the
+            ``Call``'s, those of repeated requests at the end; None if the step can't be captured: it has to be made in the
             usual way.
         """
         assert self._lent is not None, "takes() comes first"
@@ -205,12 +205,12 @@ class CapturedDecoding(Generic[Step]):
         return self._graphs[size]
 
     def keep_states(self) -> None:
-        """Keep the states of the pass that was made last."""
+        """Keep the states of the step that was made last."""
         assert self._latest is not None
         self._latest.keep_states()
 
     def give_back(self) -> None:
-        """Let the host's plans decide about slots again, for a pass of the usual kind; a no-op if they do."""
+        """Let the host's plans decide about slots again, for a step of the usual kind; a no-op if they do."""
         if self._lent is not None:
             self._lent.give_back()
 
@@ -227,16 +227,16 @@ class CapturedDecoding(Generic[Step]):
 
 
 class _CaptureError(Exception):
-    """A pass can't be captured."""
+    """A step can't be captured."""
 
 
 class _Graph(Generic[Step]):
-    """The passes of one size."""
+    """The steps of one size."""
 
     def __init__(self, owner: CapturedDecoding[Step], step: Step, lent: LentSlots) -> None:
         self._owner, self.step, self._lent = owner, step, lent
         self._warm = False
-        self._pass: torch.cuda.CUDAGraph | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
         self._states: torch.cuda.CUDAGraph | None = None
         self._logits: torch.Tensor | None = None
 
@@ -244,13 +244,13 @@ class _Graph(Generic[Step]):
         if not self._warm:
             self._warm = True
             return self._forward()
-        if self._pass is None:
+        if self._graph is None:
             self._capture()
         else:
             self._lent.count_replay()
             self._owner.replays += 1
-        assert self._pass is not None and self._logits is not None
-        self._pass.replay()
+        assert self._graph is not None and self._logits is not None
+        self._graph.replay()
         return self._logits
 
     @torch.no_grad()
@@ -270,8 +270,8 @@ class _Graph(Generic[Step]):
                 with self._capturing(self._states):
                     self.step.keep_states()
         except RuntimeError as error:
-            raise _CaptureError(f"a decoding pass can't be captured ({error})") from error
-        self._pass = whole
+            raise _CaptureError(f"a decoding step can't be captured ({error})") from error
+        self._graph = whole
 
     @contextmanager
     def _capturing(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
@@ -288,7 +288,7 @@ class _Graph(Generic[Step]):
             owner._graph_bytes += max(0, torch.cuda.memory_reserved(owner._model.device) - before)
 
     def keep_states(self) -> None:
-        """Make the states of the pass those of the requests."""
+        """Make the states of the step those of the requests."""
         if self._states is None:
             self.step.keep_states()
         else:

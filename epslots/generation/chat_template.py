@@ -90,7 +90,7 @@ def render(tokenizer: PreTrainedTokenizerBase, template: str, chat: Chat, *, mos
     Args:
         tokenizer: its special tokens are the template's variables.
         template: the chat template.
-        chat: what it writes.
+        chat: the messages to write.
         most_chars: the longest useful text; None for any.
 
     Raises:

@@ -1,4 +1,6 @@
-"""How many prompt tokens the ranks of a group compute in a step, so that few wait for much longer chunks. Pure decisions.
+"""Prompt tokens of each rank of a group in a step.
+
+They are chosen so that few ranks wait for much longer chunks. Pure decisions.
 
     limit = balanced_chunk(waiting_R)        # all ranks of a group find the same
     size.prompt_tokens(decoding, limit)      # chunk_size.py: not less than is worth a step

@@ -7,11 +7,6 @@
 Decoding requests wait for the prompts that are computed in their steps. A step is taken to last
 
     fixed + per_token x prompt tokens + per_request x decoding requests
-
-The three costs are fitted to the last steps, with prompts and without, by least squares of relative errors: a step that was
-held up has an error of 1 at most. When most of the latest steps are much slower than that, or faster, and of a size that the
-fit knows, the machine itself is: all older steps are then taken to have been as much slower or faster. A step has at most 1.5
-times the prompt tokens of the largest recent one.
 """
 
 from __future__ import annotations
@@ -62,6 +57,11 @@ class _TimedStep:
 
 class ChunkSize:
     """Chooses how many prompt tokens a step computes beside its decoding requests.
+
+    The three costs of a step are fitted to the last steps, with prompts and without, by least squares of relative errors. A
+    step that was held up has an error of 1 at most. If most of the latest steps, of sizes that the fit knows, were much slower
+    or faster than it says, the machine's speed has changed: all older times are scaled by as much. A step has at most
+    ``GROWTH`` times the prompt tokens of the largest recent one.
 
     Args:
         most: tokens of a step, at most, decoding requests included.

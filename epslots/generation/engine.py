@@ -101,7 +101,7 @@ class Engine:
         return header
 
     def run(self) -> Iterator[Output]:
-        """Step until no rank has work, or one asks to stop; yields the outputs of this rank's requests as they come."""
+        """Step until no rank has work, or one asks to stop. Yields the outputs of this rank's requests as they come."""
         header = Header(work=True, stop=False)
         while header.work and not header.stop:
             header = self.step()

@@ -64,7 +64,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
         kv_tokens: tokens that all of the cache has room for; with ``kv_tokens="auto"``, now.
         kv_most_tokens: tokens that it can have room for.
         ceded_slots: slots of all MoE layers that hold a part of it now.
-        capture_obstacle: why a rank on a GPU doesn't replay its decoding passes, as a sentence's end; None if it may, and on a
+        capture_obstacle: why a rank on a GPU doesn't replay its decoding steps, as a sentence's end; None if it may, and on a
             CPU, which has no graphs. Of several ranks, the first one's.
     """
 

@@ -189,7 +189,7 @@ class _Vocabulary:
 
 
 class _TokenList:
-    """What ``LLTokenizer`` asks of a tokenizer."""
+    """The interface that ``LLTokenizer`` asks of a tokenizer."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -316,7 +316,7 @@ class GrammarState:
             allowed_W[:] = vocabulary.words_W
 
     def accept(self, token: int) -> bool:
-        """Advance by the chosen token; False if it is no part of the output, because none can follow the text so far."""
+        """Advance by the chosen token. False if it is no part of the output, because no token can follow the text so far."""
         if self.finished or self.error:
             return False
         self._computed = False

@@ -48,7 +48,7 @@ def _likeliest(logits_RV: torch.Tensor, top: int) -> torch.Tensor:
 
 
 def read_scores(token: int, scores: Sequence[float], top: int) -> TokenLogprobs:
-    """One row of ``score`` as a record.
+    """One row of ``score`` as ``TokenLogprobs``.
 
     Args:
         token: the row's.

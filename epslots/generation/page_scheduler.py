@@ -1,21 +1,10 @@
 """The requests of a step over pages: which compute, are admitted, are preempted. Bookkeeping; no tensor is touched.
 
-transformers' own schedulers may let a request wait for ever while others come: where its prompt finds no room, smaller ones
-pass it; a request that gives up its pages goes behind all that wait; and the one that needs a page gives up its own, the
-oldest too. In ``PageScheduler`` requests have turns, by priority and then by arrival. The first one always advances, and every
-request becomes the first one, unless better priorities keep coming. The rules are vLLM's (``v1/core/sched/scheduler.py``), but
-for the third, which is SGLang's:
-
-1. Decoding requests come first, a token each. Then admitted prompts, in turn, up to the tokens that ``ChunkSize`` allows.
-2. Requests are admitted in turn, up to ``max_requests``, when there is room for all admitted prompts and for a further page of
-   each request. None passes another.
-3. A request whose prompt begins like one that is being computed is admitted when that is done: it finds the pages then.
-4. A request without room for its next tokens gets the pages of the last one in turn, which waits again, at its place, to be
-   computed again from its prompt and its tokens. From then on none is admitted until a request has ended.
-5. Full pages of requests that are gone stay for prompts that begin alike. The longest unused are freed one by one, and of one
-   request the last pages first, because they are of no use without those before.
-6. A request whose cache is being handed over to another rank is admitted, but makes no step. Pages may be reserved for one
-   that comes from another rank: it is admitted when it comes.
+transformers' own schedulers may let a request wait for ever while others come. Smaller prompts pass one that finds no room, a
+request that gives up its pages goes behind all that wait, and the one that needs a page gives up its own, the oldest too. In
+``PageScheduler`` requests have turns, by priority and then by arrival. The first one always advances, and every request
+becomes the first one, unless better priorities keep coming. The rules are vLLM's (``v1/core/sched/scheduler.py``), the third
+SGLang's.
 """
 
 from __future__ import annotations
@@ -97,6 +86,18 @@ def reads_of(cache: PagedAttentionCache, length: int) -> int:
 
 class PageScheduler(Scheduler):
     """Schedules requests whose ids are numbers in the order of their arrival.
+
+    1. Decoding requests come first, a token each. Then admitted prompts, in turn, up to the tokens that ``ChunkSize`` allows.
+    2. Requests are admitted in turn, up to ``max_requests``, when there is room for all admitted prompts and for a further
+    page
+       of each request. None overtakes another.
+    3. A request whose prompt begins like one that is being computed is admitted when that is done: it finds the pages then. 4.
+    A request without room for its next tokens gets the pages of the last one in turn. That one waits again, at its place, to
+       be computed again from its prompt and its tokens. From then on none is admitted until a request has ended.
+    5. Full pages of requests that are gone stay for prompts that begin alike. The longest unused are freed one by one; of one
+       request the last pages first, because they are of no use without those before.
+    6. A request whose cache is being handed over to another rank is admitted, but makes no step. Pages may be reserved for one
+       that comes from another rank: it is admitted when it comes.
 
     Attributes:
         chunk_size: decides how many prompt tokens a step has.
@@ -316,7 +317,7 @@ class PageScheduler(Scheduler):
     # Hand-overs.
 
     def reserve(self, request_id: str, tokens: int) -> bool:
-        """Reserve pages for the tokens of a request that is to come; False if there is no room beside the others."""
+        """Reserve pages for the tokens of a request that is to come. False if there is no room beside the others."""
         state = RequestState(request_id, [0] * tokens, max_new_tokens=self._page_tokens)
         if len(self.active_requests) + len(self.reserved) >= self.max_requests_per_batch:
             return False

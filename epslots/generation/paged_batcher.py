@@ -284,7 +284,7 @@ class PagedBatcher(Batcher):
             self._processor._generation_step(self._model)
 
     def _make_captured(self, part: list[FutureRequestState]) -> bool:
-        """The same by a captured step, if all of them decode; False where it can't be."""
+        """Make the part by a captured step, if all its requests decode; False where it can't be captured."""
         if any(future.query_length > 1 for future in part):
             return False
         lengths = self._decoding.lengths

@@ -32,8 +32,8 @@ from epslots.generation.attention_switch import AttentionSwitch
 from epslots.generation.page_scheduler import SCHEDULER
 from epslots.generation.paged_invariance import IMPLEMENTATION
 from epslots.generation.positions import depends_on_length
-from epslots.models.adoption import mixes_tokens
 from epslots.models.batch_invariance import is_batch_invariant
+from epslots.models.experts_interface import mixes_tokens
 from epslots.models.page_sizes import PageSizes, cache_blocks
 
 # Tokens of one page. A request holds whole pages, so small ones waste little; flash attention's kernel needs 256.

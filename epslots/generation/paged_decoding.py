@@ -30,7 +30,7 @@ IMPLEMENTATION = "epslots_paged_decoding"
 
 
 class Reads(NamedTuple):
-    """What the layers of one kind of attention read of the cache in a step.
+    """The reads of the cache by the layers of one kind of attention in a step.
 
     Attributes:
         cells: int64 [R * S]; zeros, which stand for empty keys, before the first position of a shorter request.

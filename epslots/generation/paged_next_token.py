@@ -69,7 +69,7 @@ class PagedNextToken:
         self._batch.prepare_batch_update = self._read
 
     def prepare(self, part: Sequence[FutureRequestState], entries: Sequence[TrackedRequest | None]) -> None:
-        """Lay out the rows of logits of the prepared batch: one for each new token, and behind them those of prompts.
+        """Lay out the rows of logits of the prepared batch. One row for each new token, and behind them those of prompts.
 
         Args:
             part: the batch's requests.

@@ -45,7 +45,7 @@ class _DecodingRows(NamedTuple):
 
 
 class PromptReads:
-    """What the layers of one kind of attention read in such a step.
+    """The reads of the layers of one kind of attention in such a step.
 
     Args:
         queries, keys: of each request, in the order of the step; keys end with the queries' own.
@@ -72,7 +72,7 @@ class PromptReads:
         self._decoding = _rows_of(places, mask.device) if places else None
 
     def _mask_of(self, queries: int, past: int) -> torch.Tensor:
-        """What is added to scores, [1, 1, queries, past + queries]: minus infinity where a query doesn't see a key."""
+        """The addend of scores, [1, 1, queries, past + queries]: minus infinity where a query doesn't see a key."""
         keys = past + queries
         mask_QK = self._mask[: queries * keys].view(queries, keys)
         mask_QK.fill_(-torch.inf).triu_(past + 1)

@@ -1,6 +1,6 @@
 """Makes the forward pass of a prepared batch of transformers' continuous batching repeatable.
 
-transformers assumes that a forward pass that began also ends, and ends well. Here ``WindowBackup`` makes an interrupted pass
+transformers assumes that a forward pass that began also ends, and ends well. Here ``WindowBackup`` makes an interrupted step
 repeatable, ``prepare_part`` lays it out again for some of its requests, and ``discard`` removes a request that fails.
 ``PagedBatcher`` calls them.
 """
@@ -20,7 +20,7 @@ class WindowBackup:
 
     A repeated forward pass writes the same keys and values to the same places. With full attention this is harmless. A sliding
     window is a ring, though: the later tokens of a chunk take the place of tokens that its first ones attend to, read before
-    they are overwritten. A pass that stopped after that can't be repeated without the old content.
+    they are overwritten. A step that stopped after that can't be repeated without the old content.
 
     Only chunks that continue a prompt need it: a prompt's first chunk reads nothing, and a single token takes the place of one
     that has just left its window.
@@ -62,7 +62,7 @@ def prepare_part(processor: Any, part: Sequence[FutureRequestState]) -> None:
 
     Args:
         processor: transformers' batch processor.
-        part: requests of its batch, whose pass failed or is still to come.
+        part: requests of its batch, whose step failed or is still to come.
     """
     for entry in part:
         state = entry.state

@@ -1,4 +1,6 @@
-"""The limits of a request: the ids of the vocabulary, and the tokens that the model's context and a rank's cache hold. Pure.
+"""The limits of a request: ids of the vocabulary, and a number of tokens.
+
+The model's context and a rank's cache bound the tokens. Pure.
 
 ``RequestChecker`` and the service check prompts by them, and ``Batcher`` the requests that reach its rank. ``epslots
 generate`` chooses the size of its cache by them.

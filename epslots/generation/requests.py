@@ -1,4 +1,4 @@
-"""The records between an engine's user and its batcher: a request, and its outputs."""
+"""A request to an engine, and its outputs: the dataclasses between an engine's user and its batcher."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Request:
     logprobs: int | None = None
     """Return the log-probability of each new token, and of this many likeliest ones; None = don't."""
     prompt_logprobs: int | None = None
-    """The same for the tokens of the prompt, but for the first."""
+    """Log-probabilities of the prompt's tokens, but for the first."""
     prompt_logprobs_delivered: int = 0
     """Those of the prompt that were delivered before it was moved: the first of the following ones come next."""
     priority: int = 0

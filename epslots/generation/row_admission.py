@@ -59,7 +59,7 @@ class RowAdmission:
 
     Args:
         cache: the rows, and cells for their tokens.
-        support: what the model's layers allow.
+        support: the abilities of the model's layers.
         counters: of the batcher.
         exchange: of memory with the experts; None = the cache's size is fixed.
 
@@ -125,7 +125,7 @@ class RowAdmission:
         return [PromptState(running.entry.request.id, running.row.length, running.left) for running in begun]
 
     def reserve(self, id: str, layout: CacheLayout) -> CacheImage | None:
-        """A row for the tokens of a request that comes from another rank; None if there is no room beside the others."""
+        """A row for the tokens of a request that comes from another rank. None if there is no room beside the others."""
         assert id not in self.reserved
         needed = self._uncomputed() + layout.tokens + len(self.running) + len(self.reserved) + 1
         if not self.make_room(needed, rows=1, grow=True):
@@ -180,7 +180,7 @@ class RowAdmission:
         return self.exchange is not None and self.exchange.asked
 
     def exchange_memory(self, step: ChunkSize, token_s: float) -> None:
-        """Use the cells of slots that were ceded since the last step; at the end of a window, decide about others.
+        """Use the cells of slots that were ceded since the last step. At the end of a window, decide about others.
 
         Args:
             step: knows the time of a step.

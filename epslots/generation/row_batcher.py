@@ -1,4 +1,4 @@
-"""The batcher over rows: every model whose layers keep something, in the cache classes of its own.
+"""The batcher for models whose requests are kept in rows: many requests in one step, by the model's cache classes.
 
     batcher = RowBatcher(model, kv_tokens=4096, max_requests=16)
     batcher.add(Request("a", prompt=(5, 6, 7), max_new_tokens=20))
@@ -156,8 +156,8 @@ class RowBatcher(Batcher):
     def _plan(self) -> RowBatch | None:
         """The next batch, with room for its tokens: where the cache is full, the last rows are given up.
 
-        Before, experts cede slots. In a group these come with the next step: they are asked for a step ahead, and where that
-        wasn't foreseen, the step is made without a batch.
+        Experts cede slots first. In a group these come with the next step, so they are asked for a step ahead. Where that
+        wasn't foreseen, the rank makes the step without a batch.
         """
         while active := self._admission.active:
             states = [self._state(running) for running in active]
@@ -275,7 +275,7 @@ class RowBatcher(Batcher):
         return self._prompt_logprobs(part[0], logits_BLV, wanted)
 
     def _make_captured(self, part: Sequence[RunningRow]) -> list[Callable[[], None]] | None:
-        """The same by a captured step; None where it can't be, or while some requests have prompts to compute."""
+        """Make a batch by a captured step; None where it can't be captured, or while prompts are to be computed."""
         assert self._batch is not None
         active = self._admission.active
         longest = 1 + max(one.row.length for one in part)
@@ -338,7 +338,7 @@ class RowBatcher(Batcher):
 
     @staticmethod
     def _prompt_logprobs(running: RunningRow, logits_BLV: torch.Tensor, wanted: range) -> list[Callable[[], None]]:
-        """The call that enters the log-probabilities of a prompt, of which the first logits are."""
+        """The call that enters a prompt's log-probabilities, from the first of these logits."""
         entry = running.entry
         if not wanted or entry.reason is not None:
             return []
@@ -347,9 +347,9 @@ class RowBatcher(Batcher):
         return [partial(entry.add_prompt_logprobs, wanted, found)]
 
     def _prompt_rows(self, running: RunningRow, width: int) -> tuple[range, bool]:
-        """Positions whose log-probabilities a pass gives, and whether all of the batch's are known then; it has one row.
+        """Positions whose log-probabilities a step of one row gives, and whether the prompt's are complete then.
 
-        A prompt that has to be computed whole may want more logits than are planned: it is computed again for the next ones.
+        A prompt that has to be computed whole may want more logits than are planned: it is computed again for the others.
         """
         wanted = running.entry.prompt_rows(running.row.length, running.row.length + width)
         most = self._config.max_requests

@@ -1,19 +1,14 @@
-"""``RowCache``: what a model's layers keep of many requests, each of which is a *row*.
+"""``RowCache``: the cache of many requests in the model's own layers; each request is a *row*.
 
-    cache = RowCache(model, tensors, kv_tokens=4096, max_requests=16, in_flight=512)
-    row = cache.open()
-    ...
-    with cache.step([row, other], width=1) as step:
+    with cache.step([row, other], width=1) as step:     # of rows from cache.open()
         logits = model(past_key_values=step.cache, attention_mask=step.attention_mask, position_ids=step.position_ids, ...)
         step.commit()
 
-All memory is allocated at the start, from the memory plan's own records: a pool of cells for each tensor that grows with
-tokens, and of rows for each state. With ``kv_tokens="auto"``, cells are in slots of experts (``cell_memory.py``). A row is a
-list of cells (``cell_table.py``). A step's layers (``row_layers.py``) read from pools what the model's own layers would keep,
-and write new tokens into free cells. Nothing is moved when a row comes or goes, and rows may share cells.
-
-Layers of which transformers' class isn't known keep objects of their own for each row (deepseek_v4's compressors); attention
-computes them row by row (``row_attention.py``).
+All memory is allocated at the start, by the memory plan's list (``CacheTensor``): a pool of cells for each tensor that grows
+with tokens, and of rows for each state; with ``kv_tokens="auto"``, in slots of experts (``cell_memory.py``). A row is a list
+of cells (``cell_table.py``), which rows may share, and nothing moves when a row comes or goes. A step's layers
+(``row_layers.py``) read the pools and write new tokens into free cells. Layers of unknown classes keep objects of their own
+for each row (deepseek_v4's compressors), and attention computes them row by row (``row_attention.py``).
 """
 
 from __future__ import annotations
@@ -87,7 +82,7 @@ def _minimax_cache(model: PreTrainedModel) -> Cache:
 
 
 class StepOfRows:
-    """One forward pass over some rows: what the model is called with.
+    """One forward pass over some rows, with the model's arguments.
 
     Attributes:
         cache: ``past_key_values``.
@@ -108,7 +103,7 @@ class StepOfRows:
         self.cache = owner._fill_cache(rows, np.array([row.number for row in rows], np.int64), width)
 
     def commit(self) -> None:
-        """The pass has ended well: its tokens and states are the rows' own."""
+        """The step has ended well: its tokens and states are the rows' own."""
         self._owner._commit(self._rows, self._width)
 
 
@@ -222,7 +217,7 @@ class RowCache:
         return Row(heappop(self._numbers))
 
     def copy(self, source: Row, length: int) -> Row:
-        """A new row with the first ``length`` tokens of another one, whose cells it shares; there must be a free one."""
+        """A new row with the first ``length`` tokens of another one, whose cells it shares. There must be a free row."""
         row = self.open()
         for table in self._tables.values():
             table.copy(source.number, row.number, length)
@@ -318,7 +313,7 @@ class RowCache:
             self._templates[index].let_go()
 
     def _fill_cache(self, rows: Sequence[Row], row_B: IntArray, width: int) -> Cache:
-        """The model's cache as the pass over these rows is to find it."""
+        """The model's cache as the step of these rows is to find it."""
         new_cells = {window: table.lay_out(row_B, width) for window, table in self._tables.items()}
         past = max(row.length for row in rows)
         (left_rows, left_states), self._left = self._left, ([], {})

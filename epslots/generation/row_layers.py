@@ -98,7 +98,7 @@ class RowStep:
         return pool.index_select(0, self.row_B) if left is None else left
 
     def commit_states(self) -> States:
-        """Put the rows' new states into their pools; returns them as the next step of the same rows may take them."""
+        """Put the rows' new states into their pools. Returns them in the form that the next step of the same rows takes."""
         found: States = {}
         for pool, state in self.new_states:
             found[id(pool)] = new = state.to(pool.dtype)
@@ -222,7 +222,7 @@ class PooledTokens(PooledLayer):
         self.is_initialized = True
 
     def cells(self) -> tuple[TokenPool, TokenPool, torch.Tensor, torch.Tensor]:
-        """Pools of keys and values; the cells of new tokens, int64 [B * W], and of those that are read, int32 [B * S]."""
+        """Pools of keys and values; cells of new tokens, int64 [B * W]; of read ones, int32 [B * S]."""
         keys, values = self.pools["keys",], self.pools["values",]
         return keys, values, *self.step.cells(keys.window)
 

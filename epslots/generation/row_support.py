@@ -16,8 +16,8 @@ from epslots.generation.positions import depends_on_length
 from epslots.generation.row_attention import attentions_by_row, layer_of
 from epslots.generation.row_cache import empty_cache
 from epslots.generation.row_layers import can_be_pooled
-from epslots.models.adoption import mixes_tokens
 from epslots.models.batch_invariance import is_batch_invariant
+from epslots.models.experts_interface import mixes_tokens
 from epslots.models.model_shape import OF_THE_CACHE, CacheTensor
 
 # Mixers whose scan begins anew with every chunk of more than one token.
@@ -35,9 +35,9 @@ class RowSupport:
         modules: of attention that run row by row.
         rotaries: rotary embeddings that are computed row by row, because their angles depend on a row's length.
         whole_prompts: a prompt is computed in one batch, at any length.
-        replays: text that is computed again comes token by token, as it did the first time: in one pass it would get other
+        replays: text that is computed again comes token by token, as it did the first time: in one step it would get other
             angles, other bits or other experts. Prompts of such models are whole, too.
-        together: several rows share a pass.
+        together: several rows share a step.
         restart: tokens of a sequence after which it is computed anew, once; None = never.
     """
 
@@ -62,7 +62,7 @@ class RowSupport:
         """Why no step over rows can be captured, as a sentence's end; None if it may.
 
         Args:
-            tensors: what the model's cache keeps of a row.
+            tensors: those that the model's cache keeps of a row.
         """
         in_the_cache = any(tensor.layer == OF_THE_CACHE for tensor in tensors)
         by_row = self.modules or self.rotaries or not self.together or in_the_cache

@@ -156,7 +156,7 @@ def with_own_settings(prompt: Prompt, settings: GenerationSettings) -> tuple[str
     """A prompt without the settings that it may bring, and all of its settings.
 
     Args:
-        settings: for what the prompt says nothing about.
+        settings: where the prompt has none of its own.
 
     Raises:
         ConfigError: the prompt is a mapping without "prompt", or with a wrong setting.

@@ -52,7 +52,7 @@ class SingleQueries:
         if self._switch is None:
             yield
             return
-        # Who has wrapped a module's forward pass since wants to be called.
+        # A later wrapper of a module's forward pass has to be called.
         steps = [(vars(module), step) for module, step in self._steps if vars(module).get("forward") is step.replaced]
         try:
             for names, step in steps:

@@ -120,7 +120,7 @@ class SlotExchange:
             self._cells.open_to(level)
 
     def grow(self, tokens: int) -> bool:
-        """Get free cells for so many tokens, by as many levels as it takes; False if they come later, or never."""
+        """Get free cells for so many tokens, by as many levels as it takes. False if they come later, or never."""
         needed = self.tokens + tokens - self._cells.free
         if self.tokens < needed <= self.sizes.most_tokens:
             self._target = max(self._target, self.sizes.levels_for(needed))
@@ -128,7 +128,10 @@ class SlotExchange:
         return self._cells.free >= tokens
 
     def note_waiting(self, tokens: int, *, others: int = 0, their_tokens: int = 0) -> None:
-        """A request waits for so many free cells alone; behind it others, for which there are rows, with so many tokens."""
+        """Note that a request waits for free cells alone, and how many it needs.
+
+        Behind it wait others, for which there are rows, with so many tokens.
+        """
         self._waits = max(1, tokens - self._cells.free), others, their_tokens
 
     def count(self, *, seconds: float, running: int, held: int) -> None:
@@ -155,7 +158,7 @@ class SlotExchange:
         return self._sums.steps >= WINDOW_STEPS
 
     def decide(self, *, fixed_s: float, kept: int, reused: int, token_s: float) -> int:
-        """At the end of a window: 1 = experts shall cede one more slot a layer, -1 = use one again, 0 = neither.
+        """Decide at a window's end: experts cede one more slot a layer (1), use one again (-1), or neither (0).
 
         Args:
             fixed_s: seconds of a step that don't grow with its requests.

@@ -32,7 +32,7 @@ class StaticPages:
         spans: S, of each kind of attention.
 
     Attributes:
-        new_states: none: what a pass writes is kept by writing it.
+        new_states: none: what a step writes is kept by writing it.
     """
 
     def __init__(self, processor: Any, decoding: PagedDecoding, batch: int, spans: Sequence[int]) -> None:
@@ -84,4 +84,4 @@ class StaticPages:
             yield {**batch.get_model_kwargs(), **tensors}
 
     def keep_states(self) -> None:
-        """Nothing is left to keep."""
+        """Do nothing: the step has kept its states itself."""

@@ -32,7 +32,7 @@ class StaticStep:
         span: S.
 
     Attributes:
-        new_states: pools of states, and what the step leaves of them for its rows. Filled by each pass through Python.
+        new_states: pools of states, and the step's new states of its rows. Filled by each step through Python.
     """
 
     def __init__(self, cache: RowCache, batch: int, span: int) -> None:
@@ -60,7 +60,7 @@ class StaticStep:
 
     @contextmanager
     def inputs(self) -> Iterator[dict[str, torch.Tensor | Cache]]:
-        """What the model is called with, by its own names; to be captured together with the call."""
+        """The model's arguments, by its own names; to be captured together with the call."""
         row_B, length_B, span = self.row_B, self._numbers[_LENGTH], self.span
         cells = dict(zip(self._tables, self._numbers[_CELLS:], strict=True))
         for window, table in self._tables.items():

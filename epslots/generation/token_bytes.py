@@ -1,4 +1,4 @@
-"""The bytes that each token adds to a text: a grammar is matched against them, and texts are streamed by them.
+"""The bytes that each token adds to a text. Grammars are matched against them, and texts are streamed by them.
 
 A token's name isn't its text. Byte-level vocabularies (GPT-2's, and most since) write each byte as a character.
 SentencePiece's write a space as U+2581, and a byte that is no whole character as ``<0x0A>``. The rules are those of the

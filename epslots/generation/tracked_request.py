@@ -100,12 +100,15 @@ class TrackedRequest:
 
     @property
     def turn(self) -> tuple[int, int]:
-        """Its place among all requests: the lowest is served first, and the highest gives up its place in the cache first."""
+        """Its place among all requests. The lowest is served first; the highest gives up its place in the cache first."""
         return self.request.priority, self.number
 
     @property
     def held(self) -> bool:
-        """Whether it makes no step, because its cache is being handed over: one that isn't complete goes on until it is."""
+        """Whether it makes no step, because its cache is being handed over.
+
+        A request whose prompt isn't complete goes on until it is.
+        """
         return self.image is not None and not self.image.gone and self.length > self.image.layout.tokens
 
     def resume(self) -> None:
@@ -144,7 +147,7 @@ class TrackedRequest:
         """Tokens of the text so far, those before it was moved included."""
         return self.length - self.prompt_length
 
-    # --- what the next token's logits are changed by ---
+    # --- edits of the next token's logits ---
 
     @property
     def allowed(self) -> Any:

@@ -1,7 +1,7 @@
 """How ranks become one model: they compare versions, publish their slots, agree on costs, and step together from then on.
 
 ``load`` calls ``start_rank``, which fills a rank's slots and calls ``join``. After a loss the survivors form the next epoch's
-group and ``join`` again: the common table of who holds what is rebuilt from each rank's own slots.
+group and ``join`` again: the common table of residents is rebuilt from each rank's own slots.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def start_rank(
     """Fill the slots of a rank that has just loaded, and let it join the others; alone without ``transport``.
 
     Where all ranks together have a slot for every expert of a layer, each fills its own share. With a placement, each fills
-    its slots as the placement wants it. Arguments as ``join`` takes them.
+    its slots as the placement wants it. Arguments are those of ``join``.
 
     Raises:
         ConfigError: the placement is for other ranks or another model.

@@ -39,7 +39,7 @@ class RankGroup:
         settings: equal on all ranks.
         costs: agreed by all, by pool.
         nodes: the name of each rank's node.
-        pools: the layers between which slots may pass, by pool.
+        pools: the layers between which slots may move, by pool.
         shared: the planner of the model; the same on all ranks.
         lockstep: keeps this rank in step.
     """
@@ -63,7 +63,7 @@ class RankGroup:
         self.pools = slot_pools(runtime, handshakes)
         self.shared = self._planners(handshakes)
         if followed is not None:
-            self.shared.adopt(*followed, self._scores)
+            self.shared.follow(*followed, self._scores)
         self._newest = self.shared.placement.version
         self.lockstep = LockStep(
             transport,
@@ -143,7 +143,7 @@ class RankGroup:
             self._newest = placement.version
 
     def _begin_step(self, header: Header) -> None:
-        """Adopt the newest placement that all ranks have, pass the slots of this step for it, and cede others to caches."""
+        """Follow the newest placement that all ranks have, move the slots of this step for it, and cede others to caches."""
         if header.placement > self.placement.version:
             if header.placement not in self._offered:
                 error = ExchangeError(
@@ -152,12 +152,12 @@ class RankGroup:
                 )
                 self.lockstep.fail(error)  # the others don't know
                 raise error
-            self.shared.adopt(*self._offered[header.placement], self._scores)
+            self.shared.follow(*self._offered[header.placement], self._scores)
             self._offered = {g: offer for g, offer in self._offered.items() if g > header.placement}
         runners = self._runtime.runners
         for shift in self.shared.begin_step(self._scores):
             if shift.rank == self.transport.rank:
-                runners[shift.giver].pass_slot(runners[shift.taker], shift.evicted)
+                runners[shift.giver].give_slot(runners[shift.taker], shift.evicted)
         if self.shared.levels_R is not None:
             for rank, levels in enumerate(header.levels_R):
                 self._change_levels(rank, levels - int(self.shared.levels_R[rank]))
@@ -216,7 +216,7 @@ class RankGroup:
 
 
 def slot_pools(runtime: Runtime, handshakes: Sequence[Handshake]) -> list[tuple[int, ...]]:
-    """The layers between which slots may pass, by pool; none, where layers of some rank cede slots to its KV cache."""
+    """The layers between which slots may move, by pool. There are none where some rank's layers cede slots to its cache."""
     if any(handshake.levels >= 0 for handshake in handshakes):
         return [(layer,) for layer in range(len(runtime.layers))]
     return [loader.store_layers for loader in runtime.loaders]

@@ -1,4 +1,6 @@
-"""How a rank's layers cede slots to its KV cache, and use them again: alone at once, in a group with the next step's header.
+"""A rank's layers cede slots to its KV cache, and use them again.
+
+A rank alone does so at once, a rank of a group with the next step's header.
 
 A rank asks, all ranks of its group enter the change in their tables before the same step (``rank_group.py``), and the rank
 itself changes its slots. ``generation/slot_exchange.py`` asks.
@@ -45,9 +47,9 @@ class SlotCeding:
             return
         if levels == self.levels:
             return
-        settle = self._runtime.telemetry.settle
-        if settle is not None:
-            settle()  # the device decides about slots
+        collect = self._runtime.telemetry.collect
+        if collect is not None:
+            collect()  # the device decides about slots
         with self._loader.pool.lock:
             while self.levels < levels:
                 self._loader.wait_all()

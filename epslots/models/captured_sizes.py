@@ -80,7 +80,7 @@ def _row_tensors(shape: ModelShape) -> tuple[CacheTensor, ...]:
 
 
 def _read_bytes(shape: ModelShape, span: int) -> int:
-    """What a step reads of one row: its positions, of each kind of attention, and one layer's keys and values there."""
+    """A step's reads of one row: its positions, of each kind of attention, and one layer's keys and values there."""
     if shape.pages is not None:
         return span * (len(shape.pages.layers) * _POSITION_BYTES + shape.pages.layer_bytes)
     layers: dict[int, int] = {}

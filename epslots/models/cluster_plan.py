@@ -1,4 +1,7 @@
-"""The plan of a cluster whose ranks are divided: what each role has room for, and what a hand-over between two costs. Pure."""
+"""The plan of a cluster whose ranks are divided by role.
+
+What each role has room for, and what a hand-over between two costs. Pure.
+"""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def refusing(what: str) -> Iterator[None]:
 
 
 def check_numbers(settings: dict[str, Any], path: Path) -> None:
-    """Refuse numbers that no model has: NaN, an infinity that is no bound of a range, millions of layers, and the like.
+    """Refuse numbers that no model has. NaN, an infinity that is no bound of a range, millions of layers, and the like.
 
     Args:
         settings: the content of ``path``.

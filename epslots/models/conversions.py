@@ -21,8 +21,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from epslots.models.adoption import adopted_conversions
 from epslots.models.config_check import refusing
+from epslots.models.experts_interface import rebuilt_conversions
 from epslots.models.quantiser import Dequantise, StoredQuantisation, StoredQuantiser
 
 
@@ -71,17 +71,17 @@ class TensorSource:
         self.renamed[found.pattern].append(found.renamed)
 
 
-def conversions_of(skeleton: PreTrainedModel, *, adopted: bool = True) -> list[Any]:
+def conversions_of(skeleton: PreTrainedModel, *, rebuilt: bool = True) -> list[Any]:
     """The conversions of a checkpoint into a model.
 
     Args:
         skeleton: the model's structure; its configuration states the checkpoint's quantisation (``pretrained.read_config``).
-        adopted: those of adopted experts too, which transformers itself doesn't load by (``adoption.py``).
+        rebuilt: those of rebuilt experts too, which transformers itself doesn't load by (``experts_interface.py``).
     """
     quantisation = getattr(skeleton.config, "quantization_config", None)
     quantizer = None if quantisation is None else StoredQuantiser(StoredQuantisation(**quantisation))
     with refusing("config.json"):
-        found = _of_adopted(skeleton, quantizer) if adopted else []
+        found = _of_rebuilt(skeleton, quantizer) if rebuilt else []
         return found + list(get_model_conversion_mapping(skeleton, None, quantizer))
 
 
@@ -90,11 +90,11 @@ def loaded_conversions(model: PreTrainedModel) -> list[Any]:
     own = list(model._weight_conversions)
     operations = [operation for converter in own for operation in getattr(converter, "operations", ())]
     quantizers = (operation.hf_quantizer for operation in operations if isinstance(operation, Dequantise))
-    return _of_adopted(model, next(quantizers, None)) + own
+    return _of_rebuilt(model, next(quantizers, None)) + own
 
 
-def _of_adopted(model: PreTrainedModel, quantizer: StoredQuantiser | None) -> list[Any]:
-    found = adopted_conversions(model)
+def _of_rebuilt(model: PreTrainedModel, quantizer: StoredQuantiser | None) -> list[Any]:
+    found = rebuilt_conversions(model)
     if quantizer is None or not found:
         return list(found)
     return [c for c in quantizer.update_weight_conversions(found, model) if isinstance(c, WeightConverter)]

@@ -30,7 +30,7 @@ def _is_llamas(kind: type[nn.Module]) -> bool:
 
 
 def norm_of(module: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The weight [H] and epsilon [1] of a norm that makes one pass over rows of ``dtype``; None if it does something else."""
+    """The weight [H] and epsilon [1] of a norm that makes one pass over rows of ``dtype``. None if it does something else."""
     forward, weight = vars(module).get("forward"), module._parameters.get("weight")
     if getattr(forward, "__func__", None) is not _in_place or module._forward_pre_hooks or module._forward_hooks:
         return None

@@ -21,10 +21,10 @@ from epslots.cache.unpacking import assert_consistent, record_views, unpack_reco
 from epslots.errors import CheckpointError
 from epslots.formats.quantise import QUANTISED
 from epslots.layout import LayerSpec, PackedForm, PackedMatrix, TensorSpec
-from epslots.models.adoption import expert_rows
 from epslots.models.checkpoint import Checkpoint
 from epslots.models.conversions import TensorSource, conversions_of, loaded_conversions, match_keys
 from epslots.models.experts import parameter_shapes
+from epslots.models.experts_interface import expert_rows
 from epslots.models.packing import Packing, check_packing, find_packing, formed_matrices, packed_layout, record_tensors
 from epslots.models.quantiser import Dequantise, by_matrix
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from epslots.errors import UnsupportedModelError
 from epslots.layout import LayerSpec, RecordLayout
-from epslots.models.adoption import adopt, is_experts
+from epslots.models.experts_interface import bring_to_interface, is_experts
 
 # Attribute of an experts module: its tensors' shapes.
 SPEC = "epslots_spec"
@@ -57,7 +57,7 @@ def dense_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)
         for module in list(self.modules()):
-            adopt(module)
+            bring_to_interface(module)
         for module in self.modules():
             if is_experts(module):
                 _remove_weights(module)

@@ -3,8 +3,8 @@
 Written from xAI's published computation (github.com/xai-org/grok-1, model.py) and, for Grok-2, from SGLang's (models/grok.py,
 and its attention). Both are decoders of sandwich-normed layers: attention whose logits are capped by tanh, then experts that a
 softmax over all of them chooses and weighs. Grok-2 adds a dense MLP beside the experts, caps of the router's and the final
-logits, and a temperature of attention that grows with a token's position. All gates are GELU's tanh form, as in xAI's code,
-whatever a conversion's configuration says.
+logits, and a temperature of attention that grows with a token's position. All gates are GELU's tanh form, as in xAI's code;
+a conversion's configuration isn't asked.
 
 ``own_models.py`` has the names in checkpoints.
 
@@ -230,7 +230,7 @@ class GrokDecoderLayer(GradientCheckpointingLayer):
 
 
 class GrokPreTrainedModel(PreTrainedModel):
-    """What transformers asks of a model; of its implementations of attention none caps logits as Grok does."""
+    """transformers' base class. Of its implementations of attention, none caps logits as Grok does."""
 
     config_class = GrokConfig
     base_model_prefix = "model"
@@ -295,7 +295,7 @@ class GrokModel(GrokPreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _temperature(self, position_BW: torch.Tensor) -> torch.Tensor | None:
-        """What the attention logits of each token are multiplied by: the logarithm of its position, to a base of 1,024."""
+        """The factor of each token's attention logits: the logarithm of its position, to a base of 1,024."""
         base = self.config.attn_temperature_len
         if base <= 0:
             return None

@@ -21,8 +21,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from epslots.errors import UnsupportedModelError
 from epslots.layout import LayerSpec
-from epslots.models.adoption import is_experts
 from epslots.models.experts import dense_class, expert_layers
+from epslots.models.experts_interface import is_experts
 from epslots.models.meta_run import MetaRun
 from epslots.models.model_shape import OF_THE_CACHE, CacheTensor, ModelShape
 from epslots.models.pretrained import build_skeleton, resolve_class, resolve_dtype

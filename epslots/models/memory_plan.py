@@ -1,16 +1,14 @@
-"""The memory plan: the bytes that a rank needs. Pure arithmetic on integers; nothing is read or allocated.
+"""The memory plan: the bytes that a rank needs. ``memory_report.py`` puts it into words. Pure arithmetic on integers.
 
-    dense weights    everything that isn't an expert; every rank holds all of it
-    slots            the pool: quota of each MoE layer x bytes of one of its slots
-    KV cache         keys, values, latents and states of all requests, as the engine allocates them (``model_shape.py``)
-    workspace        the activations of one MoE layer for one step; the logits, and the choice of tokens
-    unpacking        one matrix at a time, where slots hold experts packed
-    predictor        its weights, and the rows that it remembers
-    captured steps   what CUDA graphs of decoding steps keep: activations, and each graph's logits (``captured_sizes.py``)
-    communication    NCCL's buffers, on GPUs of several ranks
-    reserve          the rest of the forward pass (attention), allocator fragmentation, the device's context
-
-``memory_report.py`` puts a plan into words, and refuses one that doesn't fit.
+dense weights    everything that isn't an expert; every rank holds all of it
+slots            the pool: quota of each MoE layer x bytes of one of its slots
+KV cache         keys, values, latents and states of all requests, as the engine allocates them (``model_shape.py``)
+workspace        the activations of one MoE layer for one step; the logits, and the choice of tokens
+unpacking        one matrix at a time, where slots hold experts packed
+predictor        its weights, and the rows that it remembers
+captured steps   what CUDA graphs of decoding steps keep: activations, and each graph's logits (``captured_sizes.py``)
+communication    NCCL's buffers, on GPUs of several ranks
+reserve          the rest of the forward pass (attention), allocator fragmentation, the device's context
 """
 
 from __future__ import annotations
@@ -133,13 +131,13 @@ class MemoryPlan(msgspec.Struct, frozen=True):
 
     @property
     def captured_bytes(self) -> int:
-        """What the graphs of these steps keep."""
+        """Bytes that the graphs of these steps keep."""
         sizes = self.captured_sizes
         return sizes.nbytes(self.shape, moe_workspace_bytes(self.shape, sizes.rows, self.ranks))
 
     @property
     def communication_bytes(self) -> int:
-        """What NCCL takes after the plan is made, when ranks connect and first exchange."""
+        """Bytes that NCCL takes after the plan is made, when ranks connect and first exchange."""
         return NCCL_BYTES if self.device == "cuda" and self.ranks > 1 else 0
 
     @property
@@ -212,7 +210,8 @@ def plan_memory(
         engine: requests and tokens to have room for; by default those of ``EngineConfig``.
         reserve_bytes: memory to keep free; None = ``default_reserve``.
         predictor_bytes: of the prefetchers' predictor.
-        capturable, gpu_fetches: on a GPU, as in ``MemoryPlan``.
+        capturable: on a GPU, whether decoding steps may be captured.
+        gpu_fetches: whether a GPU can fetch experts by itself, from a store in memory.
         memory_note: the origin of ``memory_bytes``, for messages.
 
     Raises:

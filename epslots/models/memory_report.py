@@ -56,7 +56,7 @@ def alternatives(plan: MemoryPlan) -> tuple[MemoryPlan, ...]:
 
 
 def largest_fit(plan: MemoryPlan) -> MemoryPlan | None:
-    """The plan with the most slots per layer, the same number for each, that fits; None if not even one does."""
+    """The plan with the most slots per layer that fits, the same number for each layer. None if not even one does."""
     low, high = 0, max(layer.num_experts for layer in plan.shape.layers)
     while low < high:  # low fits (0 being no slots at all), high + 1 doesn't
         middle = (low + high + 1) // 2

@@ -1,6 +1,6 @@
 """The sizes of a model: all that memory planning knows of it. Filled by ``measure_shape.py`` or ``known_shapes.py``.
 
-The engine allocates a model's rows from the same records (``CacheTensor``), so plan and engine agree by construction.
+The engine allocates a model's rows from the same ``CacheTensor``s, so plan and engine agree by construction.
 """
 
 from __future__ import annotations

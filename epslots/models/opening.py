@@ -12,10 +12,10 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from epslots.errors import CheckpointError
 from epslots.layout import LayerSpec
-from epslots.models.adoption import IMPLEMENTATION
 from epslots.models.checkpoint import Checkpoint, CheckpointSource, find_checkpoint, open_checkpoint
 from epslots.models.config_check import check_numbers, check_top_k, refusing
 from epslots.models.experts import expert_layers, experts_modules
+from epslots.models.experts_interface import IMPLEMENTATION
 from epslots.models.json_file import read_json_object
 from epslots.models.pretrained import build_skeleton, has_language_head, quiet, read_config, resolve_class, resolve_dtype
 from epslots.models.tensor_check import check_tensors

@@ -158,7 +158,10 @@ def _check_matrix(operation: Dequantise, target: str, head: str, parts: Mapping[
 
 
 def packed_layout(layout: RecordLayout, matrices: Mapping[str, PackedMatrix]) -> tuple[RecordLayout, PackedLayout | None]:
-    """The layout of records in which these tensors are packed, and what it stands for; as it was if none is."""
+    """The layout of records in which these tensors are packed, and what it stands for.
+
+    The given layout and None if no tensor is packed.
+    """
     if not matrices:
         return layout, None
     tensors: list[tuple[str, tuple[int, ...], str]] = []

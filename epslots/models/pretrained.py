@@ -19,9 +19,9 @@ from transformers.utils import logging as transformers_logging
 from epslots.errors import CheckpointError, ConfigError, EpslotsError, UnsupportedModelError
 from epslots.formats.known_formats import find_format
 from epslots.layout import ITEM_BYTES
-from epslots.models.adoption import IMPLEMENTATION
 from epslots.models.config_check import check_numbers, refusing
 from epslots.models.experts import dense_class
+from epslots.models.experts_interface import IMPLEMENTATION
 from epslots.models.json_file import read_json_object
 from epslots.models.own_models import own_class, own_config
 from epslots.models.quantiser import stated

@@ -133,7 +133,7 @@ class StoredQuantiser(HfQuantizer):
 
 
 def but_for(pattern: str, names: Iterable[str]) -> str:
-    """A pattern of names that leaves alone those which end as one of these does: a module and its tensor, ``router.scale``."""
+    """A pattern of names that leaves these names out. A name is left out by its module and tensor, as ``router.scale``."""
     ends = sorted({".".join(name.split(".")[-2:]) for name in names if re.search(pattern, name)})
     return rf"^(?!(?:.*\.)?(?:{'|'.join(map(re.escape, ends))})$){pattern.removeprefix('^')}" if ends else pattern
 

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def code_of(function: Any) -> tuple[object, ...] | None:
-    """What a function does, to compare with another's: its code, without the docstring. None: it is no plain function."""
+    """A function's code without its docstring, to compare with another's; None if it is no plain function."""
     if not isinstance(function, FunctionType):
         return None
     code = function.__code__

@@ -20,7 +20,7 @@ from epslots.moe.packed_gemm import REFERENCE, without_kernel
 
 @dataclass(frozen=True)
 class SlotFormat:
-    """What slots hold.
+    """The content of slots.
 
     Attributes:
         layers: the MoE layers with the layouts of their records, which are those of their slots.

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 from epslots.errors import CheckpointError
 from epslots.layout import LayerSpec
-from epslots.models.adoption import adopted_conversions
 from epslots.models.checkpoint import FLOATS, Checkpoint
 from epslots.models.conversions import TensorSource, conversions_of, match_keys
+from epslots.models.experts_interface import rebuilt_conversions
 from epslots.models.packing import check_packing
 
 logger = logging.getLogger(__name__)
@@ -72,14 +72,14 @@ def check_tensors(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Seq
         if target in dense:
             _check_source(checkpoint, source, tuple(dense[target].shape))
     _judge_unused(checkpoint, skeleton, left, made)
-    return frozenset(elsewhere | _unadopted(checkpoint, skeleton, dense))
+    return frozenset(elsewhere | _names_before_rebuilding(checkpoint, skeleton, dense))
 
 
-def _unadopted(checkpoint: Checkpoint, skeleton: PreTrainedModel, dense: dict[str, Any]) -> set[str]:
-    """Names that transformers, which knows nothing of adopted experts, gives to their tensors."""
-    if not adopted_conversions(skeleton):
+def _names_before_rebuilding(checkpoint: Checkpoint, skeleton: PreTrainedModel, dense: dict[str, Any]) -> set[str]:
+    """Names that transformers, which knows nothing of rebuilt experts, gives to their tensors."""
+    if not rebuilt_conversions(skeleton):
         return set()
-    own = conversions_of(skeleton, adopted=False)
+    own = conversions_of(skeleton, rebuilt=False)
     found = match_keys(checkpoint.tensors, own, skeleton.base_model_prefix, dense)
     return {target for match in found for target in match.targets if target not in dense}
 

@@ -1,4 +1,4 @@
-"""Keys and values of a step into cells of pools, and all that its rows read out of cells: one compiled loop on the CPU.
+"""A step's keys and values into cells of pools, and the cells that its rows read. One compiled loop on the CPU.
 
 torch makes four operations of it, each of which takes longer for a short context than the copies. Cells hold a token's heads
 one behind another. A *job* is an array of integers, whose fields are named below; addresses, and strides in bytes.
@@ -70,7 +70,10 @@ def has_whole_cells(pool: torch.Tensor) -> bool:
 
 
 def fits(pool: torch.Tensor, new: torch.Tensor, cells: torch.Tensor) -> bool:
-    """Whether new states [B, G, W, D] can be put into a pool [C, G, D] here, and cells int32 [B * S] be read; no gradients."""
+    """Whether this step's states and cells can be handled here.
+
+    New states [B, G, W, D] go into a pool [C, G, D], and cells, int32 [B * S], are read. There are no gradients here.
+    """
     plain = pool.is_cpu and new.dim() == 4 and pool.dim() == 3 and not config.DISABLE_JIT and has_whole_cells(pool)
     if not plain or new.dtype is not pool.dtype or (new.requires_grad and torch.is_grad_enabled()):
         return False

@@ -1,4 +1,4 @@
-"""The slots of one layer on one rank: which experts a step finds there, which it lacks, and which are in flight.
+"""The slots of one layer on one rank: a step's hits, misses and fetches in flight.
 
 ``MoELayer`` calls ``schedule``, ``fetch`` and ``migrate``, ``ExpertCompute`` calls ``begin_pass``, and the layer before calls
 ``prefetch``. All fetches go through the pool's ``ExpertLoader``.
@@ -115,10 +115,10 @@ class ExpertCache:
         self._telemetry.count_planned(self._index, hits=uses - misses, misses=misses, passes=passes)
 
     def fetch(self, plan: RankPlan, *, agreed: bool) -> None:
-        """Begin the fetches that need not wait for anything computed, and send peers their copies.
+        """Begin the fetches that wait for no pass, and send peers their copies.
 
         Args:
-            agreed: as in ``Transport.exchange``.
+            agreed: whether ranks skip the comparison of sizes, which follow from the same plan.
         """
         if plan.copies is not None:
             self._fetch(plan.passes[0] if plan.passes else NO_PASS, plan.copies, agreed=agreed)
@@ -161,7 +161,7 @@ class ExpertCache:
         """Do this rank's part of the step's migrations, behind its demand.
 
         Args:
-            agreed: as in ``Transport.exchange``.
+            agreed: whether ranks skip the comparison of sizes, which follow from the same plan.
         """
         if plan.migrated < 0 and plan.migration_copies is None:
             return
@@ -174,13 +174,13 @@ class ExpertCache:
         self._loader.fetch(self.pool_layer, experts, slots, evicted, plan.migration_copies, agreed=agreed, urgent=False)
         self._telemetry.count(self._index, migrations=len(experts), migration_s=time.perf_counter() - began)
 
-    def pass_slot(self, taker: ExpertCache, evicted: int) -> None:
-        """Pass a slot to a neighbouring layer of the pool; both layers' ranges change.
+    def give_slot(self, taker: ExpertCache, evicted: int) -> None:
+        """Give a slot to a neighbouring layer of the pool; both layers' ranges change.
 
         Args:
             evicted: this layer's expert that is evicted before; -1 = the layer has an empty slot.
         """
-        self._loader.pass_slot(self.pool_layer, taker.pool_layer, evicted)
+        self._loader.give_slot(self.pool_layer, taker.pool_layer, evicted)
 
     def wait_for_all(self) -> None:
         """Wait for all fetches into the layer's slots."""

@@ -105,7 +105,7 @@ class GroupedGemm:
         return result if self._post_norm is None else self._post_norm(result)
 
     def ready_products(self, pairs: int) -> tuple[vector_gemm.ReadyProduct, vector_gemm.ReadyProduct] | None:
-        """The two products that a call for so many rows consists of, on a CPU; None if it does something else, or more."""
+        """The two products that make up a call for so many rows, on a CPU. None if the call does something else, or more."""
         if self._whole is None or self._fused is None or self._post_norm is not None or not self._takes_vectors(pairs):
             return None
         return self._whole

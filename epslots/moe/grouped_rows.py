@@ -1,4 +1,4 @@
-"""A grouped product on the CPU: each slot's rows times its matrix, read where it lies; by as many threads as torch has.
+"""A grouped product on the CPU: each slot's rows times its matrix, where it lies. It takes as many threads as torch has.
 
     launch    lists the slots that have rows (*spans*), cuts their products into tasks, and starts the threads
     work      of each thread: takes tasks until none is left, so a thread that other processes slow down does less

@@ -1,4 +1,4 @@
-"""The arithmetic of experts by kernels of our own, for GPUs on which torch's grouped product would wait for the host.
+"""Grouped products by kernels of our own. They are for GPUs on which torch's grouped product would wait for the host.
 
 ``KernelGemm`` is the ``GroupedGemm`` that ``product_choice.py`` chooses there. Its kernels are ``Products``: Triton's on a GPU
 (``grouped_kernel.py``), torch's as their reference.
@@ -26,7 +26,7 @@ _ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUActivation": "gel
 
 @dataclass(frozen=True)
 class Gate:
-    """What turns a first product into a second one's input: the first half of the outputs, activated, times the other half.
+    """The gate between two products: the first half of the outputs, activated, times the other half.
 
     Attributes:
         activation: "silu", "gelu" or "gelu_tanh".
@@ -36,7 +36,7 @@ class Gate:
 
 
 def known_gate(module: Any) -> Gate | None:
-    """The gate of an experts module if the kernels know it; None if the module has to compute it by itself."""
+    """The gate of an experts module if the kernels know it. None if the module has to compute it by itself."""
     if not module.has_gate or getattr(module._apply_gate, "__func__", None) is not _default_apply_gate:
         return None
     activation = _ACTIVATIONS.get(type(module.act_fn).__name__)
@@ -70,7 +70,7 @@ class Tiles:
 
 
 def tile_rows(rows: int, slots: int) -> int:
-    """Rows of a tile, from shapes alone: a power of two, about the rows of a slot if all slots get some."""
+    """Rows of a tile, from shapes alone. A power of two, about the rows of a slot if all slots get some."""
     each = -(-rows // max(1, min(rows, slots)))
     return min(_MOST_ROWS, max(_LEAST_ROWS, 1 << (each - 1).bit_length()))
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels of grouped products share: the gate between two products, and when rows are few."""
+"""The common parts of the Triton kernels of grouped products: the gate between two products, and when rows are few."""
 
 from __future__ import annotations
 

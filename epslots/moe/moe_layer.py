@@ -10,13 +10,11 @@
     combine    results back to their tokens; weight and sum over k, in fp32 and in fixed order
     migrate    behind all that, fetches for the placement's sake (expert_cache.py)
 
-One rank and many go the same way. Where no expert can be missing on any rank, a step takes no plan and no host
-synchronisation. No Python loop runs over tokens or experts.
+One rank and many go the same way. Where no expert can be missing on any rank, a step has no plan and no host synchronisation.
 
-Glossary: a *pair* is one (token, k). A *slot* holds one expert's weights on the device; a rank *hits* an expert that is in one
-of its slots, and *misses* another. A *pass* is one grouped product over part of the layer's experts, where these are more
-than its slots or come late. *Residents* are the experts in slots; some are *evicted* for fetches. A *migration* is a fetch for
-the placement's sake.
+Glossary: a *pair* is one (token, k). A *slot* holds one expert's weights on the device; *residents* are the experts in slots.
+A rank *hits* a resident expert and *misses* another; some residents are *evicted* for fetches. A *pass* is one grouped product
+over part of the layer's experts. A *migration* is a fetch for the placement's sake.
 
 Legend of shape suffixes: T tokens, K experts per token, N = T * K pairs, M pairs computed here, R ranks, E experts, H hidden
 size.
@@ -47,11 +45,11 @@ from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
 from epslots.planner.layer_state import LayerState
 from epslots.planner.plan import RankPlan
 from epslots.planner.reuse_distance import stack_distances
-from epslots.planner.use_history import UseHistory, record_use, used_experts
+from epslots.planner.use_history import UseHistory, note_use, used_experts
 from epslots.telemetry import Telemetry
 from epslots.transport.lockstep import Gathered
 
-# One step in so many is asked how soon its experts are used again; each layer in its turn.
+# One step in so many is sampled for stack distances; the layers take turns.
 REUSE_EVERY = 16
 
 RouteObserver = Callable[[int, torch.Tensor], None]
@@ -105,7 +103,7 @@ class MoELayer:
         steps: steps that ``history`` counts; the same on all ranks of a group, as ``history`` is.
         prefetch_target: this layer as the one before sees it.
         prefetcher: predicts for the next layer; None where nothing is predicted.
-        room: divides steps that there is no memory for, on all ranks alike; None = there always is.
+        room: divides steps that exceed the memory, on all ranks alike; None = no step does.
     """
 
     def __init__(
@@ -131,7 +129,7 @@ class MoELayer:
     def form(self, peers: Peers, planner: LayerPlanner, *, complete: bool) -> None:
         """Make all steps from now on with these peers, by plans of this planner. Called between steps.
 
-        A layer outlives its groups: each epoch's group brings other ranks, another table of who holds what and other costs.
+        A layer outlives its groups: each epoch's group brings other ranks, other residents and other costs.
 
         Args:
             complete: whether no expert will ever be missing on any of the ranks: then each computes its own tokens.
@@ -142,7 +140,7 @@ class MoELayer:
         self._resident = self.experts if complete else None
 
     def prefetch_by(self, prefetcher: Prefetcher) -> None:
-        """Predict for the next layer from now on. Layers look at each other in a circle, so none can be made with it."""
+        """Predict for the next layer from now on. Layers form a circle, so none is made with it."""
         self.prefetcher = prefetcher
 
     def observe(self, observer: RouteObserver | None) -> None:
@@ -155,13 +153,13 @@ class MoELayer:
         return self._observer is not None
 
     def lend_slots(self, experts: ResidentExperts) -> None:
-        """Let ``experts`` rule the layer's slots, compute every step and prefetch, until ``take_slots_back``."""
+        """Let ``experts`` decide about the layer's slots, compute every step and prefetch, until ``take_slots_back``."""
         assert self._lent_by is None, "the slots are lent already"
         self._lent_by = self._resident, self.prefetcher
         self._resident, self.prefetcher = experts, None
 
     def take_slots_back(self) -> None:
-        """End what ``lend_slots`` began."""
+        """Decide about the layer's slots by its own plans again."""
         assert self._lent_by is not None, "the slots aren't lent"
         (self._resident, self.prefetcher), self._lent_by = self._lent_by, None
 
@@ -170,13 +168,13 @@ class MoELayer:
         """Whether ``lend_slots`` is in force."""
         return self._lent_by is not None
 
-    def pass_slot(self, taker: MoELayer, evicted: int) -> None:
-        """Pass a slot to a neighbouring layer of the pool.
+    def give_slot(self, taker: MoELayer, evicted: int) -> None:
+        """Give a slot to a neighbouring layer of the pool.
 
         Args:
             evicted: this layer's expert that is evicted before; -1 = the layer has an empty slot.
         """
-        self.cache.pass_slot(taker.cache, evicted)
+        self.cache.give_slot(taker.cache, evicted)
         self.use_slot_range()
         taker.use_slot_range()
 
@@ -274,7 +272,7 @@ class MoELayer:
         if arrived is None:
             self._prefetch_alone(self.prefetcher, usage)
         results_NH = experts.execute_resident(batch.hidden_TH, batch.ids_N)
-        # Mostly they have arrived while the layer's kernels were queued. A guess isn't worth a wait.
+        # Predictions mostly arrive while the layer's kernels are queued. A guess isn't worth a wait.
         if arrived is not None and arrived.query():
             self._prefetch_alone(self.prefetcher, usage)
         return results_NH
@@ -299,12 +297,12 @@ class MoELayer:
         return gathered
 
     def plan(self, gathered: Gathered) -> RankPlan:
-        """Decide for all ranks who computes what, and for this one what is fetched when."""
+        """Plan the step for all ranks; returns this rank's part, with its passes."""
         planner, counts_RE = self.planner, gathered.counts_R[:, :-1]
         used_E = used_experts(counts_RE)
         if not np.count_nonzero(used_E):  # no rank has tokens
             return planner.no_work
-        self._record_uses(used_E, gathered.counts_R[planner.rank])
+        self._note_uses(used_E, gathered.counts_R[planner.rank])
         if planner.alone:
             planner.refresh(self.cache.slot_of_E)
         plan = planner.plan(counts_RE, self.scores)
@@ -318,7 +316,7 @@ class MoELayer:
             self.prefetcher.fetch(gathered.predicted_R, gathered.busy_R, self.cache.pool)
 
     def dispatch(self, batch: Batch, plan: RankPlan, gathered: Gathered) -> Dispatch:
-        """Send own pairs to the ranks that compute them, and take in those that this rank computes."""
+        """Send own pairs to the ranks that compute them, and receive those that this rank computes."""
         if not plan.moved:
             return LocalDispatch(batch.hidden_TH, batch.ids_N)
         self._telemetry.count(self.index, pairs_sent=plan.sent, pairs_received=plan.received)
@@ -342,7 +340,7 @@ class MoELayer:
             self._telemetry.count(self.index, compute_s=seconds)
 
     def migrate(self, plan: RankPlan) -> None:
-        """Begin what is fetched for the placement's sake; the step's last exchange."""
+        """Begin this rank's migrations; the step's last exchange."""
         self.cache.migrate(plan, agreed=self._peers.agreed)
         self._peers.note(exchanging=False)
 
@@ -361,7 +359,7 @@ class MoELayer:
                 f"device={str(hidden_TH.device)!r} instead of moving it"
             )
 
-    def _record_uses(self, used_E: BoolArray, counts: IntArray) -> None:
+    def _note_uses(self, used_E: BoolArray, counts: IntArray) -> None:
         """Enter the experts that a step uses on any rank into the history, and count them.
 
         Args:
@@ -375,7 +373,7 @@ class MoELayer:
         slots = None
         if self._learns:
             slots = self.cache.slots if self.planner.alone else int(self.planner.state.quota_R.sum())
-        record_use(self.history, used_E, self.steps, slots)
+        note_use(self.history, used_E, self.steps, slots)
 
 
 def plan_alone(cache: ExpertCache, budgets: FetchBudgets | None = None, cpu_share: CpuShare | None = None) -> LayerPlanner:

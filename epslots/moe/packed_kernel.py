@@ -309,6 +309,6 @@ def constants_of(form: PackedForm, block: _PackedBlock, blocks: int) -> dict[str
 
 
 def _tensors(parts: Parts) -> tuple[torch.Tensor, ...]:
-    """What the kernel reads of a form: 8-bit floats as bytes; codes in the place of what it doesn't have."""
+    """The kernel's arguments of a form: 8-bit floats as bytes; codes in the place of missing parts."""
     found = [parts.get(name, parts["codes"]) for name in _PARTS]
     return tuple(tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor for tensor in found)

@@ -1,4 +1,4 @@
-"""Grouped products with packed matrices on the CPU: codes are read where they lie, and unpacked a pair of rows after another.
+"""Grouped products with packed matrices on the CPU. Codes are read where they lie, and unpacked a pair of rows after another.
 
     weight = round((code - zero) * (group * row))
 

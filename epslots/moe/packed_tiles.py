@@ -157,7 +157,7 @@ def _codes_tile(b: Any, halved: int, rows: int, kind: CodeKind, *args: Value) ->
 
 
 def _table_of(b: Any, form: BFloat16PairForm, kind: CodeKind, zeros: list[Value]) -> Any:
-    """What codes of both halves of a run are looked up in; None if they aren't."""
+    """The table of the codes of both halves of a run; None if codes aren't looked up."""
     if kind.table is None:
         return None
     return form.make_table(b, [kind.table(b, code.splat(b, code.load(b, zero, F32, 4))) for zero in zeros])

@@ -1,6 +1,6 @@
-"""What a layer's step does with its pairs: count them by expert, sort them by slot, and sum their results.
+"""The pairs of a layer's step: counted by expert, sorted by slot, and their results summed.
 
-``MoELayer`` and ``ExpertCompute`` call these around the experts' products. ``TorchPairKernels`` is what a CPU runs, and the
+``MoELayer`` and ``ExpertCompute`` call these around the experts' products. ``TorchPairKernels`` runs on a CPU, and is the
 reference of Triton's kernels (``pair_triton.py``), which do each in one launch.
 
 Legend of shape suffixes: T tokens, K experts per token, N = T * K pairs, E experts, Q keys, H hidden size.
@@ -80,7 +80,7 @@ class PairKernels(Protocol):
         ...
 
     def weighted_sum(self, results_NH: torch.Tensor, weights_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Each token's results, weighted and summed over k: in the order of k, at least in fp32; [T, H] in ``dtype``."""
+        """Each token's results, weighted and summed over k, [T, H] in ``dtype``. In the order of k, at least in fp32."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What a layer's step does with its pairs, as compiled loops for the CPU: one call where torch takes five operations or more.
+"""The pairs of a layer's step, handled by compiled loops on the CPU. One call does the work of five torch operations or more.
 
 With few tokens each of torch's operations takes longer than its work. ``pair_kernels.TorchPairKernels`` is the twin.
 
@@ -153,7 +153,7 @@ def scatter_rows(rows_NH: torch.Tensor, place_N: torch.Tensor) -> torch.Tensor:
 
 
 class CompiledPairKernels(TorchPairKernels):
-    """``PairKernels`` by compiled loops, for one thread at a time; torch does what they don't take.
+    """``PairKernels`` by compiled loops, for one thread at a time; torch does the rest.
 
     Args:
         experts: E.

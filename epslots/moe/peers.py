@@ -43,7 +43,7 @@ class Peers(Protocol):
         ...
 
     def note(self, *, exchanging: bool, computing: bool = False) -> None:
-        """Note where this rank is in a layer: it says what the others wait for if it fails there.
+        """Note this rank's place in a layer: others may wait for it if it fails there.
 
         Args:
             exchanging: between the layer's first exchange and its last.
@@ -67,7 +67,7 @@ class Peers(Protocol):
         Args:
             counts: int64 [E + 1] on the device, this rank's.
             top_k: K, or 0 without tokens.
-            guard: a digest of what the layer's plan follows from, the same on all ranks.
+            guard: a digest of the inputs of the layer's plan, the same on all ranks.
             predicted: int32 on the device, 0 to 255, how likely each expert of the next layer is used.
             busy: whether this rank's link has something to do.
             parts: in how many this rank has to divide the step; all make as many as the one that needs the most.

@@ -46,7 +46,7 @@ class UsagePredictor(Protocol):
         ...
 
     def keep_rows_at(self, row_T: torch.Tensor | None, rows: int = 0) -> None:
-        """Keep this thread's rows in place from now on, where captured steps find them: row t of a step at ``row_T[t]``.
+        """Keep this thread's rows in place from now on, where captured steps find them. Row t of a step is at ``row_T[t]``.
 
         Args:
             row_T: int64 on the device, below ``rows``; repeated rows are alike. What is kept there precedes row t. None = no
@@ -158,7 +158,7 @@ class Prefetcher:
         self._unused_E = torch.zeros(cache.num_experts, dtype=torch.int32, device=cache.pool.device)
 
     def predict(self, hidden_TH: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor | None:
-        """How likely the next layer will use each expert, int32 [E] from 0 to 255; None if that is of no use."""
+        """How likely the next layer will use each expert, int32 [E] from 0 to 255. None if a prediction is of no use."""
         tokens, hidden_TH = hidden_TH.shape[0], hidden_TH.detach()  # ``no_grad`` would take longer
         if self.approximate and tokens:
             self._target.predicted.ids_TK = self._predictor.ids(self._index, hidden_TH, index_TK.shape[1])

@@ -81,7 +81,7 @@ def planned_products(
 
 
 def make_gemm(module: Any, weights: Mapping[str, Weight], *, batch_invariant: bool = False) -> GroupedGemm:
-    """Computes the experts of a layer's range of slots; arguments as of ``GroupedGemm``."""
+    """The grouped product of a layer's range of slots: of the experts module, and its weights by parameter name."""
     product = choose_product(matrices(module, weights), batch_invariant=batch_invariant)
     gemm: GroupedGemm
     if product is Product.KERNEL:

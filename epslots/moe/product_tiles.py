@@ -25,7 +25,7 @@ _Emit = Callable[..., Value | None]
 
 
 def emits(emit: _Emit, *given: Any, constants: int = 0, returns: Any = types.void) -> Any:
-    """What numba wants of an intrinsic: its signature, and a function that emits its body.
+    """An intrinsic in numba's form: its signature, and a function that emits its body.
 
     Args:
         emit: called with the builder, the values of constants and the integers; returns the result, if there is one.
@@ -44,7 +44,10 @@ def emits(emit: _Emit, *given: Any, constants: int = 0, returns: Any = types.voi
 
 
 def for_each(forms: Mapping[int, Any]) -> Callable[[_Emit], _Emit]:
-    """Code for each of the forms, and a switch between these by the first integer; the form is given in its place."""
+    """Code for each of the forms, and a switch between them by the first integer.
+
+    The code gets its form in that integer's place.
+    """
 
     def decorate(emit: _Emit) -> _Emit:
         def emit_all(b: Any, *args: Any) -> None:

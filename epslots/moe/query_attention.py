@@ -1,4 +1,4 @@
-"""Attention of one query a row on the CPU, by compiled loops: keys and values are read where they lie, once for all heads.
+"""Attention of one query a row on the CPU, by compiled loops. Keys and values are read where they lie, once for all heads.
 
 torch's kernel for CPUs takes 20 us for one short row, and its callers as long again to shape what it takes. Here a task is a
 row's group of heads that share keys: their scores, the softmax and the sum of values, all in float32, rounded once.
@@ -208,7 +208,9 @@ def launch(job: int, work_address: int, fork: int, threads: int) -> None:
 
 
 def fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether attention of queries [R, H, 1, D] over keys and values [R, G, S, D] can be computed here, without gradients.
+    """Whether attention over these shapes can be computed here.
+
+    Queries [R, H, 1, D] over keys and values [R, G, S, D], without gradients.
 
     Args:
         mask: bool [R, 1, 1, S], False where a row has no key.
@@ -230,7 +232,7 @@ def fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torc
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """[R, 1, H, D] for queries, keys, values and a mask for which ``fits``; a row without any key yields NaN."""
+    """Attention [R, 1, H, D] of queries, keys, values and a mask for which ``fits``. A row without any key yields NaN."""
     rows, heads, _, size = query.shape
     groups, span = key.shape[1], key.shape[2]
     out = torch.empty(rows, 1, heads, value.shape[3], dtype=query.dtype, device="cpu")

@@ -1,4 +1,4 @@
-"""The experts of a few pairs, all in slots, by one compiled call: pairs are sorted, multiplied, and put back in order.
+"""The experts of a few pairs, all in slots, by one compiled call. Pairs are sorted, multiplied, and put back in order.
 
 By the loops that ``ExpertCompute`` otherwise calls one by one, with tensors of torch between them: to the same bits.
 

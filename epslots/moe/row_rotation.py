@@ -54,7 +54,7 @@ def _rotate(b: Any, form: WeightForm, *args: Value) -> None:
 
 @intrinsic(prefer_literal=True)
 def rotate(context, form, x, cos, sin, turned, size, out):  # type: ignore[no-untyped-def]
-    """``x * cos + rotate_half(x) * sin`` of a head's first ``turned`` numbers; the others, up to ``size``, as they are.
+    """``x * cos + rotate_half(x) * sin`` of a head's first ``turned`` numbers. The others, up to ``size``, stay as they are.
 
     Args:
         form: of all, a number of ``FORMS``.
@@ -92,7 +92,7 @@ def _launch(job: int) -> None:
 
 
 def fits(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
-    """Whether queries [B, H, T, D] and keys [B, G, T, D] can be turned here by angles [B or 1, T, R], without gradients."""
+    """Whether queries [B, H, T, D] and keys [B, G, T, D] can be turned here. The angles are [B or 1, T, R]."""
     dtype = query.dtype
     if not query.is_cpu or dtype not in _FORMS or config.DISABLE_JIT or query.dim() != 4 or cos.dim() != 3:
         return False

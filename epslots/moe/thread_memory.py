@@ -67,7 +67,7 @@ _HERE = _Here()
 
 
 def thread_memory() -> ThreadMemory:
-    """This thread's."""
+    """This thread's memory."""
     return _HERE.memory
 
 

@@ -60,12 +60,12 @@ def dispatch(
     *,
     agreed: bool,
 ) -> Dispatch:
-    """Send own pairs where the plan wants them computed, and take in those of others, in the cheaper of two ways.
+    """Send own pairs to the ranks that compute them, and receive others' pairs, by the cheaper of two ways.
 
     Args:
         plan: in which some pairs travel.
         gathered: all ranks' counts.
-        agreed: whether sizes go unchecked, as in ``Transport.all_to_all``.
+        agreed: whether ranks skip the comparison of sizes, which follow from the same plan.
     """
     top_k = gathered.top_k
     most_tokens = int(gathered.counts_R.sum(1).max()) // top_k  # of a rank, identity experts' included
@@ -92,7 +92,7 @@ class AllToAllDispatch:
     Args:
         work, splits: the pairs of all ranks, and those that this rank sends and receives.
         top_k: K, also on a rank without tokens.
-        agreed: whether sizes go unchecked, as in ``Transport.all_to_all``.
+        agreed: whether ranks skip the comparison of sizes, which follow from the same plan.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ class TokenRoom:
     free_bytes: Callable[[], int]
 
     def parts(self, tokens: int) -> int:
-        """Parts that a step of so many tokens is computed in, of about the same length; 1 where memory allows it.
+        """Parts of about the same length that a step of so many tokens is computed in. 1 where memory allows it.
 
         With fewer slots than experts, each part fetches the experts that it misses anew.
         """

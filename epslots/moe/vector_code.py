@@ -121,7 +121,7 @@ def bf16_to_f32(b: Any, bits: Value) -> Value:
 
 
 def f32_to_bf16(b: Any, x: Value) -> Value:
-    """The bits of floats that are rounded to bf16, to the nearest and then even, as torch does; a NaN stays one."""
+    """The bits of floats that are rounded to bf16, to the nearest and then even, as torch does. A NaN stays one."""
     bits = b.bitcast(x, vector(I32))
     odd = b.and_(b.lshr(bits, constant(I32, 16)), constant(I32, 1))
     rounded = b.lshr(b.add(b.add(bits, constant(I32, 0x7FFF)), odd), constant(I32, 16))
@@ -171,7 +171,7 @@ _LARGEST_EXPONENT = 88.0
 
 
 def exp(b: Any, x: Value) -> Value:
-    """e to the power of each lane, within 2 units in the last place; beyond +-88 that of +-88, and NaN for NaN."""
+    """e to the power of each lane, within 2 units in the last place. Beyond +-88 it is that of +-88, and NaN for NaN."""
     one = constant(F32, 1.0)
     clamped = _limited(b, x, _LARGEST_EXPONENT)
     power = b.call(intrinsic_of(b, "llvm.rint.v16f32", vector(F32), [vector(F32)]), [b.fmul(clamped, constant(F32, _LOG2_E))])

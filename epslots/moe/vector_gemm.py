@@ -94,11 +94,13 @@ class RowBytes(NamedTuple):
 
 
 class ReadyProduct:
-    """A product with matrices, by their addresses: a call fills in its rows alone, and few rows take little longer than that.
+    """A product with matrices whose addresses are filled in already.
+
+    A call fills in its rows alone, and a product of few rows takes little longer than that.
 
     Args:
         dtype: of rows and results.
-        matrices, weights: where they lie. Who has the product sees to it that they do when it is called.
+        matrices, weights: their addresses. The product's owner keeps them valid.
         bias, activation: as of ``ready_product``.
 
     Attributes:

@@ -64,7 +64,7 @@ class WeightForm(Protocol):
         ...
 
     def make_table(self, b: Any, halves: Sequence[Value]) -> Any:
-        """What ``store_looked_up`` takes of the sixteen weights that codes stand for, in the first and in the second half."""
+        """The arguments of ``store_looked_up`` from the sixteen weights of the codes, in the first and in the second half."""
         ...
 
     def store_looked_up(self, b: Any, table: Any, codes: Value, address: Value) -> None:

@@ -43,7 +43,7 @@ def copies_by_load(load_LE: FloatArray, own_LE: BoolArray, total_L: IntArray, mo
 
 
 def pack(load_LE: FloatArray, copies_LE: IntArray, quota_LR: IntArray, speed_R: FloatArray) -> BoolArray:
-    """The holders of each expert, bool [L, R, E]; copies for which only ranks with the same expert are left are dropped.
+    """The holders of each expert, bool [L, R, E]. A copy is dropped if only ranks with the same expert have a slot left.
 
     Args:
         load_LE, copies_LE: load of each expert, split equally over its copies.

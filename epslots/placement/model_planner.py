@@ -1,6 +1,6 @@
 """All layers of a model as every rank sees them: the placement that is followed, and the migrations towards it.
 
-A placement is adopted between two steps, on all ranks before the same step. From then on its homes count, and every step
+A placement is followed from between two steps, on all ranks before the same step. From then on its homes count, and every step
 brings the slots nearer to it, within a budget of bytes for each rank:
 
     copies    wanted experts are fetched behind the demand of a layer's step (``planner/migration.py``)
@@ -28,7 +28,7 @@ from epslots.planner.migration import MigrationBudget
 
 @dataclass(frozen=True)
 class Shift:
-    """A slot of one rank that passes from a layer to its neighbour.
+    """A slot of one rank that moves from a layer to its neighbour.
 
     Attributes:
         rank: the rank that has the slot.
@@ -51,7 +51,7 @@ class ModelPlanner:
         pools: the layers of each pool, in the order of their windows.
         budgets: shared with all layers' planners. ``migration`` is set while there is something to migrate.
         levels_R: slots that each layer of ``ceding`` has ceded to a rank's KV cache; None = no rank's layers cede any. If some
-            do, slots don't pass between layers, and no layer counts as complete.
+            do, slots don't move between layers, and no layer counts as complete.
         ceding: the layers that cede slots.
 
     Attributes:
@@ -99,7 +99,7 @@ class ModelPlanner:
             raise StaleEpoch(f"placement {placement.version} is not newer than {self.placement.version}, which is followed")
         check_fits(placement, self.placement, self._pools)
 
-    def adopt(self, placement: Placement, bytes_per_step: int, scores: Callable[[int], IntArray] | None = None) -> None:
+    def follow(self, placement: Placement, bytes_per_step: int, scores: Callable[[int], IntArray] | None = None) -> None:
         """Follow ``placement`` from now on; between steps, on all ranks alike.
 
         Args:
@@ -110,7 +110,7 @@ class ModelPlanner:
         self.placement, self.bytes_per_step = placement, bytes_per_step
         for index, layer in enumerate(self.layers):
             experts = int(placement.num_experts_L[index])
-            layer.state.adopt(placement.home_LE[index, :experts].copy(), placement.wanted_LRE[index, :, :experts].copy())
+            layer.state.follow(placement.home_LE[index, :experts].copy(), placement.wanted_LRE[index, :, :experts].copy())
             if self.levels_R is not None:
                 assert scores is not None
                 layer.state.drop_wanted(scores(index))
@@ -155,7 +155,7 @@ class ModelPlanner:
         return shifts
 
     def change_level(self, rank: int, change: int, scores: Callable[[int], IntArray]) -> list[int]:
-        """Let each layer of a rank cede one more slot to its KV cache, or use one again (``change`` is 1 or -1).
+        """Let each layer of a rank cede one more slot to its KV cache, or use one again. ``change`` is 1 or -1.
 
         Called between steps, on all ranks alike.
 
@@ -201,7 +201,7 @@ def check_fits(placement: Placement, other: Placement, pools: Sequence[Sequence[
         single = [layer for layer in pool if placement.num_experts_L[layer] == 1]
         if single and (placement.quota_LR[list(pool)] != other.quota_LR[list(pool)]).any():
             raise ConfigError(
-                f"layer {single[0]} has a single expert, so slots can't pass it; leave the slots of layers as they are"
+                f"layer {single[0]} has a single expert, so slots can't move past it; leave the slots of layers as they are"
             )
         given_R, there_R = placement.quota_LR[list(pool)].sum(0), other.quota_LR[list(pool)].sum(0)
         for rank in np.flatnonzero(given_R != there_R).tolist():
@@ -214,10 +214,10 @@ def check_fits(placement: Placement, other: Placement, pools: Sequence[Sequence[
 def next_shift(
     quota_L: IntArray, target_L: IntArray, num_experts_L: IntArray, pools: Sequence[Sequence[int]]
 ) -> tuple[int, int] | None:
-    """The next slot to pass from a layer to its neighbour, as (giver, taker); None if the targets are reached.
+    """The next slot to move from a layer to its neighbour, as (giver, taker); None if the targets are reached.
 
     A layer above its target gives a slot, in a direction in which one is lacking: so every shift brings a boundary nearer, and
-    a layer that slots pass through loses none. A layer that has a slot for every expert passes one on first.
+    a layer that slots move through loses none. A layer that has a slot for every expert gives one first.
 
     Args:
         quota_L, target_L: the rank's slots of each layer, now and in the end.
@@ -227,7 +227,7 @@ def next_shift(
     for pool in pools:
         members = list(pool)
         now, aim = quota_L[members], target_L[members]
-        # Slots that must pass each boundary: to the right if positive.
+        # Slots that must cross each boundary: to the right if positive.
         flow = (now - aim).cumsum()
         for position in np.flatnonzero(now > aim).tolist():
             direction = 1 if flow[position] > 0 else -1

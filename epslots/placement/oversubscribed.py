@@ -63,7 +63,7 @@ def level_homes(home_LE: IntArray, own_LE: BoolArray, time_LE: FloatArray, speed
 
 
 def wanted_at_home(home_LE: IntArray, own_LE: BoolArray, rate_LE: FloatArray, quota_LR: IntArray) -> BoolArray:
-    """The wanted copies, bool [L, R, E]: each rank's most used experts among those at home, as far as they fit.
+    """The wanted copies, bool [L, R, E]. Each rank's most used experts among those at home, as far as they fit.
 
     Args:
         rate_LE: the share of the steps that use each expert.

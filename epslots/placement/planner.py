@@ -81,7 +81,7 @@ class Reasons:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A placement to adopt, or to keep.
+    """A placement to follow from now on, or to keep.
 
     Attributes:
         placement: the next version; or the current placement itself.

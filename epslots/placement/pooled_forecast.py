@@ -85,7 +85,7 @@ class PooledForecast:
         self._open = {}
 
     def expected(self, group: int) -> ExpectedLoad:
-        """The load of a group's coming window: all groups' shares of experts, and as many pairs as the group has had.
+        """The load of a group's coming window. All groups' shares of experts, and as many pairs as the group has had.
 
         Raises:
             ConfigError: no window was learned from yet.

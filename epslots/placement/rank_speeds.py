@@ -36,7 +36,7 @@ def work_ns(window: LoadWindow, costs: Costs) -> float:
 
 
 def busy_calls(window: LoadWindow) -> int:
-    """Calls of a window in which the rank had pairs to compute, at most: each of them computed an expert, or several."""
+    """Calls of a window in which the rank had pairs to compute, at most. Each of them computed an expert, or several."""
     return sum(min(window.steps, hits + misses) for hits, misses in zip(window.hits, window.misses, strict=True))
 
 

@@ -1,21 +1,14 @@
-"""The division of one layer's work among all ranks.
-
-Pure: integer arrays in, integer arrays out. Every rank knows all ranks' counts and residents, so each works out the whole
-plan, and all come to the same one without a coordinator. A miss is served in the way that is cheapest by the cost model
-(``cost_model.py``): tokens go to a rank that holds the expert, or a rank fetches it, from a peer or from its host.
+"""The division of one layer's work among all ranks, by the cost model (``cost_model.py``).
 
     held by one rank      that rank computes
     held by several       split so that ranks are level, own tokens first
     held by none          fetched at home, or elsewhere where home has more than its share of fetches
-    many own tokens       a rank fetches a copy when that costs less than sending them; or less than it has cost so far, if it
-                          has a slot to spare (the rule of ski rental: rent until you could have bought)
-    one hot expert        a swamped rank sheds tokens to another that fetches a copy (least-loaded expert parallelism,
-                          arXiv 2601.17111)
+    many own tokens       a rank fetches a copy when that costs less than sending them, or less than sending has cost so far
+    one hot expert        a swamped rank sheds tokens to another that fetches a copy
 
-The last two are taken only if they lower the modelled cost of the whole layer, as is an exchange at all; and nothing is taken
-that costs more than the simplest plan: tokens go home, home fetches. The loops are in ``assignment_kernels.py``.
-
-Legend of shape suffixes: R ranks, E experts of the layer, U those with tokens ("used"), M some of them, F fetches.
+Pure: integer arrays in, integer arrays out. Every rank knows all ranks' counts and residents, so all come to the same plan
+without a coordinator. Legend of shape suffixes: R ranks, E experts of the layer, U those with tokens ("used"), M some of them,
+F fetches.
 """
 
 from __future__ import annotations
@@ -34,7 +27,11 @@ from epslots.planner.plan import Assignment
 
 @dataclass(frozen=True)
 class Assign:
-    """A rule that divides a layer's work among its ranks.
+    """A rule that divides a layer's work among its ranks. The loops are in ``assignment_kernels.py``.
+
+    A copy that only earlier steps pay for needs an idle slot (ski rental: rent until you could have bought). Shedding a hot
+    expert's tokens is least-loaded expert parallelism (arXiv 2601.17111). These two, and any exchange, are taken only if they
+    lower the modelled cost of the whole layer. No plan costs more than the simplest one: tokens go home, home fetches.
 
     Args:
         way: one of the ways of ``assignment_kernels.py``.
@@ -58,10 +55,10 @@ class Assign:
 
         Args:
             counts_RE: (token, k) pairs of each rank's own tokens for each expert.
-            holds_RE: who holds what before the step.
+            holds_RE: the experts that each rank holds before the step.
             quota_R: slots of the layer on each rank.
             home_E: the home rank of each expert. Any will do; a good one saves fetches.
-            costs: what things cost, the same on all ranks.
+            costs: of operations, the same on all ranks.
             remote_ns_RE: nanoseconds that each rank would have saved lately with a copy of each expert (``remote_costs.py``);
                 only ``assign`` uses them. By default no copy is bought for idle slots.
             spare_RE: the copies that may be evicted for others (``spare_replicas``), where the placement wants some; by

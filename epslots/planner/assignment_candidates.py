@@ -230,7 +230,9 @@ def place_misses(
 
 @inlined
 def with_copies(step: Step, computed_RU: IntArray, remote_ns_RE: IntArray, spare_RE: BoolArray) -> tuple[IntArray, int]:
-    """The candidate in which ranks fetch copies of experts whose tokens they send away; and the remote cost that this ends.
+    """The candidate in which ranks fetch copies of experts whose tokens they send away.
+
+    With it comes the accumulated remote cost that this ends.
 
     A copy may evict other experts if this step alone pays for it. If only the accumulated remote cost pays for it, it needs an
     idle slot. Returns ``computed_RU`` itself if no copy pays.

@@ -24,7 +24,7 @@ AnyPolicy = TypeVar("AnyPolicy", bound=Policy)
 
 
 def without_learning(policy: AnyPolicy) -> AnyPolicy:
-    """Mark a policy that reads only the fields that each use enters: ``record_use`` then learns nothing for it."""
+    """Mark a policy that reads only the fields that each use enters: ``note_use`` then learns nothing for it."""
     setattr(policy, "learns", False)  # noqa: B010 - a function to mypy
     return policy
 
@@ -65,7 +65,7 @@ def own_name(policy: Policy) -> str | None:
 
 
 def learns(policy: Policy) -> bool:
-    """Whether a policy may read the fields that ``record_use`` learns from the number of slots: unless it is marked."""
+    """Whether a policy may read the fields that ``note_use`` learns from the number of slots: unless it is marked."""
     return getattr(policy, "learns", True) is True
 
 
@@ -79,7 +79,9 @@ def policy_name(policy: str | Policy) -> str:
 
 
 def resolve_policy(policy: str | Policy) -> Policy:
-    """The policy of a name; or the user's own function of a ``UseHistory`` row [E] to int64 scores [E], after a trial call.
+    """The policy of a name, or the user's own function after a trial call.
+
+    A function takes a ``UseHistory`` row [E] to int64 scores [E].
 
     Raises:
         ConfigError: no policy has that name, or the function returns anything else.

@@ -91,13 +91,16 @@ def fetch_cost(costs: Costs, ranks: int, rank_F: IntArray, source_F: IntArray) -
 
 
 def moved_pairs(counts_RU: IntArray, computed_RU: IntArray) -> IntArray:
-    """Pairs that each rank sends or receives, the larger of the two, int64 [R]; as many own pairs as possible stay."""
+    """Pairs that each rank sends or receives, the larger of the two, int64 [R]. As many own pairs as possible stay."""
     _, sent_R, received_R = travelling_pairs(counts_RU, computed_RU)
     return np.maximum(sent_R, received_R)
 
 
 def travelling_pairs(counts_RU: IntArray, computed_RU: IntArray) -> tuple[int, IntArray, IntArray]:
-    """The most pairs that any rank sends or receives; the pairs that each rank sends, and that it receives, int64 [R]."""
+    """The most pairs that any rank sends or receives, and those of each rank.
+
+    The pairs that each rank sends, and that it receives, are int64 [R].
+    """
     sent_R, received_R = np.empty(len(counts_RU), np.int64), np.empty(len(counts_RU), np.int64)
     most = count_travelling(_int64(counts_RU), _int64(computed_RU), sent_R, received_R)
     return most, sent_R, received_R

@@ -1,4 +1,4 @@
-"""One rank's way through one layer's step: which experts are computed in which pass, and which are fetched into which slot.
+"""One rank's passes through one layer's step: which experts each computes and fetches, into which slots.
 
 ``evictions.py`` decides which experts are evicted; ``ExpertCache`` carries the passes out. A layer owns a *range* of
 ``quota`` neighbouring slots of a pool.

@@ -1,7 +1,7 @@
-"""Plans one layer's step for all ranks: who computes what, what is fetched, evicted and migrated.
+"""Plans one layer's step for all ranks: the work of each, and its fetches, evictions and migrations.
 
-Every rank has a planner for each layer. All planners get the same integers and come to the same plans, so no rank has to be
-told. ``MoELayer`` calls ``plan``, and ``prefetch`` for the next layer; the simulator calls ``decide``. A rank alone plans the
+Every rank has a planner for each layer. All planners get the same integers and come to the same plans, so none is
+sent. ``MoELayer`` calls ``plan``, and ``prefetch`` for the next layer; the simulator calls ``decide``. A rank alone plans the
 same way, with nothing to weigh: it computes its own tokens.
 
 Pure. Legend of shape suffixes: R ranks, E experts of the layer, U those with tokens, F fetches.
@@ -32,11 +32,11 @@ from epslots.planner.token_splits import token_splits
 
 @dataclass
 class FetchBudgets:
-    """Bytes that each rank may still fetch in this step; one object for all layers of a model, renewed by ``ModelPlanner``.
+    """Bytes that each rank may still fetch in this step. One object for all layers of a model, renewed by ``ModelPlanner``.
 
     Attributes:
         prefetch: for the next layer; None = no bound.
-        migration: for the placement; None = there is nothing to migrate.
+        migration: for the placement; None = nothing is to migrate.
     """
 
     prefetch: PrefetchBudget | None = None
@@ -48,7 +48,7 @@ class LayerPlanner:
 
     Args:
         rank: this rank.
-        state: which rank holds what; kept, and changed in place.
+        state: the layer's residents on all ranks; kept, and changed in place.
         costs: the same on all ranks; None = a rank alone, which weighs nothing.
         rule: assigns the work; another rule than ``assign`` only to compare it.
         expert_bytes: of one of the layer's experts.
@@ -95,7 +95,12 @@ class LayerPlanner:
         return self._of_own_pairs(self._zero_E, self._zero_E, self._none_RE[0])
 
     def plan(self, counts_RE: IntArray, scores: Scores) -> RankPlan:
-        """``decide`` for all ranks; returns this rank's part. Arguments as there."""
+        """Plan a step for all ranks, as ``decide`` does, and return this rank's part.
+
+        Args:
+            counts_RE: int64, pairs of each rank's tokens for each expert.
+            scores: of the layer's experts.
+        """
         if self.alone and self.cpu_share is None and self._budgets.migration is None:
             return self._plan_own_fetches(np.ascontiguousarray(counts_RE, np.int64), scores)
         plan, rank = self.decide(counts_RE, scores), self.rank
@@ -153,7 +158,7 @@ class LayerPlanner:
         return RankPlan(None, score_E, counts_E, NO_EXPERTS, counts_E, evicted_E, 0, None, 0, 0, None, -1, -1, None)
 
     def decide(self, counts_RE: IntArray, scores: Scores) -> LayerPlan:
-        """Plan a step for all ranks, enter which rank holds what after it, and spend the budgets.
+        """Plan a step for all ranks, enter the residents after it, and spend the budgets.
 
         Args:
             counts_RE: int64, pairs of each rank's tokens for each expert.
@@ -183,7 +188,7 @@ class LayerPlanner:
         return LayerPlan(work, cpu_ranks, cpu_experts, evicted_RE, migrations, score_E)
 
     def refresh(self, slot_of_E: IntArray) -> None:
-        """Take what is in this rank's slots for what it holds: faults and captured steps change slots without a plan.
+        """Enter this rank's residents from its slots. Faults and captured steps change slots without a plan.
 
         Only for a rank alone. Ranks of a group compare their tables in the step header instead.
 
@@ -203,7 +208,7 @@ class LayerPlanner:
         return self.prefetch_policy.due(self._steps + 1) and not self.state.holds_all
 
     def prefetch(self, usage_RE: IntArray, scores: Scores, busy_R: BoolArray) -> Prefetches | None:
-        """Choose what is fetched before the layer's next step, and enter it: it counts as held from now on.
+        """Choose the fetches before the layer's next step, and enter them: their experts are residents from now on.
 
         Args:
             usage_RE: how likely each rank's tokens will use each expert, in 256ths.

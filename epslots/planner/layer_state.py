@@ -79,7 +79,7 @@ class LayerState:
             self._holds_all = bool(held >= len(self.home_E) and self.holds_RE.any(0).all())
         return self._holds_all
 
-    def adopt(self, home_E: IntArray, wanted_RE: BoolArray) -> None:
+    def follow(self, home_E: IntArray, wanted_RE: BoolArray) -> None:
         """Follow another placement from the next step on."""
         self.home_E, self.wanted_RE = home_E, wanted_RE
         self.pending_RE = wanted_RE

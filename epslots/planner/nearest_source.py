@@ -1,4 +1,4 @@
-"""Which holder of an expert a rank copies it from: one rule for the fetches of a step and for migrations.
+"""The holder of an expert that a rank copies it from. One rule for the fetches of a step and for migrations.
 
 The next possible source in cyclic order from the target is taken, on the target's own node if there is one: so several copies
 of one expert spread over its holders.

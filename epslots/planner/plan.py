@@ -1,11 +1,11 @@
-"""The records of one layer's step, in the order in which they come to be, and who fills each.
+"""The dataclasses of one layer's step, in the order in which they come to be, and who fills each.
 
     Assignment  the rule (assignment.py): how many pairs each rank computes, and the fetches that this takes
-    LayerPlan   ``LayerPlanner.decide``: what follows from it for every rank's slots; the same on all ranks
+    LayerPlan   ``LayerPlanner.decide``: its consequences for every rank's slots; the same on all ranks
     RankPlan    ``LayerPlanner.plan``: one rank's part of it; ``ExpertCache`` adds the passes
 
-``TokenSplits`` (token_splits.py), ``Migrations`` (migration.py) and ``ExpertPass`` (expert_passes.py) stand with the functions
-that make them.
+``TokenSplits`` (token_splits.py), ``Migrations`` (migration.py) and ``ExpertPass`` (expert_passes.py) are in the files of
+the functions that make them.
 
 Legend of shape suffixes: R ranks, E experts of the layer, U those with tokens ("used"), F fetches, C experts on the CPU.
 """
@@ -50,7 +50,7 @@ class LayerPlan(msgspec.Struct, frozen=True):
         assignment: the work, and the fetches that are left when CPUs have taken their share.
         cpu_ranks, cpu_experts: int64 [C], parallel: missing experts that a rank's CPU computes instead of fetching them.
         evicted_RE: residents that are evicted for the fetches.
-        migrations: what is fetched for the placement when the layer has computed.
+        migrations: fetches for the placement, behind the layer's compute.
         score_E: the eviction policy's scores; zeros where nothing is missing.
     """
 

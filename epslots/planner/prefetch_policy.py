@@ -239,10 +239,10 @@ class PrefetchPolicy:
 
     @property
     def verdict(self) -> PrefetchVerdict:
-        """What earlier predictions came to."""
+        """The outcome of earlier predictions."""
         return PrefetchVerdict(self.active, self._predicted, self._used)
 
-    def adopt(self, verdict: PrefetchVerdict) -> None:
+    def set_verdict(self, verdict: PrefetchVerdict) -> None:
         """Go on from the verdict of another judge, the device; a prediction that waits for its step is forgotten."""
         self.active, self._predicted, self._used = verdict
         self._expected_E = None

@@ -1,7 +1,7 @@
 """A layer's past uses of experts, and how likely each expert is used next. Integers only.
 
-``MoELayer`` and the simulator call ``record_use`` once a step and layer; eviction policies (``cache_policy.py``) read the
-``UseHistory``. Read the record first, then ``record_use``, then ``expected_use``, the score of the ``adaptive`` policy.
+``MoELayer`` and the simulator call ``note_use`` once a step and layer; eviction policies (``cache_policy.py``) read the
+``UseHistory``. Read ``UseHistory`` first, then ``note_use``, then ``expected_use``, the score of the ``adaptive`` policy.
 
 All arithmetic is shifts, adds and products of integers: numpy on the host, the kernels of captured decoding and the simulator
 agree to the bit. The constants below are part of that agreement.
@@ -156,17 +156,17 @@ def used_experts(counts_RE: IntArray) -> BoolArray:
     return used_E
 
 
-def record_use(history: UseHistory, used_E: BoolArray, step: int, slots: int | None = None) -> None:
+def note_use(history: UseHistory, used_E: BoolArray, step: int, slots: int | None = None) -> None:
     """Enter one step of one layer into ``history`` (a row), in place.
 
     Args:
         used_E: the experts that the step uses, on any rank.
         step: the layer's step, counted from 1.
-        slots: slots of the layer, over all ranks. None: only the uses are recorded, which is enough for policies that don't
+        slots: slots of the layer, over all ranks. None: only the uses are entered, which is enough for policies that don't
             learn (``cache_policy.learns``).
     """
     arrays = (history.last_use, history.decayed, history.holds, history.follows, history.hits, history.weights)
-    _record_use(*arrays, used_E, step, _USES_ONLY if slots is None else slots)
+    _note_use(*arrays, used_E, step, _USES_ONLY if slots is None else slots)
 
 
 def expected_use(history: UseHistory) -> IntArray:
@@ -307,7 +307,7 @@ def _learn_follows(
 
 
 @compiled("void(int64[::1], int64[:, :], b1[:, :], int16[:, :], int64[::1], int64[::1], b1[::1], int64, int64)")
-def _record_use(
+def _note_use(
     last_use_E: IntArray,
     decayed_DE: IntArray,
     holds_DE: BoolArray,

@@ -227,7 +227,7 @@ class Predictor:
         self._state.previous_rows = row_T
 
     def keep_rows_at(self, row_T: torch.Tensor | None, rows: int = 0) -> None:
-        """Keep this thread's rows in place from now on, where captured steps find them: row t of a step at ``row_T[t]``.
+        """Keep this thread's rows in place from now on, where captured steps find them. Row t of a step is at ``row_T[t]``.
 
         Args:
             row_T: int64 on the device, below ``rows``; repeated rows are alike. What is kept there precedes row t. None = no

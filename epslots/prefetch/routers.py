@@ -1,4 +1,4 @@
-"""Finding each MoE layer's router: the linear map from the experts' input to the scores that the top k is taken of.
+"""Finding each MoE layer's router. It is the linear map from the experts' input to the scores that the top k is taken of.
 
 Transformers keeps routers beside the experts, under various names, and no interface leads to them. They are found by their
 structure: a module called ``router`` or ``gate`` beside the experts that has one matrix, [experts, hidden size]. A layer has

@@ -1,4 +1,4 @@
-"""What bounds a run of operations: each moment of a device's computing time goes to one reason. Pure.
+"""The bounds of a run of operations: each moment of a device's computing time goes to one reason. Pure.
 
 ``bounds_of`` walks along the kernels of a device in the order in which they ran:
 

@@ -217,7 +217,7 @@ def _properties(machine: SimulatedMachine) -> SimpleNamespace:
 
 
 def _cuda_replacements(machine: SimulatedMachine) -> dict[str, Any]:
-    """What stands in ``torch.cuda`` while GPUs are simulated, by name."""
+    """The functions in ``torch.cuda`` while GPUs are simulated, by name."""
 
     def free(device: Any = None) -> tuple[int, int]:
         number = device_number(device)
@@ -282,7 +282,7 @@ def _replacements(machine: SimulatedMachine) -> list[tuple[Any, str, Any]]:
 
 
 def _own(device: torch.device, on_gpu: Any, on_cpu: Any) -> Any:
-    """What stands for our kernels on a device."""
+    """The functions in place of our kernels on a device."""
     return on_cpu if device.type == "cpu" else on_gpu
 
 

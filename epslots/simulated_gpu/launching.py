@@ -35,7 +35,7 @@ def kernel_work(
     *,
     beside: bool = False,
 ) -> DeviceWork:
-    """What a kernel does, and for how long: the longer of its bytes' and its flops' time.
+    """A kernel's work. It lasts for the longer of its bytes' and its flops' time.
 
     Args:
         beside: whether it leaves the multiprocessors to others: it waits for the link most of the time.
@@ -49,7 +49,12 @@ def kernel_work(
 def launch(
     machine: SimulatedMachine, work: DeviceWork, number: int, compute: Callable[[], Any], results: Sequence[torch.Tensor]
 ) -> None:
-    """A kernel on the current stream of a device; arguments as for ``StepCapture.record``."""
+    """Launch a kernel on the current stream of a device.
+
+    Args:
+        number: of the device.
+        compute: does the work once more; returns ``results``, in new memory.
+    """
     stream = current_stream(number).stream_id
     if machine.capture is not None:
         machine.capture.record(work, stream, compute, results)
@@ -116,8 +121,8 @@ def launch_kernel(
     Args:
         function: called with the arguments' memory; may look at any value. In a captured step it is called at each replay.
         reads, writes: tensors of the device that it accesses, and pinned ones.
-        moves: as in ``kernel_work``.
-        link: what it reads of pinned memory; None = nothing.
+        moves: the memory that it really moves, where that is less than all of ``reads`` and ``writes``.
+        link: its reads of pinned memory; None = none.
         flops: multiplications and additions.
 
     Returns:

@@ -1,4 +1,4 @@
-"""``SimulatedMachine``: the state of all simulated GPUs of a process, and what has been found out about the code on them.
+"""``SimulatedMachine``: all simulated GPUs of a process, and the findings about the code on them.
 
 Everything that is done to a device comes here: ``operators.py`` brings torch's operations, ``cuda_api.py`` the calls of
 ``torch.cuda``. A machine counts them by source line, orders them (``ordering.py``) and times them (``timeline.py``).
@@ -54,7 +54,7 @@ class DeviceWork:
 
     Attributes:
         name: of the kernel, or "H2D", "D2H", "P2P".
-        engine: as in ``Operation``.
+        engine: what serves it; "" = nothing does.
         seconds: on its engine.
         reads, writes: device and pinned memory that it accesses.
         nbytes: bytes that it moves.

@@ -49,7 +49,7 @@ class NcclHub:
             self._news.notify_all()
 
     def meet(self, key: Any, rank: int, ranks: set[int], name: str, given: Any) -> dict[int, Any] | None:
-        """What all these ranks give to the operation of this key; None if one of them is lost."""
+        """All these ranks' contributions to the operation of this key; None if one of them is lost."""
         with self._news:
             meeting = self._meetings.setdefault(key, {})
             meeting[rank] = name, given

@@ -274,7 +274,7 @@ def _rows_of(table: torch.Tensor, index: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _rows_moved(name: str, args: tuple[Any, ...], made: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
-    """What an operation on some rows of a table moves: rows in, and the same rows out; None if it moves all of its tensors."""
+    """The rows of a table that an operation moves, in and out; None if it moves all of its tensors."""
     if name in _GATHERS and made:
         return [*made, *made, *(t for t in tensors_in(args[1:]) if not t.is_floating_point())]
     if name in _SCATTERS:

@@ -123,7 +123,7 @@ class SimulatedEvent:
             self.machine.wait("event.synchronize", [self.operation], [self.clock])
 
     def wait(self, stream: SimulatedStream | None = None) -> None:
-        """As ``stream.wait_event``."""
+        """Have a stream wait for the event, like ``stream.wait_event``."""
         (stream or current_stream()).wait_event(self)
 
     def elapsed_time(self, end: SimulatedEvent) -> float:

@@ -1,4 +1,4 @@
-"""``TrueSizes``: what a tensor of a narrow model would weigh in the model that it stands for. Pure.
+"""``TrueSizes``: the bytes of a narrow model's tensor in the model that it stands for. Pure.
 
 A timeline runs the real sequence of operations on a model of the true number of layers, experts and choices, whose widths are
 tiny. Costs are those of the true widths: each dimension that is one of the tiny widths counts as the true one.

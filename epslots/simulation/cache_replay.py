@@ -19,7 +19,7 @@ from epslots.arrays import BoolArray, IntArray
 from epslots.planner.cache_policy import Policy, learns, lru
 from epslots.planner.evictions import plan_evictions
 from epslots.planner.reuse_distance import count_distances, stack_distances
-from epslots.planner.use_history import UseHistory, record_use
+from epslots.planner.use_history import UseHistory, note_use
 
 IdArray = NDArray[np.integer]
 Advance = Callable[[int], object]
@@ -79,7 +79,7 @@ def replay(
             misses_CL[:, layer] += misses_C
             hits_CL[:, layer] += np.count_nonzero(used_E) - misses_C
             for history, (part, slots) in zip(histories, parts, strict=True):
-                record_use(history, used_E, step, slots)
+                note_use(history, used_E, step, slots)
                 if misses_C[part].any():
                     needed_CE = np.tile(used_E, (len(holds_CE[part]), 1))
                     holds_CE[part] = plan_evictions(holds_CE[part], needed_CE, quota_C[part], policy(history)).after_RE
@@ -133,7 +133,7 @@ def reuse_histogram(
         history = UseHistory.empty(1, experts).layer(0, experts)
         for step, used_E in enumerate(_used(ids_TLN[:, layer], experts, advance), start=1):
             count_distances(histogram_LD[layer], stack_distances(history.last_use, used_E, policy(history)))
-            record_use(history, used_E, step)
+            note_use(history, used_E, step)
     return histogram_LD
 
 

@@ -114,7 +114,7 @@ class Outcome(msgspec.Struct, frozen=True):
         hit_rate: hits per use.
         bytes_by_source: bytes fetched on demand and for placements; ``from_other_nodes`` is part of the peers'.
         evictions: evicted experts.
-        placements: the number of placements adopted after the first.
+        placements: the number of placements followed after the first.
         layer_us: mean microseconds of each layer.
     """
 
@@ -220,7 +220,7 @@ class _SimulatedController:
         self._replanner = Replanner(self._placement.num_experts_L, [range(layers)])
 
     def close_window(self, groups: Sequence[_SimulatedRanks]) -> None:
-        """Learn from the groups' loads since the last call; if another placement pays, let them adopt it."""
+        """Learn from the groups' loads since the last call; if another placement pays, let them follow it."""
         simulated = [group.simulated for group in groups]
         tokens_LE, uses_LE, reuse_LD = (
             sum(parts[1:], parts[0]) for parts in zip(*(s.take_window() for s in simulated), strict=True)
@@ -237,7 +237,7 @@ class _SimulatedController:
         costs, step_ns = self._cluster.timing.costs, float(np.mean([np.mean(one.tally.step_ns) for one in simulated]))
         budget = movement_budget(step_ns / 1e9, costs, self._cluster.expert_bytes, SHARE)
         for one in simulated:
-            one.model.adopt(self._placement, budget)
+            one.model.follow(self._placement, budget)
 
 
 def _outcome(

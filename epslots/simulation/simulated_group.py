@@ -27,7 +27,7 @@ from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
 from epslots.planner.layer_state import LayerState
 from epslots.planner.plan import Assignment, LayerPlan
 from epslots.planner.reuse_distance import count_distances, stack_distances
-from epslots.planner.use_history import UseHistory, record_use
+from epslots.planner.use_history import UseHistory, note_use
 from epslots.simulation.timing import Timing
 
 
@@ -139,10 +139,10 @@ class SimulatedGroup:
         budgets = FetchBudgets()
         rule = own_only if all(state.holds_RE.all() for state in states) else assign
         planners = [LayerPlanner(0, state, timing.costs, rule, expert_bytes=expert_bytes, budgets=budgets) for state in states]
-        # As the ranks of a runtime do: they form with homes dealt by slots, and adopt a placement from there.
+        # As the ranks of a runtime do: they form with homes dealt by slots, and follow a placement from there.
         self.model = ModelPlanner(planners, dealt, [range(layers)], budgets)
         if placement.version > 0:
-            self.model.adopt(placement, expert_bytes)
+            self.model.follow(placement, expert_bytes)
         self._history = UseHistory.empty(layers, experts)
         self._steps_L = [0] * layers
         self._behind_R = np.zeros(ranks, np.int64)
@@ -192,7 +192,7 @@ class SimulatedGroup:
                     self._tokens_LE[layer, :experts] += counts_RE.sum(0)
                     layer_ns -= header
                 else:
-                    self._record_uses(layer, counts_RE, used_E)
+                    self._note_uses(layer, counts_RE, used_E)
                 plan = self._plan(layer, counts_RE)
                 layer_ns += self._layer_time(layer, plan.assignment, tokens_R, far)
                 if len(plan.migrations):
@@ -206,11 +206,11 @@ class SimulatedGroup:
     def _score(self, layer: int) -> IntArray:
         return self._policy(self._history.layer(layer, self._experts[layer]))
 
-    def _record_uses(self, layer: int, counts_RE: IntArray, used_E: BoolArray) -> None:
+    def _note_uses(self, layer: int, counts_RE: IntArray, used_E: BoolArray) -> None:
         self._steps_L[layer] += 1
         row, experts = self._history.layer(layer, len(used_E)), len(used_E)
         count_distances(self._reuse_LD[layer], stack_distances(row.last_use, used_E, self._score(layer)))
-        record_use(row, used_E, self._steps_L[layer], int(self.model.layers[layer].state.quota_R.sum()))
+        note_use(row, used_E, self._steps_L[layer], int(self.model.layers[layer].state.quota_R.sum()))
         self._tokens_LE[layer, :experts] += counts_RE.sum(0)
         self._uses_LE[layer, :experts] += used_E
 

@@ -121,7 +121,7 @@ class HandOverTiming:
     network_bytes_s: float
 
     def transfer_s(self, nbytes: int, *, same_node: bool) -> float:
-        """Seconds of the bytes: out of one device, and into the other; over the network in between, if they are apart.
+        """Seconds of the bytes: out of one device, and into the other. If they are apart, over the network in between.
 
         The stages are taken to follow one another.
         """

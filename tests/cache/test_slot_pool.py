@@ -14,7 +14,7 @@ from epslots.errors import CorruptExpertError
 from epslots.planner.cache_policy import POLICIES
 from epslots.planner.evictions import plan_evictions
 from epslots.planner.expert_passes import plan_passes
-from epslots.planner.use_history import UseHistory, record_use
+from epslots.planner.use_history import UseHistory, note_use
 from tests.support.slot_pools import LAYOUT, make
 
 
@@ -37,7 +37,7 @@ class PoolMachine(RuleBasedStateMachine):
         counts = np.array(data.draw(st.lists(st.integers(0, 2), min_size=self.experts, max_size=self.experts)))
         history = self.history.layer(layer, self.experts)
         self.steps += 1
-        record_use(history, counts > 0, self.steps)
+        note_use(history, counts > 0, self.steps)
         slot_range = self.pool.slot_range(layer)
         row = self.pool.slot_of[layer, : self.experts]
         score_E = self.policy(history)

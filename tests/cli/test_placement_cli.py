@@ -84,7 +84,7 @@ def test_fewer_slots_than_experts_and_nodes(loads: Path):
     assert "ours" in invoke("replay", loads, "--ranks", 4, "--slots", 5, "--flat")
 
 
-def test_a_placement_planned_from_a_record_levels_it(loads: Path, tmp_path: Path):
+def test_a_placement_planned_from_loads_levels_them(loads: Path, tmp_path: Path):
     output = tmp_path / "made.placement"
     text = invoke("plan", loads, "--ranks", 4, "--slots", 5, "-o", output)
     found = read_placement(output)

@@ -20,7 +20,7 @@ from cluster.messages.rank import Adopted, Form, GiveUp, Load, Loaded, Origin, d
 from cluster.rank.rank_loop import RankLoop
 from epslots.config import LoadConfig, load_config
 from epslots.errors import ConfigError
-from tests.support.fake_backend import WatchedLink
+from tests.support.fake_backend import WatchedConnection
 from tests.support.grouped_ranks import TOKENS_TRAVEL
 from tests.support.lasting_backend import LastingBackend, abandon
 from tests.support.rank_helpers import PATIENCE_S
@@ -425,18 +425,18 @@ def test_transformers_is_imported_by_one_thread_at_a_time(monkeypatch: pytest.Mo
 def test_a_driver_may_die_amid_a_hand_over(
     drive: Drive, folder: Path, monkeypatch: pytest.MonkeyPatch, source: bool, adopted_first: bool
 ):
-    """Its ranks are adopted, and keep nothing of it, in either order: their link's end first, or the adoption."""
+    """Its ranks are adopted, and keep nothing of it, in either order: their connection's end first, or the adoption."""
     monkeypatch.setattr(cluster.rank.cache_exchange, "PIECE_BYTES", 9000)
     monkeypatch.setattr(HandOverCosts, "stays", lambda *_: False)
     first, backend = drive(prefill_ranks=1)
     reached, goes_on = threading.Event(), threading.Event()
 
-    def wait_once(link: WatchedLink) -> None:
-        if link.source == source and link.messages == 5 and not reached.is_set():
+    def wait_once(connection: WatchedConnection) -> None:
+        if connection.source == source and connection.messages == 5 and not reached.is_set():
             reached.set()
             assert goes_on.wait(PATIENCE_S)
 
-    backend.on_link = wait_once
+    backend.on_connection = wait_once
     interrupted = first.submit(PROMPTS[1], max_new_tokens=200, **GREEDY)
     assert reached.wait(PATIENCE_S)
     abandon(first)

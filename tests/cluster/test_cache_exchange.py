@@ -1,4 +1,4 @@
-"""A cache over a link, without a model: what is sent when, what is timed, and what a target doesn't believe."""
+"""A cache over a connection, without a model: what is sent when, what is timed, and what a target doesn't believe."""
 
 from __future__ import annotations
 
@@ -10,19 +10,26 @@ import pytest
 import torch
 import xxhash
 
-from cluster.messages.hand_over import CacheAnswer, CacheOffer, CachePart, CacheSent, decode_link_message, encode_link_message
+from cluster.messages.hand_over import (
+    CacheAnswer,
+    CacheOffer,
+    CachePart,
+    CacheSent,
+    decode_cache_message,
+    encode_cache_message,
+)
 from cluster.rank import cache_exchange
 from cluster.rank.cache_exchange import send_cache, take_cache
 from cluster.rank.command_queue import NotYet
 from epslots.errors import PeerLost
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout, KeptTensor
-from epslots.transport.pair_link import PairLink
+from epslots.transport.pair_connection import PairConnection
 
-ANSWERS = [encode_link_message(CacheAnswer())] * 2
+ANSWERS = [encode_cache_message(CacheAnswer())] * 2
 
 
-class Link:
+class Connection:
     """One end, whose other end has said all that it will say.
 
     Attributes:
@@ -34,7 +41,7 @@ class Link:
         self._comes = list(comes)
 
     def send(self, message: bytes) -> None:
-        self.said.append(decode_link_message(message))
+        self.said.append(decode_cache_message(message))
 
     def send_piece(self, data: torch.Tensor) -> None:
         self.said.append(len(data))
@@ -80,10 +87,10 @@ def pieces_of_nine_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 def send(image: Image, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], float, float]:
     """What a source says; for how long its request stood still, and for how long it copied."""
     monkeypatch.setattr(cache_exchange.time, "monotonic", lambda: image.now_s)
-    link = Link(ANSWERS)
-    times = send_cache(cast(PairLink, link), cast(CacheImage, image), between_steps)
-    assert isinstance(link.said[0], CacheOffer) and isinstance(link.said[-1], CacheSent)
-    return link.said[1:-1], times.held_s, times.copying_s
+    connection = Connection(ANSWERS)
+    times = send_cache(cast(PairConnection, connection), cast(CacheImage, image), between_steps)
+    assert isinstance(connection.said[0], CacheOffer) and isinstance(connection.said[-1], CacheSent)
+    return connection.said[1:-1], times.held_s, times.copying_s
 
 
 def test_a_prompts_parts_follow_its_steps(monkeypatch: pytest.MonkeyPatch):
@@ -126,21 +133,23 @@ def test_a_target_touches_its_cache_between_steps_alone():
         return cast(CacheImage, place)
 
     digest = xxhash.xxh3_128_digest(bytes(layout.nbytes))
-    link = Link([encode_link_message(message) for message in (CacheOffer(layout), CachePart(7), CacheSent(digest))])
-    assert take_cache(cast(PairLink, link), reserve, between) is place
+    connection = Connection(
+        [encode_cache_message(message) for message in (CacheOffer(layout), CachePart(7), CacheSent(digest))]
+    )
+    assert take_cache(cast(PairConnection, connection), reserve, between) is place
     assert done == ["reserve", "write", "write", "write", "complete"]
-    assert link.said == [CacheAnswer(), CacheAnswer()]
+    assert connection.said == [CacheAnswer(), CacheAnswer()]
 
 
 @pytest.mark.parametrize("end", [0, 3, 8, -1])
 def test_parts_that_lead_nowhere_are_refused(end: int):
     """Backwards, on the spot, or past the end: the target would wait for ever, or write beyond its room."""
     layout = Image(7).layout
-    link = Link([encode_link_message(message) for message in (CacheOffer(layout), CachePart(3), CachePart(end))])
+    connection = Connection([encode_cache_message(message) for message in (CacheOffer(layout), CachePart(3), CachePart(end))])
 
     class Place:
         def write(self, piece: Any, data: torch.Tensor) -> None:
             assert all(part.end <= 3 for part in piece)
 
     with pytest.raises(PeerLost, match=rf"a part up to token {end} of 7, after token 3"):
-        take_cache(cast(PairLink, link), lambda _: cast(CacheImage, Place()), between_steps)
+        take_cache(cast(PairConnection, connection), lambda _: cast(CacheImage, Place()), between_steps)

@@ -68,7 +68,7 @@ def test_what_pays_is_published_and_then_moved_to():
     assert published.version == 5
     assert (published.home_LE == (placement_of(2).home_LE + 1) % 2).all()
     assert reply.state is ControllerState.MOVING
-    assert there.answer(told(3, 2, window(placement=4), epoch=7)).state is ControllerState.MOVING  # not adopted
+    assert there.answer(told(3, 2, window(placement=4), epoch=7)).state is ControllerState.MOVING  # not followed
     assert (
         there.answer(told(4, 2, window(placement=5, pending_migrations=2), epoch=7)).state is ControllerState.MOVING
     )  # not there
@@ -76,13 +76,13 @@ def test_what_pays_is_published_and_then_moved_to():
     assert there.answer(told(5, 2, window(placement=5), epoch=7)).state is ControllerState.WATCHING
 
 
-def test_one_rank_that_has_not_adopted_is_waited_for():
+def test_one_rank_that_does_not_follow_is_waited_for():
     there = controller(Planner(moves=True))
     there.answer(meeting(placement_of(2)))
     assert there.answer(told(1, 2)).set_placement is not None
     mixed = Learn((LoadReport(0, 0, 2, window(placement=1)), LoadReport(0, 1, 2, window(placement=0))), 0)
     assert there.answer(mixed).state is ControllerState.MOVING
-    assert explained(there).adopted == 0
+    assert explained(there).followed == 0
 
 
 def test_on_the_way_nothing_is_published_until_it_is_overdue():
@@ -194,7 +194,7 @@ def test_what_can_not_be_true_is_refused_and_the_placement_stays(bad: bytes):
     found = explained(there)
     assert found.refused == 1
     assert found.refusals[0].startswith("window 1 of rank 0: ")
-    assert (found.placement, found.adopted, found.state) == (before.placement, before.adopted, before.state)
+    assert (found.placement, found.followed, found.state) == (before.placement, before.followed, before.state)
     assert there.answer(told(2, 2)).set_placement is not None  # good ones are believed as before
 
 
@@ -275,7 +275,7 @@ def test_a_new_one_goes_on_where_the_last_one_was():
     # Ranks follow 3; they were told of 5, which the last one had published as its last.
     there.answer(meeting(placement_of(2, version=3), published=5, offered=pack(placement_of(2, version=5))))
     assert there.state is ControllerState.MOVING
-    assert explained(there).adopted == 3
+    assert explained(there).followed == 3
     replies = steady(there, 2, 5, [1])
     assert replies[0].set_placement is not None
     assert replies[0].set_placement.version == 6

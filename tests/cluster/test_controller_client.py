@@ -17,7 +17,7 @@ from cluster.driver import controller_client as client_module
 from cluster.driver.backend import Backend, WorkerHandle
 from cluster.driver.controller_client import ControllerClient
 from cluster.driver.shared_controller import SharedController
-from cluster.driver.workers import WorkerRecord
+from cluster.driver.workers import Worker
 from cluster.errors import ClusterError
 from cluster.messages.controller import Attach, ControllerState, Learn, Order, Rebalance, Reply
 from cluster.messages.placement import GetGroupState, LoadReport, SetPlacement
@@ -40,7 +40,7 @@ class FakeRankCalls:
         self.role: Role = "mixed"
         self.speeds: list[tuple[int, ...]] = []
         """Those that the controller has told."""
-        self.members: list[WorkerRecord] = []
+        self.members: list[Worker] = []
         self.followed: Placement = placement_of(count)
         self.answers = True
         """Whether they answer surveys."""
@@ -49,7 +49,7 @@ class FakeRankCalls:
 
     def form(self, count: int = 2) -> None:
         self.epoch, self.formed = self.epoch + 1, True
-        self.members = [WorkerRecord(rank, cast(WorkerHandle, None), rank=rank) for rank in range(count)]
+        self.members = [Worker(rank, cast(WorkerHandle, None), rank=rank) for rank in range(count)]
         if count != self.followed.ranks:
             self.followed = placement_of(count, self.followed.version + 1)
         self.controller_client.begin()
@@ -61,7 +61,7 @@ class FakeRankCalls:
         self.speeds.append(tuple(speeds))
 
     def send(self, worker: Hashable, command: Command) -> None:
-        assert isinstance(worker, WorkerRecord)
+        assert isinstance(worker, Worker)
         self.sent.append((worker.rank, command))
         if isinstance(command, GetGroupState) and self.answers:
             surveyed = group_state_of(self.followed, epoch=self.epoch, number=command.number)

@@ -74,7 +74,7 @@ class Lives(RuleBasedStateMachine):
 
     @precondition(lambda self: self.offered is not None)
     @rule()
-    def the_ranks_adopt(self) -> None:
+    def the_ranks_follow(self) -> None:
         assert self.offered is not None
         self.followed, self.offered = unpack(self.offered), None
 
@@ -124,7 +124,7 @@ class Lives(RuleBasedStateMachine):
         reply = self.there.answer(Learn(heard, 0))
         assert reply.set_placement is None
         after = explained(self.there)
-        assert (after.placement, after.adopted, after.windows) == (before.placement, before.adopted, before.windows)
+        assert (after.placement, after.followed, after.windows) == (before.placement, before.followed, before.windows)
         assert after.refused == before.refused + self.met
 
     @invariant()

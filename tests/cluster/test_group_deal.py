@@ -33,7 +33,7 @@ def test_groups_grow_and_come_at_the_end():
 
 def test_one_group_takes_any_number():
     deal = GroupDeal(1, None)
-    found, ranks = deal.settled(3).changed(7, None)
+    found, ranks = deal.with_size(3).changed(7, None)
     assert ranks == 7
     assert {found.group_of(bundle) for bundle in range(9)} == {0}
 
@@ -131,7 +131,7 @@ def test_places_are_given_back_once_the_others_serve(fails: bool):
     assert groups.deal.dealt == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("before", [GroupDeal(1, None), GroupDeal(1, None).settled(5)], ids=["any size", "settled"])
+@pytest.mark.parametrize("before", [GroupDeal(1, None), GroupDeal(1, None).with_size(5)], ids=["any size", "with_size"])
 def test_a_lone_group_shrinks(before: GroupDeal):
     """All that stay are its ranks, meanwhile, too."""
     done: list[tuple[str, int]] = []
@@ -159,9 +159,9 @@ def test_runs_are_groups_that_follow_each_other():
 
 def test_a_group_that_was_alone_is_joined_by_its_like():
     """And may have any number again when it is alone again."""
-    deal, ranks = GroupDeal(1, None).settled(2).changed(None, 3)
+    deal, ranks = GroupDeal(1, None).with_size(2).changed(None, 3)
     assert (deal.dealt, ranks, deal.size) == ([0, 0, 1, 1, 2, 2], 6, 2)
-    assert deal.settled(6).changed(4, None)[0].dealt == [0, 0, 1, 1]
+    assert deal.with_size(6).changed(4, None)[0].dealt == [0, 0, 1, 1]
     with pytest.raises(ConfigError, match="ranks=3; allowed: multiples of 2"):
         deal.changed(3, None)
     deal, ranks = deal.changed(None, 1)

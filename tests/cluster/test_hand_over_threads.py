@@ -1,4 +1,4 @@
-"""A rank's hand-overs beside its steps, with a batcher and links that do as told: what ends early, and what begins later."""
+"""A rank's hand-overs beside its steps, with a batcher and connections as told: what ends early, and what begins later."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from cluster.messages.hand_over import HandedOver, HandOver, LinkContact, LinkOrder, TakeOver
+from cluster.messages.hand_over import ConnectionOrder, HandedOver, HandOver, HandOverContact, TakeOver
 from cluster.rank import hand_over_threads
 from cluster.rank.contact_store import ContactStore
 from cluster.rank.hand_over_threads import HandOverThreads
 from epslots.errors import PeerLost
-from epslots.transport.pair_link import PairLink
+from epslots.transport.pair_connection import PairConnection
 from tests.support.rank_helpers import PATIENCE_S
 
 
@@ -26,8 +26,8 @@ class Rank:
         asked: of the batcher, in order.
     """
 
-    def __init__(self, open_link: Callable[[ContactStore], PairLink]) -> None:
-        self.told: list[HandedOver | LinkContact] = []
+    def __init__(self, connect: Callable[[ContactStore], PairConnection]) -> None:
+        self.told: list[HandedOver | HandOverContact] = []
         self.asked: list[str] = []
         batcher: Any = SimpleNamespace(
             hold=lambda id: self.asked.append(f"hold {id}"),  # None: the request has no cache now
@@ -39,7 +39,7 @@ class Rank:
             lambda: batcher,
             lambda function: function(),
             self.told.append,
-            lambda _, contacts, *, source: open_link(contacts),
+            lambda _, contacts, *, source: connect(contacts),
         )
 
     def give(self, number: int = 0) -> None:
@@ -55,24 +55,24 @@ class Rank:
         for thread in threading.enumerate():
             if thread.name == "epslots-hand-over":
                 thread.join(PATIENCE_S)
-        assert not self.threads._contacts and not self.threads._links
+        assert not self.threads._contacts and not self.threads._connections
 
     @property
     def failures(self) -> list[str | None]:
         return [event.failure for event in self.told if isinstance(event, HandedOver)]
 
 
-def order(number: int) -> LinkOrder:
-    return LinkOrder(number=number, secret=b"", kind="gloo", form_s=PATIENCE_S, deadline_s=PATIENCE_S)
+def order(number: int) -> ConnectionOrder:
+    return ConnectionOrder(number=number, secret=b"", kind="gloo", form_s=PATIENCE_S, deadline_s=PATIENCE_S)
 
 
-def link(aborted: list[str] | None = None) -> Any:
+def connection(aborted: list[str] | None = None) -> Any:
     return SimpleNamespace(abort=lambda: None if aborted is None else aborted.append("aborted"))
 
 
 def test_hand_overs_begin_again_after_another_driver_came():
     """Those of the last one are broken off; after the rank's end none begins."""
-    rank = Rank(lambda _: link())
+    rank = Rank(lambda _: connection())
     rank.threads.abort_all("another driver has come")
     rank.give()
     assert rank.asked == ["hold a", "resume a"] and len(rank.told) == 1
@@ -83,9 +83,9 @@ def test_hand_overs_begin_again_after_another_driver_came():
 
 
 def test_what_is_broken_off_while_ranks_meet_ends():
-    """Both the wait for the other rank's address, and a link that is there just then."""
+    """Both the wait for the other rank's address, and a connection that is there just then."""
 
-    def wait(contacts: ContactStore) -> PairLink:
+    def wait(contacts: ContactStore) -> PairConnection:
         rank.threads.abort_all("the test says so")
         try:
             contacts.get("never")
@@ -98,9 +98,9 @@ def test_what_is_broken_off_while_ranks_meet_ends():
     assert rank.failures == ["the test says so"] and rank.asked == ["resume a"]
     aborted: list[str] = []
 
-    def open_late(_: ContactStore) -> PairLink:
+    def open_late(_: ContactStore) -> PairConnection:
         late.threads.abort_all("the test says so")
-        return link(aborted)
+        return connection(aborted)
 
     late = Rank(open_late)
     before: list[int] = []
@@ -111,7 +111,7 @@ def test_what_is_broken_off_while_ranks_meet_ends():
 
 def test_a_place_of_an_earlier_try_is_given_back(monkeypatch: pytest.MonkeyPatch):
     """Its request has failed to move, and comes again: two places would be held, and one never be freed."""
-    monkeypatch.setattr(hand_over_threads, "take_cache", lambda _link, reserve, _between: reserve(None))
-    rank = Rank(lambda _: link())
+    monkeypatch.setattr(hand_over_threads, "take_cache", lambda _connection, reserve, _between: reserve(None))
+    rank = Rank(lambda _: connection())
     rank.take()
     assert rank.asked == ["release a", "reserve a"]

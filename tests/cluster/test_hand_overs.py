@@ -24,8 +24,8 @@ from cluster.messages.hand_over import (
     GoOn,
     HandedOver,
     HandOver,
-    LinkContact,
-    LinkContacts,
+    HandOverContact,
+    HandOverContacts,
     PromptProgress,
     Release,
     TakeOver,
@@ -40,7 +40,7 @@ from tests.support.clock_loop import ClockLoop
 
 REQUEST = Request("a", tuple(range(50)), 20)
 DONE = HandedOver(number=0, failure=None, seconds=0.1, copying_s=0.2, nbytes=1000, tokens=50, prompt_token_s=0.001)
-FAILED = HandedOver(number=0, failure="the link broke")
+FAILED = HandedOver(number=0, failure="the connection broke")
 
 
 class Driver:
@@ -85,9 +85,9 @@ def test_both_ranks_get_one_secret(machines: tuple[str, str], kind: str):
     (target, take), (source, give) = Driver(*machines).orders
     assert (target, source) == ("d", "p")
     assert isinstance(take, TakeOver) and isinstance(give, HandOver)
-    assert take.link == give.link and take.id == give.id == "a"
-    assert (give.link.kind, len(give.link.secret)) == (kind, 16)
-    assert give.link.secret != Driver().orders[0][1].link.secret  # type: ignore[union-attr]
+    assert take.connection == give.connection and take.id == give.id == "a"
+    assert (give.connection.kind, len(give.connection.secret)) == (kind, 16)
+    assert give.connection.secret != Driver().orders[0][1].connection.secret  # type: ignore[union-attr]
 
 
 def test_after_a_success_the_target_goes_on():
@@ -279,10 +279,10 @@ def test_a_group_that_forms_is_waited_for_once():
 
 def test_addresses_go_to_the_other_rank():
     driver = Driver()
-    driver.hand_overs.pass_on("p", LinkContact(0, "key", b"here"))
-    driver.hand_overs.pass_on("d", LinkContact(0, "key", b"there"))
-    driver.hand_overs.pass_on("d", LinkContact(1, "key", b"of none"))
-    assert driver.sent == [("d", LinkContacts(0, {"key": b"here"})), ("p", LinkContacts(0, {"key": b"there"}))]
+    driver.hand_overs.pass_on("p", HandOverContact(0, "key", b"here"))
+    driver.hand_overs.pass_on("d", HandOverContact(0, "key", b"there"))
+    driver.hand_overs.pass_on("d", HandOverContact(1, "key", b"of none"))
+    assert driver.sent == [("d", HandOverContacts(0, {"key": b"here"})), ("p", HandOverContacts(0, {"key": b"there"}))]
     driver.hand_overs.take("d", DONE)
     assert len(driver.hand_overs) == 1, "the source alone knows how it ended"
     driver.scheduler.clear()

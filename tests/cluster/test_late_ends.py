@@ -10,14 +10,14 @@ import pytest
 
 from cluster.driver.request_router import RequestRouter
 from cluster.driver.workers import Deadlines
-from cluster.messages.hand_over import HandedOver, HandOver, LinkOrder
+from cluster.messages.hand_over import ConnectionOrder, HandedOver, HandOver
 from cluster.rank.hand_over_threads import HandOverThreads
 from epslots.errors import PeerLost
 from tests.support.rank_helpers import PATIENCE_S
 
 
 @pytest.mark.parametrize("forget", [True, False])
-def test_a_link_that_ends_late_belongs_to_none(forget: bool):
+def test_a_connection_that_ends_late_belongs_to_none(forget: bool):
     """Unless the driver is still the same: then its request goes on here."""
     told, resumed, opening, ends = list[object](), list[str](), threading.Event(), threading.Event()
 
@@ -28,7 +28,7 @@ def test_a_link_that_ends_late_belongs_to_none(forget: bool):
 
     batcher: Any = SimpleNamespace(resume=resumed.append)
     threads = HandOverThreads(lambda: batcher, lambda function: function(), told.append, open_late)
-    threads.give(HandOver("a", LinkOrder(number=7, secret=b"", kind="memory", form_s=1.0, deadline_s=1.0)))
+    threads.give(HandOver("a", ConnectionOrder(number=7, secret=b"", kind="memory", form_s=1.0, deadline_s=1.0)))
     assert opening.wait(PATIENCE_S)
     threads.abort_all("says the test", forget=forget)
     ends.set()

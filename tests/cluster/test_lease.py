@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cluster.errors import ClusterError, Superseded
+from cluster.lasting.descriptions import GroupName, Lasting, RankName, split_term, with_term
 from cluster.lasting.lease import HELD_S, LEASE_S, RELEASED, Claim, Fate, Holder, LeaseWatch, OrphanWatch, Sight
-from cluster.lasting.records import GroupName, Lasting, RankName, split_term, with_term
 from cluster.rank.orphan_guard import OrphanGuard
 from cluster.ray_backend import driver_lease
 from cluster.ray_backend.driver_lease import DriverLease

@@ -21,8 +21,8 @@ from cluster.messages.hand_over import PromptProgress
 from cluster.rank.cache_exchange import HandOverRefused
 from cluster.rank.rank_loop import RankLoop
 from epslots.errors import ConfigError
-from epslots.transport.pair_link import PairLink
-from tests.support.fake_backend import FakeBackend, WatchedLink
+from epslots.transport.pair_connection import PairConnection
+from tests.support.fake_backend import FakeBackend, WatchedConnection
 from tests.support.thread_cluster import PROMPTS, check_empty, expected, serve_again, tokens_of, until
 
 pytestmark = pytest.mark.usefixtures("one_load_at_a_time", "small_pieces")
@@ -130,15 +130,15 @@ def test_short_prompts_are_computed_where_they_decode(open_cluster: Open, folder
 class Trouble:
     """Does something to the hand-over under way before the message with a number, at one of its ends."""
 
-    def __init__(self, backend: FakeBackend, number: int, *, source: bool, do: Callable[[WatchedLink], None]) -> None:
+    def __init__(self, backend: FakeBackend, number: int, *, source: bool, do: Callable[[WatchedConnection], None]) -> None:
         self.done = False
         self._number, self._source, self._do = number, source, do
-        backend.on_link = self._take
+        backend.on_connection = self._take
 
-    def _take(self, link: WatchedLink) -> None:
-        if not self.done and link.source == self._source and link.messages == self._number:
+    def _take(self, connection: WatchedConnection) -> None:
+        if not self.done and connection.source == self._source and connection.messages == self._number:
             self.done = True
-            self._do(link)
+            self._do(connection)
 
 
 @BOTH
@@ -148,7 +148,7 @@ def test_a_cut_connection_costs_nothing(opened: tuple[Cluster, FakeBackend], fol
     cluster, backend = opened
     for number in range(1, 40):
         before = counts(cluster)
-        trouble = Trouble(backend, number, source=source, do=lambda link: link.link.abort())
+        trouble = Trouble(backend, number, source=source, do=lambda connection: connection.inner.abort())
         assert tokens_of(cluster.generate(LONG[:1], max_new_tokens=40)) == expected(folder, LONG[:1], 40)
         if not trouble.done:
             break
@@ -164,7 +164,7 @@ def test_a_cancelled_reader_leaves_nothing(opened: tuple[Cluster, FakeBackend], 
     for number in range(1, 40):
         running = cluster.submit(LONG[0], max_new_tokens=40)
 
-        def leave(_: WatchedLink, running: Any = running) -> None:
+        def leave(_: WatchedConnection, running: Any = running) -> None:
             running.cancel()
             cluster._thread.flush()  # the ranks are told
 
@@ -184,9 +184,9 @@ def test_a_lost_rank_costs_no_token(open_cluster: Open, folder: Path, source: bo
     cluster, backend = open_cluster(ranks=2, prefill_ranks=1, **(SMALL_STEPS if early else {}))
     some = (4,) if early else (1, 4)
     for number in range(1, 60) if EVERY_MESSAGE else some:
-        trouble = Trouble(backend, number, source=source, do=lambda link: link.worker._die(known=True))
+        trouble = Trouble(backend, number, source=source, do=lambda connection: connection.worker._die(known=True))
         assert tokens_of(cluster.generate(LONG[:1], max_new_tokens=40)) == expected(folder, LONG[:1], 40)
-        backend.on_link = lambda _: None
+        backend.on_connection = lambda _: None
         if not trouble.done:
             break
         serve_again(cluster, 2)
@@ -229,17 +229,17 @@ def test_a_target_lost_after_the_end_gives_back(opened: tuple[Cluster, FakeBacke
     """It had the cache, and the driver hears so, but it is gone: the source goes on."""
     cluster, backend = opened
 
-    def die_soon(link: WatchedLink) -> None:
-        receive = link.link.receive
+    def die_soon(connection: WatchedConnection) -> None:
+        receive = connection.inner.receive
 
         def received() -> bytes:
             found = receive()
-            if link.messages >= 3 and link.messages > pieces[0]:
+            if connection.messages >= 3 and connection.messages > pieces[0]:
                 backend.workers[1]._die(known=True)
                 until(cluster, lambda: len(cluster._supervisor.groups[1].members) == 0)
             return found
 
-        link.link.receive = received
+        connection.inner.receive = received
 
     pieces = [3]
     Trouble(backend, 1, source=True, do=die_soon)
@@ -260,9 +260,9 @@ def test_ranks_of_each_role_make_room_in_slots(open_cluster: Open, folder: Path,
     opened, backend = open_cluster(ranks=4, prefill_ranks=2, **sizes)
     refuse, refusals = cluster.rank.cache_exchange._refused, list[str]()
 
-    def refused(link: PairLink, why: str) -> HandOverRefused:
+    def refused(connection: PairConnection, why: str) -> HandOverRefused:
         refusals.append(why)
-        return refuse(link, why)
+        return refuse(connection, why)
 
     monkeypatch.setattr(cluster.rank.cache_exchange, "_refused", refused)
     long = [[token for prompt in PROMPTS[:6] for token in prompt]]
@@ -294,14 +294,14 @@ def test_ranks_of_two_machines_meet_by_gloo(open_cluster: Open, folder: Path, mo
 def test_bytes_that_changed_are_refused(opened: tuple[Cluster, FakeBackend], folder: Path):
     cluster, backend = opened
 
-    def spoil(link: WatchedLink) -> None:
-        send_piece = link.link.send_piece
+    def spoil(connection: WatchedConnection) -> None:
+        send_piece = connection.inner.send_piece
 
         def spoiled(data: Any) -> None:
             data[0] ^= 1
             send_piece(data)
 
-        link.link.send_piece = spoiled
+        connection.inner.send_piece = spoiled
 
     Trouble(backend, 1, source=True, do=spoil)
     assert tokens_of(cluster.generate(LONG[:1], max_new_tokens=40)) == expected(folder, LONG[:1], 40)

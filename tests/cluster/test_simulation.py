@@ -29,7 +29,7 @@ from epslots.simulation.grouped_cluster import GroupedCluster
 from epslots.simulation.load import Workload
 from epslots.simulation.simulate import RecordedTraffic
 from epslots.simulation.timing import DEVICES, HandOverTiming, hand_over_of, timing_of
-from epslots.transport.pair_link import PIECE_BYTES
+from epslots.transport.pair_connection import PIECE_BYTES
 
 LOAD = Workload(rate=60.0, requests=60, prompt_tokens=(20, 90), new_tokens=(1, 40), shared_tokens=20, shared_prompts=3)
 
@@ -157,8 +157,8 @@ def test_hand_overs_begin_before_prompts_end(monkeypatch: pytest.MonkeyPatch):
 def test_sources_read_and_targets_write_between_steps(monkeypatch: pytest.MonkeyPatch):
     """Over a link that takes no time: two pieces before a source's step, and one before a target's."""
     cluster = cluster_of(ranks=4, groups=2, prefill_ranks=2, kv_tokens=2000)
-    free_link, traffic = HandOverTiming(0.0, host_bytes_s=1e18, network_bytes_s=1e18), traffic_of()
-    simulation = RequestSimulation(replace(cluster, kv_token_bytes=PIECE_BYTES // 25, hand_over=free_link), traffic)
+    free_connection, traffic = HandOverTiming(0.0, host_bytes_s=1e18, network_bytes_s=1e18), traffic_of()
+    simulation = RequestSimulation(replace(cluster, kv_token_bytes=PIECE_BYTES // 25, hand_over=free_connection), traffic)
     calls: dict[str, list[tuple[int, int]]] = {"_read": [], "_write": []}
     """By a hand-over's number and its group's steps; of a group without work, which makes none, not all."""
 

@@ -41,7 +41,7 @@ PURE = (
     "controller.controller",
     "rank.event_pace",
     "lasting.lease",
-    "lasting.records",
+    "lasting.descriptions",
     "serve.schema",
     "serve.answer_schema",
     "serve.request_settings",

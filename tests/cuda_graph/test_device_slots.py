@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from epslots.cuda_graph.device_slots import (
     DeviceSlots,
     Missing,
-    adopt_device_tables,
+    read_device_tables,
     slots_obstacle,
 )
 from epslots.cuda_graph.torch_kernels import TorchKernels
@@ -71,7 +71,7 @@ def test_prefetches_are_the_hosts(state: dict[str, Any], given_: dict[str, Any])
     view.last_use_E.clamp_(max=state["step"])
     view.ahead.verdict_3.copy_(torch.tensor(given_["verdict"]))
     policy, budget = PrefetchPolicy(), PrefetchBudget(1, given_["left"])
-    policy.adopt(PrefetchVerdict(*given_["verdict"]))
+    policy.set_verdict(PrefetchVerdict(*given_["verdict"]))
     for usage in given_["usage"]:
         row.last_use[:], row.decayed[:] = view.last_use_E, view.decayed_DE
         holds, scores, busy = view.slot_of_E.numpy() >= 0, host.policy(row), np.array([given_["running"] > 0])
@@ -152,11 +152,11 @@ def test_more_pairs_than_agreed_are_refused():
         slots.prepare(0, torch.tensor([1, 1, 1, 1]))
 
 
-def test_tables_of_the_device_are_adopted():
+def test_tables_of_the_device_are_read():
     loader = make_loader((4, 3, 6), apart=True)
     loader.pool.slot_of_device[2, 15] = 8
     loader.pool.expert_of_device[8] = 15
-    adopt_device_tables(loader.pool)
+    read_device_tables(loader.pool)
     assert (loader.pool.slot_of[2, 15], loader.pool.expert_of[8]) == (8, 15)
     loader.pool.check_integrity()
 

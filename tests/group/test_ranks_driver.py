@@ -155,12 +155,12 @@ class OneRank:
     def begin_step(self, header: Header) -> None:
         if self.offered is not None:
             self.shared.check(self.offered[0])
-            self.shared.adopt(*self.offered)
+            self.shared.follow(*self.offered)
             self.offered = None
         moving = self.shared.budgets.migration is not None
         for shift in self.shared.begin_step(lambda layer: self.layers[layer].scores()):
             if shift.rank == self.rank:
-                self.layers[shift.giver].pass_slot(self.layers[shift.taker], shift.evicted)
+                self.layers[shift.giver].give_slot(self.layers[shift.taker], shift.evicted)
         if moving and self.shared.budgets.migration is None:
             self.reached += 1
             quotas = [layer.cache.slots for layer in self.layers]

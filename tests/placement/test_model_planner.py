@@ -107,7 +107,7 @@ def test_a_placement_is_reached_within_the_budget(seed: int, bytes_per_step: int
     target = random_placement(world.generator, world.models[0].placement)
     for model in world.models:
         model.check(target)
-        model.adopt(target, bytes_per_step)
+        model.follow(target, bytes_per_step)
     layers, ranks = target.quota_LR.shape
     steps = 0
     wanted = sum(np.count_nonzero(layer.state.wanted_RE & ~layer.state.holds_RE) for layer in world.models[0].layers)
@@ -123,7 +123,7 @@ def test_a_placement_is_reached_within_the_budget(seed: int, bytes_per_step: int
     # Without demand what was moved in stays.
     again = replace(target, version=target.version + 1)
     for model in world.models:
-        model.adopt(again, 10**6)
+        model.follow(again, 10**6)
     steps = 0
     while world.models[0].budgets.migration is not None:
         world.step(0)
@@ -140,7 +140,7 @@ def test_less_than_an_expert_a_step_is_a_move_every_few_steps():
     layer = LayerPlanner(0, state, HOST, expert_bytes=BYTES, budgets=budgets)
     first = default_placement([4], np.array([[4]]))
     model = ModelPlanner([layer], first, [[0]], budgets)
-    model.adopt(replace(first, version=1, wanted_LRE=np.ones((1, 1, 4), bool)), BYTES // 3 + 1)
+    model.follow(replace(first, version=1, wanted_LRE=np.ones((1, 1, 4), bool)), BYTES // 3 + 1)
     moved = []
     for _ in range(12):
         model.begin_step(lambda _: np.zeros(4, np.int64))
@@ -154,7 +154,7 @@ def test_moves_stand_behind_the_demand_of_the_step():
     """A fetch takes the whole budget of the step, and the move waits for the next one."""
     state, budget = LayerState(np.zeros((1, 4), bool), np.array([4]), np.zeros(4, np.int64)), MigrationBudget(1, BYTES, BYTES)
     layer = LayerPlanner(0, state, HOST, expert_bytes=BYTES, budgets=FetchBudgets(migration=budget))
-    state.adopt(np.zeros(4, np.int64), np.array([[True, False, False, False]]))
+    state.follow(np.zeros(4, np.int64), np.array([[True, False, False, False]]))
     score = np.zeros(4, np.int64)
     budget.renew()
     assert not len(layer.decide(np.array([[0, 3, 0, 0]]), lambda: score).migrations) and state.pending_migrations == 1
@@ -168,7 +168,7 @@ def test_prefetches_and_migrations_share_one_budget():
         state, migration = LayerState(np.zeros((1, 4), bool), np.array([4]), zeros), MigrationBudget(1, BYTES, BYTES)
         budgets = FetchBudgets(PrefetchBudget(1, 2 * BYTES), migration)
         layer = LayerPlanner(0, state, HOST, expert_bytes=BYTES, budgets=budgets)
-        state.adopt(zeros, np.array([[True, False, False, False]]))
+        state.follow(zeros, np.array([[True, False, False, False]]))
         migration.renew()
         if ahead:
             found = layer.prefetch(np.array([[0, 0, 255, 0]]), lambda: zeros, np.array([False]))
@@ -187,7 +187,7 @@ def test_ranks_that_miss_in_every_step_get_there_all_the_same():
     model = ModelPlanner(layers, first, [[0, 1, 2]], budgets)
     wanted = np.zeros((3, 1, 9), bool)
     wanted[:, 0, 8] = True
-    model.adopt(replace(first, version=1, wanted_LRE=wanted), BYTES // 2)
+    model.follow(replace(first, version=1, wanted_LRE=wanted), BYTES // 2)
     steps = 0
     while model.pending_migrations:
         model.begin_step(lambda _: np.zeros(9, np.int64))
@@ -285,7 +285,7 @@ def test_a_placement_for_ceded_slots_is_reached_where_it_fits(seed: int):
     target = random_placement(world.generator, world.models[0].placement)
     wanted_LRE = target.wanted_LRE & (target.wanted_LRE.cumsum(2) <= room_LR[:, :, None])
     for model in world.models:
-        model.adopt(
+        model.follow(
             replace(target, wanted_LRE=wanted_LRE, quota_LR=room_LR),
             5 * BYTES,
             lambda layer: np.arange(layers[layer].state.holds_RE.shape[1]),
@@ -308,7 +308,7 @@ def test_a_placement_for_ceded_slots_is_reached_where_it_fits(seed: int):
 def test_the_dearest_copies_stay_wanted():
     """Of those that no longer fit; the others are the cache's to keep or not."""
     state = LayerState(np.zeros((2, 5), bool), np.array([2, 3]), np.zeros(5, np.int64))
-    state.adopt(np.zeros(5, np.int64), np.array([[1, 1, 0, 1, 1], [1, 1, 1, 0, 0]], bool))
+    state.follow(np.zeros(5, np.int64), np.array([[1, 1, 0, 1, 1], [1, 1, 1, 0, 0]], bool))
     state.drop_wanted(np.array([5, 9, 7, 8, 5]))
     assert state.wanted_RE.tolist() == [[False, True, False, True, False], [True, True, True, False, False]]
     assert state.pending_migrations == 5

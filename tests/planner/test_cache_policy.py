@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from epslots.errors import ConfigError
 from epslots.planner.cache_policy import POLICIES, Policy, adaptive, learns, resolve_policy
 from epslots.planner.evictions import plan_evictions
-from epslots.planner.use_history import COMPARE_EVERY, SHIFTS, SNAPSHOT_EVERY, USE, UseHistory, record_use
+from epslots.planner.use_history import COMPARE_EVERY, SHIFTS, SNAPSHOT_EVERY, USE, UseHistory, note_use
 
 STILL = len(SHIFTS)
 
@@ -21,7 +21,7 @@ STILL = len(SHIFTS)
 def after(steps: Sequence[set[int]], experts: int = 4, slots: int | None = None) -> UseHistory:
     history = UseHistory.empty(1, experts).layer(0, experts)
     for number, used in enumerate(steps, start=1):
-        record_use(history, np.array([e in used for e in range(experts)]), number, slots)
+        note_use(history, np.array([e in used for e in range(experts)]), number, slots)
     return history
 
 
@@ -90,7 +90,7 @@ def test_experts_used_in_turn_keep_the_resident_ones():
     assert history.weights.argmax() == STILL
     still = history.decayed[STILL].copy()
     for step in range(SNAPSHOT_EVERY - 9, SNAPSHOT_EVERY + 10):
-        record_use(history, np.arange(8) == step % 8, step, 4)
+        note_use(history, np.arange(8) == step % 8, step, 4)
         assert np.array_equal(history.decayed[STILL], still) == (step < SNAPSHOT_EVERY)
 
 
@@ -146,7 +146,7 @@ def test_a_rows_cache_is_what_its_scores_would_make_of_one(steps: list[set[int]]
         used_E = np.isin(np.arange(9), list(used))
         hits += int((holds_DE[0] & used_E).sum()) << 9
         hits -= int(history.hits[0]) >> 9
-        record_use(history, used_E, number, slots)
+        note_use(history, used_E, number, slots)
         assert history.hits[0] == hits
         if len(used) <= slots:
             for row in range(STILL + 1):
@@ -165,7 +165,7 @@ def test_a_row_of_more_layers_learns_what_a_single_one_does(steps: list[set[int]
     several = UseHistory.empty(3, 11)
     row = several.layer(1, 8)
     for number, used in enumerate(steps, start=1):
-        record_use(row, np.array([e in used for e in range(8)]), number, slots)
+        note_use(row, np.array([e in used for e in range(8)]), number, slots)
     for field in fields(UseHistory):
         assert np.array_equal(getattr(row, field.name), getattr(alone, field.name)), field.name
     untouched, whole = UseHistory.empty(3, 11), several
@@ -183,7 +183,7 @@ def test_a_newcomer_goes_on_as_those_it_joins():
     assert not eldest.follows.any()
     for number, used in enumerate(drawn([1] * 8, 200, seed=9), start=301):
         for history in (eldest, newcomer):
-            record_use(history, np.array([e in used for e in range(8)]), number, 3)
+            note_use(history, np.array([e in used for e in range(8)]), number, 3)
         assert np.array_equal(adaptive(eldest), adaptive(newcomer))
     assert eldest.follows.any() and eldest.pack() == newcomer.pack() != content
     with pytest.raises(ConfigError, match=r"a history of 3 bytes; allowed for 8 experts: \d+"):
@@ -213,7 +213,7 @@ def test_scores_stay_within_bits_over_prompts_and_single_tokens():
             step += 1
             used_E = np.zeros(256, bool)
             used_E[generator.permutation(256 if uses == 64 else 12)[:uses]] = True
-            record_use(history, used_E, step, 128)
+            note_use(history, used_E, step, 128)
             assert (POLICIES["adaptive"](history) >= 0).all()
 
 

@@ -46,7 +46,7 @@ def test_the_digest_tells_tables_homes_and_pasts_apart():
 
     first, second = layer(), layer()
     assert first.state.digest == second.state.digest
-    second.state.adopt(np.array([1, 1, 0]), second.state.wanted_RE)
+    second.state.follow(np.array([1, 1, 0]), second.state.wanted_RE)
     assert first.state.digest != second.state.digest
     second = layer()
     second.plan(np.array([[1, 0, 0], [0, 0, 0]]), lambda: np.zeros(3, np.int64))
@@ -61,7 +61,7 @@ def test_the_digest_tells_tables_homes_and_pasts_apart():
 def test_a_wanted_copy_that_demand_brings_needs_no_budget():
     state, budget = LayerState(holds(1, 2), np.array([2]), np.array([0, 0])), MigrationBudget(1, granted=1, largest=10)
     layer = LayerPlanner(0, state, COSTS, expert_bytes=10, budgets=FetchBudgets(migration=budget))
-    state.adopt(np.array([0, 0]), np.array([[True, False]]))
+    state.follow(np.array([0, 0]), np.array([[True, False]]))
     assert state.pending_migrations == 1
     layer.plan(np.array([[3, 0]]), lambda: np.zeros(2, np.int64))
     assert not (budget.left_R >= 10).any() and state.pending_migrations == 0

@@ -13,7 +13,7 @@ from cluster.serve.latencies import RECENT_S, RecentLatencies
 from cluster.serve.live_frame import Known, frame_of, layer_of
 from cluster.serve.live_window import SPAN_S, LiveSample, LiveWindow
 from cluster.serve.placement_words import placement_words
-from cluster.serve.record import RequestRecord
+from cluster.serve.request_summary import RequestSummary
 from tests.support.busy_cluster import BusyCluster, judgement
 
 COUNTS = {"new_tokens": 0, "hits": 0}
@@ -89,9 +89,9 @@ def test_quantiles_are_those_of_the_requests(times: list[float]):
     """At least half, and 99 of 100, don't exceed them; one less would be too few."""
     latencies = RecentLatencies(clock=lambda: 1e6)
     for number, seconds in enumerate(times):
-        record = RequestRecord(id=str(number), method="POST", path="/", client="", began_s=0.0)
-        record.first_token_s, record.ended_s = seconds, 1e6
-        latencies.note(record)
+        summary = RequestSummary(id=str(number), method="POST", path="/", client="", began_s=0.0)
+        summary.first_token_s, summary.ended_s = seconds, 1e6
+        latencies.note(summary)
     found, per_token = latencies.quantiles()
     assert per_token is None
     assert found is not None
@@ -105,11 +105,11 @@ def test_old_requests_count_no_more():
     """Nor do requests that had no token."""
     now = [0.0]
     latencies = RecentLatencies(clock=lambda: now[0])
-    record = RequestRecord(id="a", method="POST", path="/", client="", began_s=0.0)
-    latencies.note(record)
+    summary = RequestSummary(id="a", method="POST", path="/", client="", began_s=0.0)
+    latencies.note(summary)
     assert latencies.quantiles() == (None, None)
-    record.first_token_s, record.last_token_s, record.new_tokens, record.ended_s = 0.5, 2.5, 5, 0.0
-    latencies.note(record)
+    summary.first_token_s, summary.last_token_s, summary.new_tokens, summary.ended_s = 0.5, 2.5, 5, 0.0
+    latencies.note(summary)
     assert latencies.quantiles() == ((0.5, 0.5), (0.5, 0.5))
     now[0] = RECENT_S + 0.1
     assert latencies.quantiles() == (None, None)

@@ -15,7 +15,7 @@ import pytest
 from cluster.reports import ClusterStats, RankStats
 from cluster.serve.access_log import AccessLog, line_of
 from cluster.serve.cluster_metrics import balance as balance_of
-from cluster.serve.record import RequestRecord
+from cluster.serve.request_summary import RequestSummary
 from epslots.generation.engine_stats import sum_engines
 from epslots.telemetry import COUNTERS, LayerStats, Stats
 from tests.support import ROOT
@@ -180,15 +180,15 @@ def test_a_log_that_cant_be_written_holds_up_nothing():
             raise OSError("full")
 
     log = AccessLog(Broken())
-    record = RequestRecord(id="a", method="GET", path="/", client="", began_s=0.0)
-    log.log(record)
+    summary = RequestSummary(id="a", method="GET", path="/", client="", began_s=0.0)
+    log.log(summary)
     log.close()
     assert log.lost == 1
 
 
 def test_a_path_of_any_length_makes_a_short_line():
-    record = RequestRecord(id="a", method="GET", path="/" + "x" * 10_000, client="", began_s=0.0)
-    assert len(json.dumps(line_of(record, 0.0))) < 1000
+    summary = RequestSummary(id="a", method="GET", path="/" + "x" * 10_000, client="", began_s=0.0)
+    assert len(json.dumps(line_of(summary, 0.0))) < 1000
 
 
 def test_names_are_legal():

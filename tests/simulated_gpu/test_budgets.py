@@ -161,7 +161,7 @@ def test_other_writers_come_after_a_dropped_guess(gpu: SimulatedMachine):
     record = torch.ones(5 * MB, dtype=torch.uint8).pin_memory()
     (guessed,) = engine.start([slot], [record], put, urgent=False)
     engine.cancel(guessed)
-    engine.settle([slot])
+    engine.wait_cancelled([slot])
     slot.fill_(3)
     assert gpu.races == []
     assert int(slot[0]) == 3

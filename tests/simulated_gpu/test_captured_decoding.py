@@ -1,4 +1,4 @@
-"""An engine's captured passes on a simulated GPU: the uncaptured tokens, from graphs that no value of the host goes into."""
+"""An engine's captured steps on a simulated GPU: the uncaptured tokens, from graphs that no value of the host goes into."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def test_steps_over_pages_are_replayed_too(name: str, checkpoint: Callable[[str]
 
 
 def test_prompts_and_many_rows_take_the_usual_path(checkpoint: Callable[[str], Path], shared_stores: Path):
-    """A request that comes, and a batch that may need more experts than a layer has slots; and captured passes again."""
+    """A request that comes, and a batch that may need more experts than a layer has slots; and captured steps again."""
     folder, later = checkpoint("qwen3_moe"), [request(3, 6), request(4, 6)]
     usual = epslots.load(
         folder, cache_dir=shared_stores, device="cpu", progress=False, slots=8, dtype="float32", host_compute="off"
@@ -325,7 +325,7 @@ def test_a_failed_capture_is_named_and_not_tried_again(
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "graph", fail)
             assert run(batcher, REQUESTS[:1]) == expected
-        assert batcher._captured.obstacle == "a decoding pass can't be captured (operation not permitted)"
+        assert batcher._captured.obstacle == "a decoding step can't be captured (operation not permitted)"
         assert len(tried) == 1 and "decodes uncaptured" in caplog.text
         runtime_of(model).check_integrity()
 

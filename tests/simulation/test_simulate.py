@@ -135,7 +135,7 @@ def test_moves_run_behind_and_delay_the_next_fetch():
         counts_RE[2, 0, 0, [0, 5]] = 1
         times = [group.step(counts_RE[0], tokens_R), group.step(counts_RE[1], tokens_R)]
         if moving:
-            group.model.adopt(placement_that_wants([8], 2, 4, [(0, 0, 1), (0, 0, 2)]), bytes_per_step=1)
+            group.model.follow(placement_that_wants([8], 2, 4, [(0, 0, 1), (0, 0, 2)]), bytes_per_step=1)
         times += [group.step(counts_RE[1], tokens_R), group.step(counts_RE[2], tokens_R)]
         moved = int(group.take().host_migrations.sum())
         assert moved == (1 if moving else 0), "a byte a step: the third step's demand takes the fourth's room"

@@ -159,7 +159,7 @@ def test_the_simulator_follows_placements_as_ranks_do(
     )
     for number, (counts_LRE, tokens_R) in enumerate(seen):
         if number == len(steps[0]):
-            simulated.model.adopt(placement, 6 * expert_bytes)
+            simulated.model.follow(placement, 6 * expert_bytes)
         simulated.step(counts_LRE, tokens_R)
     tally = simulated.take()
     assert (tally.host_migrations + tally.peer_migrations).sum(), "nothing was moved"

@@ -19,7 +19,7 @@ from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.requests import Output, Request
 from epslots.generation.row_batcher import RowBatcher
 from epslots.generation.tracked_request import GrammarProgress, TrackedRequest
-from epslots.models.adoption import mixes_tokens
+from epslots.models.experts_interface import mixes_tokens
 from tests.support import zoo
 from tests.support.remembered import Reference, remembered
 

@@ -190,7 +190,7 @@ class BusyCluster(ScriptedCluster):
             epoch=3 + group,
             role=self._roles[group],
             placement=7 + group,
-            adopted=7 + group,
+            followed=7 + group,
             pending_migrations=0,
             windows=31,
             pooled=1,

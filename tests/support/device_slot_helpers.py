@@ -30,7 +30,7 @@ from epslots.layout import LayerSpec, RecordLayout
 from epslots.planner.cache_policy import POLICIES
 from epslots.planner.evictions import plan_evictions
 from epslots.planner.prefetch_policy import HALVE_AT, LEAST_JUDGED, LIKELY, WORTH_A_TRY
-from epslots.planner.use_history import UseHistory, record_use
+from epslots.planner.use_history import UseHistory, note_use
 from epslots.progress import ProgressDisplay
 
 # Records of several chunks of the copying kernel, the last one not full; on pages of the store with a gap behind each.
@@ -82,7 +82,7 @@ def make_loader(quotas: tuple[int, ...], *, apart: bool = False) -> Any:
 
 
 class HostRule:
-    """The same by the host's rule: ``record_use``, ``plan_evictions``, and slots in the order of ``plan_passes``."""
+    """The same by the host's rule: ``note_use``, ``plan_evictions``, and slots in the order of ``plan_passes``."""
 
     def __init__(self, quotas: tuple[int, ...], policy: str) -> None:
         self.quotas, self.policy = quotas, POLICIES[policy]
@@ -99,7 +99,7 @@ class HostRule:
         needed = np.zeros(experts, bool)
         needed[[i for i in ids if i < experts]] = True
         self.steps[layer] += 1
-        record_use(self.rows[layer], needed, self.steps[layer])
+        note_use(self.rows[layer], needed, self.steps[layer])
         score = self.policy(self.rows[layer])
         change = plan_evictions((slot_of >= 0)[None], needed[None], np.array([self.quotas[layer]]), score)
         misses = np.flatnonzero(needed & (slot_of < 0))

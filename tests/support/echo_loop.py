@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 if TYPE_CHECKING:
-    from cluster.lasting.records import RankDescription
+    from cluster.lasting.descriptions import RankDescription
     from cluster.messages.rank import Contact, Form, Load
     from cluster.rank.contact_store import ContactStore
     from cluster.rank.rank_loop import FormTransport
@@ -68,7 +68,7 @@ class EchoLoop:
         pass
 
     def describe(self) -> RankDescription:
-        from cluster.lasting.records import RankDescription
+        from cluster.lasting.descriptions import RankDescription
 
         return RankDescription(load=self._load, loaded=self._load is not None, running=True)
 

@@ -27,14 +27,14 @@ from cluster.controller.role_forecasts import MakeForecast
 from cluster.driver.backend import WorkerDied
 from cluster.errors import ClusterError
 from cluster.messages.controller import Order, decode_addressed, decode_order
-from cluster.messages.hand_over import LinkOrder
+from cluster.messages.hand_over import ConnectionOrder
 from cluster.messages.rank import Form
 from cluster.rank.contact_store import ContactStore
-from cluster.rank.hand_over_threads import open_link
+from cluster.rank.hand_over_threads import connect
 from cluster.rank.rank_loop import RankLoop
 from epslots.errors import PeerLost
 from epslots.transport.local_transport import LocalHub, LocalTransport
-from epslots.transport.pair_link import PairLink
+from epslots.transport.pair_connection import PairConnection
 from tests.support.clock_loop import ClockLoop
 from tests.support.rank_helpers import PATIENCE_S
 
@@ -85,22 +85,22 @@ class _Transport(LocalTransport):
         return super().all_gather(mine)
 
 
-class WatchedLink:
-    """A real link of a hand-over, whose every message and piece may meet with something.
+class WatchedConnection:
+    """A real connection of a hand-over, whose every message and piece may meet with something.
 
     Attributes:
         messages: sent and received at this end until now.
     """
 
-    def __init__(self, link: PairLink, worker: FakeWorker, source: bool, backend: FakeBackend) -> None:
-        self.link, self.worker, self.source, self.messages = link, worker, source, 0
+    def __init__(self, connection: PairConnection, worker: FakeWorker, source: bool, backend: FakeBackend) -> None:
+        self.inner, self.worker, self.source, self.messages = connection, worker, source, 0
         self._backend = backend
-        self.abort = link.abort
+        self.abort = connection.abort
 
     def __getattr__(self, name: str) -> Any:
         self.messages += 1
-        self._backend.on_link(self)
-        return getattr(self.link, name)
+        self._backend.on_connection(self)
+        return getattr(self.inner, name)
 
 
 class FakeWorker:
@@ -112,7 +112,7 @@ class FakeWorker:
         self.term = 0
         self.number = backend.started
         self.dead = False
-        self.loop = RankLoop(self._form, open_link=self._open_link)
+        self.loop = RankLoop(self._form, connect=self._connect)
         self._backend = backend
         self._asyncio = asyncio.get_running_loop()
         self._batches: asyncio.Queue[bytes | None] = asyncio.Queue()
@@ -202,10 +202,10 @@ class FakeWorker:
             raise PeerLost("no rank is there, says the test")
         return _Transport(self._backend.hub(form), form.rank, self)
 
-    def _open_link(self, order: LinkOrder, contacts: ContactStore, *, source: bool) -> PairLink:
+    def _connect(self, order: ConnectionOrder, contacts: ContactStore, *, source: bool) -> PairConnection:
         if self.dead:
             raise PeerLost("it was killed")
-        return WatchedLink(open_link(order, contacts, source=source), self, source, self._backend)
+        return WatchedConnection(connect(order, contacts, source=source), self, source, self._backend)
 
     def _pump(self) -> None:
         """Hand events over to asyncio, in batches that come late, one rank's later than another's; a dead one's are lost."""
@@ -304,7 +304,7 @@ class FakeBackend:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.workers: dict[int, FakeWorker] = {}
         self.faults_done: list[tuple[int, Fault]] = []
-        self.on_link: Callable[[WatchedLink], None] = lambda _: None
+        self.on_connection: Callable[[WatchedConnection], None] = lambda _: None
         """Called before each message of a hand-over, in its thread."""
         self.bundles = 0
         self.closed = False

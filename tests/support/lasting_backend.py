@@ -13,7 +13,7 @@ import threading
 
 from cluster.api import Cluster
 from cluster.errors import Superseded
-from cluster.lasting.records import RankDescription
+from cluster.lasting.descriptions import RankDescription
 from tests.support.fake_backend import FakeBackend, FakeWorker
 
 

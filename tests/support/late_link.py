@@ -50,7 +50,7 @@ class LateLink:
     def poll(self, transfer: Late) -> bool:
         return False
 
-    def settle(self, slots: Any = None) -> None:
+    def wait_cancelled(self, slots: Any = None) -> None:
         pass
 
     def cancel(self, transfer: Late) -> bool:

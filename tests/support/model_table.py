@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 import epslots
 from epslots.errors import EpslotsError
-from epslots.models.adoption import REBUILT
+from epslots.models.experts_interface import REBUILT
 from tests.support import zoo
 from tests.support.equality import TOLERANCE
 from tests.support.more_models import LATENTS, UNUSUAL
@@ -191,7 +191,7 @@ one slot, a quarter and all. Models that wrap another one's text model (kimi_k25
 | folder in transformers | class | interface | suite | outcome |
 | --- | --- | --- | --- | --- |"""
 _FOOTER = """
-*Interface*: how the experts reach transformers' experts interface; *brought in* by `epslots/models/adoption.py`.
+*Interface*: how the experts reach transformers' experts interface; *brought in* by `epslots/models/experts_interface.py`.
 
 Not in transformers, and run by classes of epslots: Grok-1 and Grok-2 (`epslots/models/grok.py`, held to a computation in
 numpy). Known by another name: Kimi-K2 and Kimi-K2-Thinking (`kimi_k2` is deepseek_v3)."""

@@ -100,7 +100,7 @@ def check_empty(opened: Cluster, backend: FakeBackend) -> None:
 
 
 def until_quiet(hand_overs: Any) -> None:
-    """Wait for the ends of links, which the driver doesn't wait for."""
+    """Wait for the ends of connections, which the driver doesn't wait for."""
     done = threading.Event()
     while hand_overs._contacts:
         done.wait(0.001)

@@ -56,7 +56,7 @@ class Tiny:
     decorate: bool = False
     """They don't, but have its signature: decorating their class at run time brings them to it."""
     rebuilt: bool = False
-    """They don't; epslots rebuilds the block around them, which brings them to it (``models/adoption.py``)."""
+    """They don't; epslots rebuilds the block around them, which brings them to it (``models/experts_interface.py``)."""
     zero_experts: int = 0
     """Identity experts, without weights, that the router can choose by the ids from ``num_experts`` on."""
     hybrid: bool = False

@@ -205,7 +205,7 @@ def test_homes_that_differ_are_an_error_before_anything_moves(pair: Grouped):
 
     def swap_homes(*_: object) -> None:
         shared = group_of(pair.models[1]).shared.layers[1].state
-        shared.adopt(shared.home_E[::-1].copy(), shared.wanted_RE)
+        shared.follow(shared.home_E[::-1].copy(), shared.wanted_RE)
 
     pair.models[1].model.layers[1].register_forward_pre_hook(swap_homes)
     for error in errors_of(2, lambda t: forward(pair.models[t.rank]), pair.hub):

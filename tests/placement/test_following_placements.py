@@ -1,4 +1,4 @@
-"""Placements in whole models: adopted by all ranks at once, reached while tokens flow, and never seen in an output."""
+"""Placements in whole models: followed by all ranks at once, reached while tokens flow, and never seen in an output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records of ranks that outlive their driver: what each gets, what each was loaded with, and the names that Ray keeps."""
+"""Ranks that outlive their driver, described: their load order, and the names that Ray keeps of them."""
 
 from __future__ import annotations
 

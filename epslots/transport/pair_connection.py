@@ -1,8 +1,8 @@
-"""``PairLink``: a connection of two processes beside their groups' exchanges, for bytes that may take their time.
+"""``PairConnection``: a connection of two processes beside their groups' exchanges, for bytes that may take their time.
 
-``MemoryLink`` (``memory_link.py``) joins processes of one machine through shared memory, ``GlooLink`` (``gloo_link.py``)
-any two by torch.distributed. A link serves one hand-over; a further one makes its own. At most ``BYTES_IN_FLIGHT`` of pieces
-are sent and not yet received.
+``MemoryConnection`` joins processes of one machine through shared memory, ``GlooConnection`` any two by torch.distributed.
+A connection serves one hand-over; a further one makes its own. At most ``BYTES_IN_FLIGHT`` of pieces are sent and not yet
+received.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ MOST_MESSAGE_BYTES = 4 << 20
 """A longer message is no message of ours."""
 
 
-class PairLink(Protocol):
-    """One end of a link, for one thread. Both ends agree about the order of messages and pieces, and never both send.
+class PairConnection(Protocol):
+    """One end of a connection, for one thread. Both ends agree about the order of messages and pieces, and never both send.
 
     Raises:
         PeerLost: from every method but ``abort``: the other end is gone, silent for longer than the deadline, not the one
-            that was meant, or the link was aborted.
+            that was meant, or the connection was aborted.
     """
 
     def send(self, message: bytes) -> None:
@@ -54,8 +54,8 @@ class PairLink(Protocol):
         ...
 
 
-def prove(link: PairLink, secret: bytes, number: int, *, source: bool) -> None:
-    """Show the other end of a link that this one knows its secret, and check that the other does.
+def prove(connection: PairConnection, secret: bytes, number: int, *, source: bool) -> None:
+    """Show the other end of a connection that this one knows its secret, and check that the other does.
 
     Args:
         number: of the hand-over.
@@ -65,17 +65,17 @@ def prove(link: PairLink, secret: bytes, number: int, *, source: bool) -> None:
         PeerLost: another process has come in its place. Nothing else was exchanged with it.
     """
     if source:  # gloo's send ends with the other's receive
-        link.send(seal(secret, "link", number, source))
-    answer = link.receive()
+        connection.send(seal(secret, "connection", number, source))
+    answer = connection.receive()
     if not source:
-        link.send(seal(secret, "link", number, source))
-    if not hmac.compare_digest(answer, seal(secret, "link", number, not source)):
-        link.abort()
+        connection.send(seal(secret, "connection", number, source))
+    if not hmac.compare_digest(answer, seal(secret, "connection", number, not source)):
+        connection.abort()
         raise PeerLost(f"the process at the other end of hand-over {number} doesn't know its secret")
 
 
 def machine_of_this() -> str:
-    """A name that two processes have in common if, and only if, they can be joined by a ``MemoryLink``.
+    """A name that two processes have in common if, and only if, they can be joined by a ``MemoryConnection``.
 
     It is the running kernel and its network namespace, to which abstract sockets belong. Empty where there are none.
     """

@@ -7,8 +7,8 @@
     llama4                  scores scale the experts' input, and every expert is run over every token, mostly over zeros
     doge                    an expert is one neuron: a row of two embeddings
 
-``experts.py`` calls ``adopt`` for every module of a model, and ``conversions.py`` asks for the conversions that the new
-tensors need. Other models of the same classes stay as they are.
+``experts.py`` calls ``bring_to_interface`` for every module of a model, ``conversions.py`` asks for the conversions that the
+new tensors need. Other models of the same classes stay as they are.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Rebuilding:
     conversions: Callable[[Any], list[WeightConverter]]
 
 
-def adopt(module: nn.Module) -> None:
+def bring_to_interface(module: nn.Module) -> None:
     """Bring a module's experts to the interface, if they are of a known class outside of it.
 
     Raises:
@@ -132,18 +132,21 @@ def adopt(module: nn.Module) -> None:
 
 
 def mixes_tokens(model: PreTrainedModel) -> bool:
-    """Whether the experts of a token depend on the other tokens of its pass, later and other sequences' ones too (doge)."""
+    """Whether a token's experts depend on the other tokens of its step (doge).
+
+    Later tokens and those of other sequences count, too.
+    """
     return any(type(module).__name__ in _MIXES_TOKENS for module in model.modules())
 
 
-def adopted_conversions(model: PreTrainedModel) -> list[WeightConverter]:
-    """The conversions of a model's adopted experts; none for experts that transformers has at its interface."""
+def rebuilt_conversions(model: PreTrainedModel) -> list[WeightConverter]:
+    """The conversions of a model's rebuilt experts; none for experts that transformers has at its interface."""
     found = {type(module).__name__: module for module in model.modules() if type(module).__name__ in REBUILT}
     return [converter for name, module in found.items() for converter in REBUILT[name].conversions(module.experts)]
 
 
 def expert_rows(operations: Sequence[ConversionOps]) -> int:
-    """Rows of one expert in a tensor that has all experts' rows below one another; 1 in one that has them apart."""
+    """Rows of one expert in a tensor that has all experts' rows below one another. 1 in a tensor that has them apart."""
     return operations[0].rows if operations and isinstance(operations[0], SplitRows) else 1
 
 

@@ -1,4 +1,4 @@
-"""``MemoryLink``: a ``PairLink`` through shared memory, for two processes of one machine.
+"""``MemoryConnection``: a ``PairConnection`` through shared memory, for two processes of one machine.
 
 Pieces are copied into an anonymous memory file, which has room for two; a socket carries messages, the file's descriptor, and
 the news that a piece is there or was read. Neither has a name on a disk: if either process is killed, the kernel frees both,
@@ -19,23 +19,23 @@ import torch
 
 from epslots.errors import PeerLost
 from epslots.transport.forming import seal
-from epslots.transport.pair_link import BYTES_IN_FLIGHT, MOST_MESSAGE_BYTES, PIECE_BYTES, prove
+from epslots.transport.pair_connection import BYTES_IN_FLIGHT, MOST_MESSAGE_BYTES, PIECE_BYTES, prove
 
 _HEAD = struct.Struct("<cI")
 _MESSAGE, _PIECE, _READ = b"m", b"p", b"r"
 _RETRY_S = 0.002  # until the other end listens: a socket that nothing listens at has no event to wait for
 
 
-class MemoryLink:
-    """One end of a link. Make it with ``open_source`` or ``open_target``.
+class MemoryConnection:
+    """One end of a connection. Make it with ``open_source`` or ``open_target``.
 
     Args:
-        connection: to the other end.
+        sock: the socket to the other end.
         memory: shared with it, ``BYTES_IN_FLIGHT`` bytes; None = there are only messages yet.
     """
 
-    def __init__(self, connection: socket.socket, memory: mmap.mmap | None = None) -> None:
-        self._connection = connection
+    def __init__(self, sock: socket.socket, memory: mmap.mmap | None = None) -> None:
+        self._sock = sock
         self._memory = torch.empty(0) if memory is None else torch.frombuffer(memory, dtype=torch.uint8)
         self._sent = self._read = 0
         """Pieces that were sent; pieces that the other end has read, or that this one has received."""
@@ -67,8 +67,8 @@ class MemoryLink:
 
     def abort(self) -> None:
         with suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits in it
-        self._connection.close()
+            self._sock.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits in it
+        self._sock.close()
 
     def _half(self, number: int) -> torch.Tensor:
         start = number % (BYTES_IN_FLIGHT // PIECE_BYTES) * PIECE_BYTES
@@ -89,12 +89,12 @@ class MemoryLink:
                 continue
             if found != kind or (size > MOST_MESSAGE_BYTES if nbytes is None else size != nbytes):
                 self.abort()
-                raise PeerLost(f"the other end of a link sent {found!r} of {size} bytes, and {kind!r} was due")
+                raise PeerLost(f"the other end of a connection sent {found!r} of {size} bytes, and {kind!r} was due")
             return self._take(size) if kind == _MESSAGE else b""
 
     def _write(self, data: bytes) -> None:
         try:
-            self._connection.sendall(data)
+            self._sock.sendall(data)
         except OSError as error:
             raise self._lost(error) from error
 
@@ -102,7 +102,7 @@ class MemoryLink:
         found = bytearray()
         try:
             while len(found) < count:
-                part = self._connection.recv(min(count - len(found), 1 << 20))
+                part = self._sock.recv(min(count - len(found), 1 << 20))
                 if not part:
                     raise ConnectionResetError("its process has closed the connection, or has ended")
                 found += part
@@ -112,11 +112,11 @@ class MemoryLink:
 
     def _lost(self, error: OSError) -> PeerLost:
         self.abort()
-        return PeerLost(f"the other end of a link is gone or silent: {error}")
+        return PeerLost(f"the other end of a connection is gone or silent: {error}")
 
 
-def open_source(number: int, secret: bytes, form_s: float, deadline_s: float) -> MemoryLink:
-    """The source's end of a hand-over's link; waits until the target listens.
+def open_source(number: int, secret: bytes, form_s: float, deadline_s: float) -> MemoryConnection:
+    """The source's end of a hand-over's connection; waits until the target listens.
 
     Args:
         number: of the hand-over.
@@ -127,55 +127,55 @@ def open_source(number: int, secret: bytes, form_s: float, deadline_s: float) ->
     Raises:
         PeerLost: the target didn't come in time, or another process came.
     """
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     ends = time.monotonic() + form_s
     while True:
         try:
-            connection.connect(_address(number, secret))
+            sock.connect(_address(number, secret))
             break
         except OSError as error:
             if time.monotonic() > ends:
-                connection.close()
+                sock.close()
                 raise PeerLost(f"the target of hand-over {number} didn't listen within {form_s:g} s: {error}") from error
             time.sleep(_RETRY_S)  # a socket that isn't there yet can't be waited for
-    connection.settimeout(deadline_s)
+    sock.settimeout(deadline_s)
     file = os.memfd_create("epslots-hand-over")
     try:
         os.ftruncate(file, BYTES_IN_FLIGHT)
-        link = MemoryLink(connection, mmap.mmap(file, BYTES_IN_FLIGHT))
-        prove(link, secret, number, source=True)
-        connection.sendmsg([b"f"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file]))])
+        connection = MemoryConnection(sock, mmap.mmap(file, BYTES_IN_FLIGHT))
+        prove(connection, secret, number, source=True)
+        sock.sendmsg([b"f"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file]))])
     except OSError as error:
-        connection.close()
+        sock.close()
         raise PeerLost(f"no memory can be shared with the target of hand-over {number}: {error}") from error
     finally:
         os.close(file)
-    return link
+    return connection
 
 
-def open_target(number: int, secret: bytes, form_s: float, deadline_s: float) -> MemoryLink:
-    """The target's end of a hand-over's link; waits for the source. Arguments and errors as ``open_source``."""
+def open_target(number: int, secret: bytes, form_s: float, deadline_s: float) -> MemoryConnection:
+    """The target's end of a hand-over's connection; waits for the source (see ``open_source``)."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
         listening.settimeout(form_s)
         try:
             listening.bind(_address(number, secret))
             listening.listen(1)
-            connection, _ = listening.accept()
+            sock, _ = listening.accept()
         except OSError as error:
             raise PeerLost(f"the source of hand-over {number} didn't connect within {form_s:g} s: {error}") from error
-    connection.settimeout(deadline_s)
-    prove(MemoryLink(connection), secret, number, source=False)
+    sock.settimeout(deadline_s)
+    prove(MemoryConnection(sock), secret, number, source=False)
     try:
-        _, files, _, _ = socket.recv_fds(connection, 1, 1)
+        _, files, _, _ = socket.recv_fds(sock, 1, 1)
         shared = [mmap.mmap(file, BYTES_IN_FLIGHT) for file in files]
         for file in files:
             os.close(file)
         if len(shared) != 1:
             raise ConnectionResetError("it sent no memory")
     except (OSError, ValueError) as error:
-        connection.close()
+        sock.close()
         raise PeerLost(f"the source of hand-over {number} shared no memory: {error}") from error
-    return MemoryLink(connection, shared[0])
+    return MemoryConnection(sock, shared[0])
 
 
 def _address(number: int, secret: bytes) -> str:

@@ -1,7 +1,7 @@
-"""``GlooLink``: a ``PairLink`` over torch.distributed, for two processes anywhere.
+"""``GlooConnection``: a ``PairConnection`` over torch.distributed, for two processes anywhere.
 
 The pair is a gloo group of its own: nothing of it waits for the ranks' groups, nor they for it. Caches of GPUs go through the
-host's memory, as they do in ``MemoryLink``.
+host's memory, as they do in ``MemoryConnection``.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from epslots.errors import PeerLost
 from epslots.transport.forming import connect_gloo
 from epslots.transport.gloo_operations import WaitingThread
-from epslots.transport.pair_link import MOST_MESSAGE_BYTES, PIECE_BYTES, prove
+from epslots.transport.pair_connection import MOST_MESSAGE_BYTES, PIECE_BYTES, prove
 from epslots.transport.torch_transport import cut
 
 _PROBE_EVERY_S = 0.1
 _PROBE_TAG = 2  # no message has it
 
-_open: WeakSet[GlooLink] = WeakSet()
+_open: WeakSet[GlooConnection] = WeakSet()
 
 
-class GlooLink:
-    """One end of a link. Make it with ``open_gloo_link``.
+class GlooConnection:
+    """One end of a connection. Make it with ``open_gloo_connection``.
 
     Args:
         group: torch's gloo group of two ranks; the source is rank 0.
@@ -58,7 +58,7 @@ class GlooLink:
         self._wait(self._start(size, outgoing=False))
         if not 0 <= int(size) <= MOST_MESSAGE_BYTES:
             self.abort()
-            raise PeerLost(f"the other end of a link announces a message of {int(size)} bytes")
+            raise PeerLost(f"the other end of a connection announces a message of {int(size)} bytes")
         message = torch.zeros(int(size), dtype=torch.uint8)
         if len(message):
             self._wait(self._start(message, outgoing=False))
@@ -88,7 +88,7 @@ class GlooLink:
 
     def _start(self, data: torch.Tensor, *, outgoing: bool) -> dist.Work:
         if self._aborted:
-            raise PeerLost("the link was aborted")
+            raise PeerLost("the connection was aborted")
         try:
             started = self._group.send if outgoing else self._group.recv
             work: dist.Work = started([data], self._peer, 0)
@@ -102,17 +102,17 @@ class GlooLink:
         try:
             while not operation.ends_within(_PROBE_EVERY_S):
                 if self._aborted:
-                    raise PeerLost("the link was aborted")
+                    raise PeerLost("the connection was aborted")
                 self._group.send([self._probe], self._peer, _PROBE_TAG)  # raises if the connection is closed
         except RuntimeError as error:
             raise self._lost(error) from error
 
     def _lost(self, error: RuntimeError) -> PeerLost:
         self.abort()
-        return PeerLost(f"the other end of a link is gone or silent: {str(error).partition(chr(10))[0]}")
+        return PeerLost(f"the other end of a connection is gone or silent: {str(error).partition(chr(10))[0]}")
 
 
-def open_gloo_link(
+def open_gloo_connection(
     store: Store,
     number: int,
     secret: bytes,
@@ -121,8 +121,8 @@ def open_gloo_link(
     *,
     source: bool,
     stop: Future[str] | None = None,
-) -> GlooLink:
-    """One end of a hand-over's link; waits for the other.
+) -> GlooConnection:
+    """One end of a hand-over's connection; waits for the other.
 
     Args:
         store: holds the two ends' addresses.
@@ -141,14 +141,14 @@ def open_gloo_link(
         group = connect_gloo(stop, store, place, 0 if source else 1, 2, timedelta(seconds=form_s))
     except RuntimeError as error:
         raise PeerLost(f"the other end of hand-over {number} didn't connect: {error}") from error
-    link = GlooLink(group, deadline_s)
-    prove(link, secret, number, source=source)
-    return link
+    connection = GlooConnection(group, deadline_s)
+    prove(connection, secret, number, source=source)
+    return connection
 
 
 @atexit.register
-def _end_links() -> None:
+def _end_connections() -> None:
     """End the groups' own threads before the interpreter goes, as ``torch_transport.py`` does for the ranks' groups."""
-    for link in list(_open):
-        link.abort()
-        del link._group
+    for connection in list(_open):
+        connection.abort()
+        del connection._group

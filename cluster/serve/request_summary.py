@@ -1,4 +1,4 @@
-"""``RequestRecord``: the facts of one HTTP request, for the access log and the metrics."""
+"""``RequestSummary``: the facts of one HTTP request, for the access log and the metrics."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from starlette.types import Scope
 
-STATE = "epslots_record"
-"""Where a request's scope has its record."""
+STATE = "epslots_summary"
+"""Where a request's scope has its summary."""
 
 
 @dataclass(eq=False)
-class RequestRecord:
+class RequestSummary:
     """One request. The middleware fills in the first fields, the endpoint the others.
 
     Attributes:
@@ -75,8 +75,8 @@ class RequestRecord:
             self.last_token_s = now_s
 
 
-def record_of(scope: Scope) -> RequestRecord:
-    """A request's record."""
+def summary_of(scope: Scope) -> RequestSummary:
+    """A request's summary."""
     found = scope["state"][STATE]
-    assert isinstance(found, RequestRecord)
+    assert isinstance(found, RequestSummary)
     return found

@@ -1,4 +1,4 @@
-"""Links of two processes: bytes arrive as they were sent, a bounded number at a time; strangers and lost ends are noticed."""
+"""Connections of two processes: bytes arrive as sent, a bounded number at a time; strangers and lost ends are seen."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch
 from torch.distributed import HashStore
 
 from epslots.errors import PeerLost
-from epslots.transport import memory_link, pair_link
-from epslots.transport.gloo_link import open_gloo_link
-from epslots.transport.memory_link import open_source, open_target
-from epslots.transport.pair_link import PIECE_BYTES, PairLink, machine_of_this
+from epslots.transport import memory_connection, pair_connection
+from epslots.transport.gloo_connection import open_gloo_connection
+from epslots.transport.memory_connection import open_source, open_target
+from epslots.transport.pair_connection import PIECE_BYTES, PairConnection, machine_of_this
 
 SECRET, OTHER = b"s" * 16, b"o" * 16
 LONG_S = 100.0
-Opened = Callable[..., tuple[Callable[[], PairLink], Callable[[], PairLink]]]
+Opened = Callable[..., tuple[Callable[[], PairConnection], Callable[[], PairConnection]]]
 
 
 def ends_of(
@@ -36,7 +36,7 @@ def ends_of(
         )
     store = HashStore()
     return tuple(
-        partial(open_gloo_link, store, number, secret, form_s, deadline_s, source=source)
+        partial(open_gloo_connection, store, number, secret, form_s, deadline_s, source=source)
         for secret, source in zip(secrets, (True, False), strict=True)
     )
 
@@ -161,15 +161,16 @@ def test_strangers_are_refused():
     found = together(*ends_of("gloo", 7, secrets=(SECRET, OTHER)))
     assert all(isinstance(error, PeerLost) for error in found)
     assert any("doesn't know its secret" in str(error) for error in found)
-    assert memory_link._address(7, SECRET) != memory_link._address(7, OTHER)
+    assert memory_connection._address(7, SECRET) != memory_connection._address(7, OTHER)
     source, target = together(*ends_of("memory", 7))
     found = together(
-        partial(pair_link.prove, source, OTHER, 7, source=True), partial(pair_link.prove, target, SECRET, 7, source=False)
+        partial(pair_connection.prove, source, OTHER, 7, source=True),
+        partial(pair_connection.prove, target, SECRET, 7, source=False),
     )
     assert all(isinstance(error, PeerLost) for error in found)
 
 
-def test_foreign_messages_end_a_link():
+def test_foreign_messages_end_a_connection():
     source, target = together(*ends_of("memory", 8))
     source.send(b"a message")
     with pytest.raises(PeerLost, match="was due"):
@@ -177,7 +178,7 @@ def test_foreign_messages_end_a_link():
     source.abort()
 
 
-def test_memory_is_gone_with_its_link():
+def test_memory_is_gone_with_its_connection():
     """Nothing has a name: no file, no socket and no descriptor is left."""
     gc.collect()
     before = set(Path("/proc/self/fd").iterdir())
