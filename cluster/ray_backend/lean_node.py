@@ -1,7 +1,7 @@
 """Starts a Ray node with no more processes than ranks need.
 
-Ray's own helpers serve a dashboard, logs and an autoscaler. ``ray.init`` has no settings for them, and waits for the dashboard's
-process though it is to have none. Nor has it one for the time that a node may take to start.
+Ray's own helpers serve a dashboard, logs and an autoscaler. ``ray.init`` has no settings for them, and waits for the
+dashboard's process though it is to have none. Nor has it one for the time that a node may take to start.
 """
 
 from __future__ import annotations

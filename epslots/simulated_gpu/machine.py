@@ -386,7 +386,7 @@ class SimulatedMachine:
 
 def _bytes_of(tensor: torch.Tensor) -> tuple[int, int]:
     """The range of its storage's bytes that a tensor covers."""
-    size, first, last = tensor.element_size(), tensor.storage_offset(), 0
+    size, first, last = tensor.element_size(), int(tensor.storage_offset()), 0
     for n, stride in zip(tensor.shape, tensor.stride(), strict=True):
         last += (n - 1) * stride
     return first * size, (first + last + 1) * size
