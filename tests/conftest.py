@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import shutil
 import signal
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -93,6 +95,23 @@ def pytest_configure(config: pytest.Config) -> None:
 
         prepare()  # other types than it was made for are an error from now on
         torch.set_num_threads(1)  # two threads on two busy cores make a step a hundred times slower
+        _import_share(config)
+
+
+def _import_share(config: pytest.Config) -> None:
+    """Import a part of the test modules, as many as there are processes of pytest-xdist, before all are collected.
+
+    Else each process would rewrite the assertions of every module, where that isn't kept from an earlier run.
+    """
+    folder = Path(__file__).parent
+    here = getattr(config, "workerinput", None)
+    if here is None or [Path(argument).resolve() for argument in config.args] != [folder]:
+        return
+    number = int(here["workerid"].removeprefix("gw"))
+    for module in sorted(folder.rglob("test_*.py"))[number :: here["workercount"]]:
+        with warnings.catch_warnings(), suppress(Exception, pytest.skip.Exception):  # collecting tells of them
+            warnings.simplefilter("error")
+            importlib.import_module(".".join(module.relative_to(folder.parent).with_suffix("").parts))
 
 
 def pytest_collection_finish() -> None:

@@ -1,6 +1,8 @@
-"""A program in place of each of a lean Ray node's two agents. An agent takes half a second of CPU and 100 MiB.
+"""A program in place of each of a lean Ray node's two agents.
 
-Its arguments are the agent's name and the agent's command. It imports nothing of ours or of Ray's, so that it starts at once.
+An agent takes half a second of CPU and 100 MiB, and most nodes never ask one for anything.
+
+The program is given the agent's name and command. It imports nothing of ours or of Ray's, so that it starts at once.
 
 Without a dashboard, the dashboard's agent serves nothing. The other one makes runtime environments, which ranks have none of:
 the program listens in its place, and becomes the agent when one is asked for (a driver below ``uv run`` has one). The raylet

@@ -1,7 +1,7 @@
-"""Starts a Ray node with the processes that ranks need: Ray's own helpers serve a dashboard, logs and an autoscaler.
+"""Starts a Ray node with no more processes than ranks need.
 
-``ray.init`` has no settings for them, and waits for the dashboard's process though it is to have none. Nor has it one for the
-time that a node may take to start.
+Ray's own helpers serve a dashboard, logs and an autoscaler. ``ray.init`` has no settings for them, and waits for the
+dashboard's process though it is to have none. Nor has it one for the time that a node may take to start.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _REPLACED: tuple[tuple[Any, str, Any], ...] = (
 
 @contextmanager
 def lean_nodes() -> Iterator[None]:
-    """Within the context, nodes that this process starts have only a head and a raylet, until an agent is needed."""
+    """Within the context, nodes that this process starts have a head and a raylet alone, until an agent is needed."""
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in _REPLACED]
     for owner, name, value in _REPLACED:
         setattr(owner, name, value)

@@ -41,6 +41,11 @@ class MetaRun(TorchDispatchMode):
         made = [torch.empty_strided(shape, strides, dtype=dtype, device="meta") for shape, strides, dtype in known]
         return made[0] if len(made) == 1 else tuple(made)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here: torch would guard against it in each call, which takes longer than an answer."""
+        return False
+
 
 # The results of calls on meta tensors alone, as shapes, strides and dtypes.
 _known: dict[object, list[tuple[torch.Size, tuple[int, ...], torch.dtype]]] = {}

@@ -20,6 +20,7 @@ import torch
 from epslots.simulated_gpu.call_site import CallSite, call_site
 from epslots.simulated_gpu.gpu_spec import GpuSpec
 from epslots.simulated_gpu.ordering import HOST, Access, Ordering, Race
+from epslots.simulated_gpu.tensors import byte_range
 from epslots.simulated_gpu.timeline import Operation, Timeline
 from epslots.simulated_gpu.true_sizes import AS_THEY_ARE, TrueSizes
 
@@ -311,7 +312,7 @@ class SimulatedMachine:
                     block = self.block(tensor) if tensor.numel() else None
                     if block is None:
                         continue
-                    start, stop = _bytes_of(tensor)
+                    start, stop = byte_range(tensor)
                     for race in self.ordering.enter(block.accesses, Access(start, stop, writing, stream, step, what)):
                         self._report(race)
 
@@ -386,14 +387,6 @@ class SimulatedMachine:
                 return True
             self._waited(began_s)
             return False
-
-
-def _bytes_of(tensor: torch.Tensor) -> tuple[int, int]:
-    """The range of its storage's bytes that a tensor covers."""
-    size, first, last = tensor.element_size(), tensor.storage_offset(), 0
-    for n, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        last += (n - 1) * stride
-    return first * size, (first + last + 1) * size
 
 
 _machines: list[SimulatedMachine] = []

@@ -149,3 +149,11 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     replace_tensors(value, found.append)
     return found
+
+
+def byte_range(tensor: torch.Tensor) -> tuple[int, int]:
+    """The range of its storage's bytes that a tensor covers."""
+    size, first, last = tensor.element_size(), int(tensor.storage_offset()), 0
+    for n, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        last += (n - 1) * stride
+    return first * size, (first + last + 1) * size
