@@ -54,7 +54,7 @@ class Cluster(ClusterControl):
     """A model on many ranks; any number of threads send it requests.
 
     The constructor returns when the ranks serve. A rank that is lost later is replaced while the others go on and take over
-    its requests; callers notice the delay alone.
+    its requests; callers notice only the delay.
 
     With a ``name`` and an ``orphan_s``, the ranks outlive this process if it is killed or calls ``detach``. They keep their
     model and wait, and the next ``Cluster`` of that name, model and settings adopts them: it serves in seconds, and loads
@@ -193,7 +193,7 @@ class Cluster(ClusterControl):
     def submit_choices(self, prompt: Prompt, *, places: HeldPlaces | None = None, **settings: Any) -> list[Generation]:
         """Start to continue one prompt ``n`` times; returns the generations, in the order of their choices.
 
-        All are started, or none. Each is cancelled by itself, as that of ``submit``.
+        All are started, or none. Each is cancelled by itself, like a generation of ``submit``.
 
         Args:
             places: of ``hold``, for these requests; None = they get places now.

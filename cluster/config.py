@@ -35,7 +35,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
         ranks: one for each GPU or CPU slot; None = all GPUs of the cluster, or one rank if it has none.
         groups: into which the ranks are divided, equally. Each is a whole model with expert parallelism of its own: it forms,
             breaks and moves its experts without the others, which go on.
-        prefill_ranks: ranks that compute prompts alone, in groups of their own; 0 = every group does all. When a prompt is
+        prefill_ranks: ranks that compute only prompts, in groups of their own; 0 = every group does all. When a prompt is
             computed, its cache is handed over to one of the other ranks, which decode: a long prompt holds up no stream there.
         decode_ranks: the other ranks; by default, all that there are.
         address: the Ray cluster to run in: ``"auto"`` for the running one, ``"host:port"``, or None to start Ray on this
@@ -96,7 +96,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("replace=True; allowed with a name and orphan_s > 0: other ranks end with their driver")
         if self.strategy not in STRATEGIES:
             raise ConfigError(f"strategy={self.strategy!r}; allowed: {', '.join(STRATEGIES)}")
-        if not self.model.engine.exchanges_memory:
+        if not self.model.exchanges_memory:
             check_count("kv_tokens", self.model.kv_tokens)
         check_count("max_queue", self.max_queue)
         for name in ("deadline_s", "silence_s"):

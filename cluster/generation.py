@@ -223,7 +223,7 @@ class Generation:
             on_news: called from another thread when there is news, with True if these are the first or the last, which
                 readers wait for. It returns at once.
             special_tokens: the text has special tokens, too, but for the one that ends it.
-            whole: ``on_news`` is called for the first news and for the end alone.
+            whole: ``on_news`` is called only for the first news and for the end.
 
         Raises (the iterator):
             RequestFailed: the request ended with an error.

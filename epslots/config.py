@@ -57,12 +57,12 @@ class ChangesOutputs:
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How an engine keeps and batches its requests. The fields are those of ``LoadConfig``."""
+    """How an engine keeps and batches its requests: the settings of ``LoadConfig`` that are an engine's."""
 
     kv_tokens: int | str = DEFAULT_KV_TOKENS
     max_requests: int = DEFAULT_REQUESTS
     max_batch_tokens: int = DEFAULT_BATCH_TOKENS
-    cache: str = "auto"
+    cache: Annotated[str, ComparedAs("cache")] = "auto"
     prefix_cache: bool = True
     step_target_ms: float | None = None
     capture: bool = True
@@ -97,7 +97,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.planned_tokens if whole_prompts else max(self.max_batch_tokens, self.max_requests)
 
 
-class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
+class LoadConfig(EngineConfig, frozen=True, kw_only=True):
     """Settings by which a checkpoint is loaded and run on each rank.
 
     Attributes:
@@ -132,7 +132,7 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
             model's layers keep: latents, windows, recurrent states) or ``"auto"``, the faster one that the model allows.
         prefix_cache: prompts that begin alike share what was computed for their common beginning.
         step_target_ms: choose the prompt tokens of a step so that it takes about this long, because decoding waits for it;
-            None = ``max_batch_tokens`` alone limits them.
+            None = only ``max_batch_tokens`` limits them.
         capture: on a GPU, let an ``Engine`` of one rank decode by CUDA graphs, where the model allows it.
         link: an emulated link between host and device, such as ``"8GB/s,20us"``, to see on a CPU how fetches overlap with
             compute. Default: the device's own link; on a CPU, fetches take no time of their own.
@@ -156,19 +156,12 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: Annotated[str | None, ComparedAs("device")] = None
     dtype: Annotated[str, ComparedAs("dtype"), ChangesOutputs()] = "auto"
     policy: Annotated[Any, ComparedAs("policy")] = DEFAULT_POLICY
-    """str | Policy: a union that msgspec can't decode. A message carries names alone."""
+    """str | Policy: a union that msgspec can't decode. A message carries only names."""
     host_store: str | None = None
     host_memory: str | None = None
     slot_format: Annotated[str, ComparedAs("slot_format")] = "auto"
     expert_format: Annotated[str | None, ComparedAs("expert_format"), ChangesOutputs()] = None
     cache_dir: str | None = None
-    kv_tokens: int | str = DEFAULT_KV_TOKENS
-    max_requests: int = DEFAULT_REQUESTS
-    max_batch_tokens: int = DEFAULT_BATCH_TOKENS
-    cache: Annotated[str, ComparedAs("cache")] = "auto"
-    prefix_cache: bool = True
-    step_target_ms: float | None = None
-    capture: bool = True
     link: Annotated[str | None, ComparedAs("fetches")] = None
     prefetch: Annotated[str | bool | PrefetchSetting, ComparedAs("predictions")] = "auto"
     predictor: Annotated[str | None, ComparedAs("predictions"), ChangesOutputs(only_with="execute_predicted")] = None
@@ -178,12 +171,12 @@ class LoadConfig(msgspec.Struct, frozen=True, kw_only=True):
     batch_invariant: Annotated[bool, ComparedAs("batch_invariant"), ChangesOutputs()] = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         parse_slots(self.slots)
         resolve_policy(self.policy)
         parse_prefetch(self.prefetch)
         if self.link is not None:
             parse_link(self.link)
-        _ = self.engine  # checks its own values
         if not isinstance(self.attn_implementation, str | None):
             raise ConfigError(f"attn_implementation={self.attn_implementation!r}: allowed: None, or a name, such as 'sdpa'")
         for name in ("execute_predicted", "batch_invariant"):
@@ -322,7 +315,7 @@ def load_config(**settings: Unpack[LoadSettings]) -> LoadConfig:
     Raises:
         ConfigError: a setting is unknown, or its value is not one of those allowed.
     """
-    refuse_unknown(settings, LoadConfig.__struct_fields__)
+    refuse_unknown(settings, tuple(LoadSettings.__annotations__))
     plain: dict[str, Any] = dict(settings)
     for name in ("device", "dtype"):
         if plain.get(name) is not None:
@@ -356,14 +349,14 @@ def check_kv_tokens(given: object) -> None:
         raise ConfigError(f"kv_tokens={given!r}; allowed: an int, at least 0, or 'auto'")
 
 
-def check_count(name: str, given: object, least: int = 1) -> None:
+def check_count(name: str, given: object) -> None:
     """Refuse a number that counts nothing.
 
     Raises:
-        ConfigError: it isn't an int, or less than ``least``.
+        ConfigError: it isn't an int, or less than one.
     """
-    if not isinstance(given, int) or isinstance(given, bool) or given < least:
-        raise ConfigError(f"{name}={given!r}; allowed: an int, at least {least}")
+    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+        raise ConfigError(f"{name}={given!r}; allowed: an int, at least 1")
 
 
 Target = TypeVar("Target", bound=Callable[..., Any])

@@ -11,7 +11,7 @@ from epslots.errors import ConfigError
 from epslots.host_limits import MemoryLimit, tightest_memory_limit, usable_cores
 from epslots.transport.rendezvous import local_number
 
-# Less than this is in use on a GPU that this process alone has a context on.
+# Less than this is in use on a GPU on which only this process has a context.
 _CONTEXT_BYTES = 1 << 30
 _GROWTH_BYTES = 16 << 20
 _STEADY_S, _MOST_FREEING_S, _FREEING_POLL_S = 1.0, 10.0, 0.1
@@ -38,7 +38,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
             raise ConfigError(f"device={str(device)!r}, but torch sees no GPU here; use device='cpu'")
         if resolved.index is None:
             number = local_number()
-            # Some launchers show each process its own GPU alone, and number the processes all the same.
+            # Some launchers show each process only its own GPU, and number the processes all the same.
             if number is None or torch.cuda.device_count() == 1:
                 number = torch.cuda.current_device()
             resolved = torch.device("cuda", number)

@@ -28,7 +28,7 @@ from epslots.models.checkpoint import CheckpointSource
 from epslots.models.experts import experts_modules
 from epslots.models.host_memory import HostMemoryPlan, plan_host_memory
 from epslots.models.measure_shape import shape_of_model
-from epslots.models.memory_plan import MemoryPlan, plan_memory
+from epslots.models.memory_plan import MemoryPlan, PlannedDevice, plan_memory
 from epslots.models.memory_report import check_fits
 from epslots.models.model_shape import ModelShape
 from epslots.models.opening import OpenModel, open_model
@@ -194,14 +194,16 @@ def _plan_memory(
     return plan_memory(
         shape,
         parse_slots(config.slots),
-        memory_bytes=free[0],
+        PlannedDevice(
+            kind=device.type,
+            memory_bytes=free[0],
+            memory_note=free[1],
+            captures=Product.BY_SLOT not in products and not config.execute_predicted,
+            fetches=gpu_fetches,
+        ),
         ranks=ranks,
-        device=device.type,
         engine=config.engine,
         predictor_bytes=predictor_bytes,
-        capturable=Product.BY_SLOT not in products and not config.execute_predicted,
-        gpu_fetches=gpu_fetches,
-        memory_note=free[1],
     )
 
 

@@ -71,7 +71,7 @@ class LoadWindow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             array = np.frombuffer(getattr(self, name), "<i8").reshape(layers, width)
             self._check_range(name, int(array.min()), int(array.max()))
             if (array[:, :experts] * (np.arange(experts) >= num_experts_L[:, None])).any() and name != "reuse":
-                raise ConfigError(f"{name} counts experts that there are not")
+                raise ConfigError(f"{name} counts experts that don't exist")
         if (self.uses_LE(layers, experts) > self.steps).any():
             raise ConfigError(f"uses exceed the {self.steps} steps of the window")
         for name in _INTEGERS_BY_LAYER:

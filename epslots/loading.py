@@ -253,7 +253,7 @@ def _divide_long_steps(runtime: Runtime, device: torch.device) -> None:
     shape = runtime.plan.shape
     planned, token_bytes = shape.step_tokens(runtime.engine), moe_workspace_bytes(shape, 1, ranks=1)
     for runner in runtime.runners:
-        runner.room = TokenRoom(planned, token_bytes, lambda: memory_limit(device).free_bytes)
+        runner.divide_by(TokenRoom(planned, token_bytes, lambda: memory_limit(device).free_bytes))
 
 
 def _apply_config(model: PreTrainedModel, runtime: Runtime, config: LoadConfig, folder: Path) -> Runtime:
@@ -310,7 +310,7 @@ def _build_runtime(
     link = make_copy_engine(link_setting, device, staging_bytes=largest)
     if isinstance(store, DiskStore):
         link = DiskLink(link, store)
-        store.on_read = lambda layer, nbytes: telemetry.count(layer, disk_bytes=nbytes)
+        store.report_reads(lambda layer, nbytes: telemetry.count(layer, disk_bytes=nbytes))
     loaders, runners, cells = [], {}, plan.cache_slots
     for indices in members.values():
         own_slots = cells.own_slots if cells is not None and cells.layers == tuple(indices) else 0

@@ -1,4 +1,4 @@
-"""Files and folders that belong to this user alone: host stores, their locks, compiled code.
+"""Files and folders that belong only to this user: host stores, their locks, compiled code.
 
 Folders have mode 0700 and files 0600: a store holds weights that others may not be allowed to read. Files of another user are
 refused, since their owner would decide which weights are served. Links aren't followed and opening never blocks: a link, a
@@ -32,7 +32,7 @@ def default_cache_dir() -> Path:
 
 
 def make_private_folder(folder: Path) -> None:
-    """Make a folder and its missing parents, for this user alone; check the owner of one that exists.
+    """Make a folder and its missing parents, only for this user; check the owner of one that exists.
 
     The mode of an existing folder is left to its owner, except for folders inside the default one: these are closed to others.
 

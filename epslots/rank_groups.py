@@ -19,7 +19,7 @@ class RankGroups(msgspec.Struct, frozen=True):
     Attributes:
         ranks: of all groups.
         groups: their number; it divides the ranks.
-        prefill_ranks: ranks of groups that compute prompts alone; 0 = every group does all.
+        prefill_ranks: ranks of groups that compute only prompts; 0 = every group does all.
     """
 
     ranks: int

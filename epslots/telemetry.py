@@ -58,6 +58,8 @@ class LayerStats(msgspec.Struct, frozen=True):
     """Pairs of other ranks' tokens that this rank computed."""
     prefetches: int
     """Experts fetched before the layer's router had asked for them. Their bytes count above."""
+    dropped: int
+    """Of these, how many were taken back: the layer's step didn't need them, and the link hadn't begun with them."""
     late: int
     """Hits on prefetched experts whose fetch was still in flight."""
     stall_s: float
@@ -173,7 +175,6 @@ class Telemetry:
 
     Attributes:
         device: of the counters there.
-        collect: called before counters are read, by a part that counts elsewhere meanwhile; None = there is none.
     """
 
     def __init__(self, layers: Sequence[LayerSpec], slots: Sequence[int], device: torch.device) -> None:
@@ -183,7 +184,7 @@ class Telemetry:
         self._slots = list(slots)
         count, experts = len(self._layers), max(layer.num_experts for layer in layers)
         self.device = device
-        self.collect: Callable[[], None] | None = None
+        self._collect_by: Callable[[], None] | None = None
         self._steps = self._missed_steps = 0
         self._missed = False
         """Whether a layer has missed in the step under way."""
@@ -271,7 +272,7 @@ class Telemetry:
 
     def snapshot(self) -> Stats:
         """All counters as they are now. Synchronises with the device."""
-        self._collect()
+        self.collect()
         counts, tokens_LX = self._all_counts(), self._all_tokens()
         return Stats(
             tuple(
@@ -294,14 +295,19 @@ class Telemetry:
         Returns:
             [L] of each number, int64 or float64; int64 [L, E] of tokens and uses, [L, E + 1] of stack distances.
         """
-        self._collect()
+        self.collect()
         counts = self._all_counts()
         arrays = {"tokens": self._all_tokens()[:, :-1], "uses": self._uses_LE.copy(), "reuse": self._reuse_LD.copy()}
         return arrays | {name: np.array(counts[name]) for name in _WINDOW_COUNTERS}
 
-    def _collect(self) -> None:
-        if self.collect is not None:
-            self.collect()
+    def collect_by(self, collect: Callable[[], None] | None) -> None:
+        """Call ``collect`` before counters are read: a part counts elsewhere meanwhile; None = no longer."""
+        self._collect_by = collect
+
+    def collect(self) -> None:
+        """Have a part that counts elsewhere, and decides there about slots, bring everything up to date."""
+        if self._collect_by is not None:
+            self._collect_by()
 
     def _all_counts(self) -> dict[str, list[float]]:
         """The table, with the hits that were counted on the device."""

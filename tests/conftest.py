@@ -41,6 +41,7 @@ FAST = (
     "cluster/test_controller_lives.py",
     "cluster/test_command_queue.py",
     "cluster/test_cache_exchange.py",
+    "cluster/test_copy_budget.py",
     "cluster/test_hand_over_threads.py",
     "cluster/test_hand_overs.py",
     "cluster/test_job_prompts.py",

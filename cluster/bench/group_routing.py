@@ -61,11 +61,16 @@ class _Conversation:
     number: int
     prompt: tuple[int, ...]
     turns: int = 0
+    assignment: int = 0
 
     @property
     def id(self) -> str:
         """Of its present turn's request."""
         return f"{self.number}.{self.turns}"
+
+    def end(self) -> Output:
+        """The last output of its present turn."""
+        return Output(self.id, (0,) * (_NEW_TOKENS - 1), True, "length", assignment=self.assignment)
 
 
 @dataclass(eq=False)
@@ -184,11 +189,13 @@ class _TurnTrace:
             ended = [(rank, one) for rank, one in self._due.pop(tick, []) if rank in self._ranks]
             starting = [found for _, found in zip(range(self._scale.starts), self._coming, strict=False)]
             asking = self._again.pop(tick, []) + starting
-            outputs += [(rank, Output(one.id, (0,) * (_NEW_TOKENS - 1), True, "length")) for rank, one in ended]
+            outputs += [(rank, one.end()) for rank, one in ended]
             assigned = self._route(asking, [output for output in outputs if output[0] in self._ranks])
             for rank, one in ended:
                 self._end(tick, rank, one)
-            outputs = [(rank, Output(request.id, (0,))) for rank, request in assigned]  # a tick later
+            outputs = [
+                (rank, Output(request.id, (0,), assignment=request.assignment)) for rank, request in assigned
+            ]  # a tick later
             for rank, request in assigned:
                 self._begin(tick, rank, request)
             self._most = max(self._most, max(rank.running for rank in self._ranks.values()))
@@ -226,6 +233,7 @@ class _TurnTrace:
         self._reused += self._ranks[rank].take(request.prompt)
         self._prompt_tokens += len(request.prompt)
         self._ranks[rank].running += 1
+        self._talking[request.id].assignment = request.assignment
         due = tick + self._chance.randint(1, _LONGEST_TICKS)
         self._due.setdefault(due, []).append((rank, self._talking[request.id]))
 

@@ -105,7 +105,7 @@ class _Head:
     """A Ray of one node whose GCS keeps its state elsewhere. As a context manager, it ends with the block.
 
     Args:
-        folder: of this Ray alone: its processes are found by it.
+        folder: only of this Ray: its processes are found by it.
         redis: program of a Redis server for that state; "" = the environment says where.
     """
 
@@ -127,7 +127,7 @@ class _Head:
         return self
 
     def _start_redis(self) -> tuple[str, str]:
-        """A Redis server for this machine alone; returns its address and password."""
+        """A Redis server only for this machine; returns its address and password."""
         port, password = _free_port(), secrets.token_hex(16)
         settings = f'port {port}\nbind 127.0.0.1\nrequirepass {password}\ndir {self._folder}\nsave ""\n'
         self._start([self._redis, "-"], input=settings.encode())

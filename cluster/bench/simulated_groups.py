@@ -1,4 +1,4 @@
-"""SIMULATED: 1,024 ranks in 16 groups of 64 over load. Every group does all, or some compute prompts alone.
+"""SIMULATED: 1,024 ranks in 16 groups of 64 over load. Every group does all, or some compute only prompts.
 
 Nothing here is measured but the simulation's own time. The decisions are the cluster's; steps and hand-overs take as long as
 an H100's data sheet says. The routing is the example model's, over kinds of text.

@@ -17,12 +17,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 
 import msgspec
 import numpy as np
 
-from cluster.controller.role_forecasts import MakeForecast, RoleForecasts
 from cluster.messages.controller import (
     Attach,
     ControllerState,
@@ -42,10 +40,13 @@ from epslots.load_window import LoadWindow
 from epslots.placement.model_planner import movement_budget
 from epslots.placement.placement import Placement, pack, unpack
 from epslots.placement.planner import RankHardware, propose
-from epslots.placement.pooled_forecast import GroupForecast
+from epslots.placement.pooled_forecast import GroupForecast, PooledForecast
 from epslots.placement.rank_speeds import RankSpeeds, busy_calls, work_ns
 from epslots.placement.replanner import OVERDUE, SHARE, Propose, Replanner
 from epslots.planner.cost_model import Costs
+
+FindForecast = Callable[[str, tuple[int, ...]], GroupForecast]
+"""Gives a group its way to the forecast of its role and of a model with so many experts in its layers."""
 
 _MOST_GATHERED = 3
 """Windows that some ranks may have reported while others haven't."""
@@ -76,7 +77,7 @@ class Controller:
         clock: seconds, to measure the planning; no decision depends on it.
         share: part of a step's time that fetches for a placement may take.
         planner: plans a placement; another one in tests.
-        forecast: gives the group its way to the forecast of its role; None = to one of its own.
+        forecast: gives the group its way to the forecast of its role; None = to a new one of its own.
     """
 
     def __init__(
@@ -85,10 +86,10 @@ class Controller:
         *,
         share: float = SHARE,
         planner: Propose = propose,
-        forecast: MakeForecast | None = None,
+        forecast: FindForecast | None = None,
     ) -> None:
         self._clock, self._share, self._planner = clock, share, planner
-        self._make_forecast = partial(RoleForecasts().of, 0) if forecast is None else forecast
+        self._find_forecast = forecast or (lambda _role, _experts: PooledForecast().of(0))
         self._forecast: GroupForecast | None = None
         self._speeds = RankSpeeds(0)
         self._group: _Group | None = None
@@ -161,8 +162,8 @@ class Controller:
         members = [np.flatnonzero(pools == pool).tolist() for pool in np.unique(pools)]
         known = self._replanner
         if known is None or known.num_experts_L.tolist() != placement.num_experts_L.tolist():
-            forecast = self._forecast = self._make_forecast(order.role, tuple(placement.num_experts_L.tolist()))
-            self._replanner = Replanner(placement.num_experts_L, members, planner=self._planner, forecast=lambda: forecast)
+            self._forecast = self._find_forecast(order.role, tuple(placement.num_experts_L.tolist()))
+            self._replanner = Replanner(placement.num_experts_L, members, planner=self._planner, forecast=self._forecast)
         self._speeds = RankSpeeds(ranks)  # they may be other ranks
         self._group = _Group(
             epoch=group.epoch,

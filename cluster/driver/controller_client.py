@@ -107,9 +107,7 @@ class ControllerClient:
         start: starts the controller, or finds it.
         ranks: the group.
         send: sends a command to a rank, in the background and in order.
-
-    Attributes:
-        frozen: the controller is to publish nothing unasked.
+        frozen: the controller is to publish nothing unasked; also an attribute.
     """
 
     def __init__(
@@ -117,6 +115,8 @@ class ControllerClient:
         start: Callable[[], Awaitable[ControllerHandle]],
         ranks: Ranks,
         send: Callable[[Hashable, Command], None],
+        *,
+        frozen: bool = False,
     ) -> None:
         self._start, self._ranks, self._send = start, ranks, send
         self._changes = Notifier()
@@ -136,7 +136,7 @@ class ControllerClient:
         self._states_asked = 0
         self._group_state: GroupState | None = None
         """The answer to the last ``GetGroupState``, once it is there."""
-        self.frozen = False
+        self.frozen = frozen
 
     # Calls of the supervisor. None of them waits.
 
@@ -175,7 +175,7 @@ class ControllerClient:
             self._changes.notify()
 
     def take_rejection(self, worker: Worker, cause: str) -> None:
-        """A rank can't follow a placement: attach the group anew, because the controller believes that it is followed."""
+        """Attach the group anew after a rank's rejection: the controller believes that its placement is followed."""
         self._refused += 1
         logger.warning("%s does not follow a placement: %s", worker.name, cause)
         self._offered, self._attached = None, -1

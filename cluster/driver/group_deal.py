@@ -4,7 +4,7 @@
     3 ranks a group               0 0 1 1 | 0 1
     a third group                 0 0 1 1 | 0 1 | 2 2 2
 
-Bundles come and go at the end alone, in blocks: a group, or further ranks for all groups. So what came last goes first, and a
+Bundles come and go only at the end, in blocks: a group, or further ranks for all groups. So what came last goes first, and a
 group never has fewer ranks than it was started with. One group alone may have any number, until others come, of as many each.
 """
 
@@ -51,7 +51,7 @@ class GroupDeal:
         return self._blocks[-1].size if self._blocks else None
 
     def group_of(self, bundle: int) -> int:
-        """The number of a bundle's group; of a bundle that isn't there yet, that of a further group."""
+        """The number of a bundle's group; a bundle that isn't there yet belongs to a further group."""
         if self.size is None:
             return 0
         dealt = self.dealt
@@ -63,7 +63,7 @@ class GroupDeal:
         return [group for block in self._blocks for group in block.bundles]
 
     def with_size(self, ranks: int) -> GroupDeal:
-        """The same for so many ranks, with a size: further groups will have it, too."""
+        """This deal for so many ranks, with a size: further groups will have it, too."""
         return self if self._blocks else self._with([_BundleBlock((0,) * ranks, 1, ranks)])
 
     def _with(self, blocks: Sequence[_BundleBlock]) -> GroupDeal:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from cluster.messages.hand_over import BYTES_BETWEEN_STEPS
+from epslots.piece_sizes import PIECE_BYTES
 
 LEAST_LEFT_TOKENS = 8
 FIRST_SECONDS = 0.02
@@ -57,52 +57,59 @@ class HandOverCosts:
         latest_near: the latest one was between ranks that share memory.
         prompt_token_s: of a prompt's token on the ranks that compute them; None = unknown.
         least_left_tokens: a request with fewer tokens to come isn't handed over.
+        step_bytes: of caches that a source reads between two steps, lately.
     """
 
     def __init__(self) -> None:
         self.near, self.far, self.latest_near = TransferTimes(), TransferTimes(), False
         self.prompt_token_s: float | None = None
-        self.least_left_tokens = LEAST_LEFT_TOKENS
+        self.least_left_tokens, self.step_bytes = LEAST_LEFT_TOKENS, PIECE_BYTES
 
     def way(self, near: bool) -> TransferTimes:
         """Of hand-overs between ranks that share memory or don't."""
         return self.near if near else self.far
 
-    def observe(self, tokens: int, seconds: float, prompt_token_s: float, nbytes: int = 0, *, near: bool) -> None:
+    def observe(
+        self, tokens: int, seconds: float, prompt_token_s: float, nbytes: int = 0, step_bytes: int = 0, *, near: bool
+    ) -> None:
         """Note a hand-over of so many tokens.
 
         Args:
             seconds: without waiting for the prompt.
             prompt_token_s: seconds of a prompt's token that its source has measured; 0 = none.
             nbytes: of the cache.
+            step_bytes: that its source reads between two steps; 0 = unknown.
             near: its ranks share memory.
         """
         self.way(near).observe(tokens, seconds, nbytes)
         self.latest_near = near
         if prompt_token_s > 0:
             self.prompt_token_s = prompt_token_s
+        self.step_bytes = step_bytes or self.step_bytes
 
-    def stays(self, to_compute: int, held: int, streams: int, near: bool) -> bool:
+    def stays(self, to_compute: int, held: int, streams: int, near: bool, before: float = 0.0) -> bool:
         """Whether a prompt is computed where its request decodes, since that costs less than a hand-over.
 
-        A prompt holds up all requests that decode there for as long as it takes; a hand-over its own request alone.
+        A prompt holds up all requests that decode there for as long as it takes; a hand-over its own request alone, as do the
+        prompts that are computed before it elsewhere.
 
         Args:
             to_compute: tokens of the prompt that this rank would have to compute.
             held: tokens that the hand-over would carry.
             streams: requests that decode on that rank.
             near: the hand-over would be between ranks that share memory.
+            before: tokens of prompts that its rank would compute first, if it were handed over.
         """
         if self.prompt_token_s is None:
             return to_compute <= FIRST_SHORT_TOKENS
-        return to_compute * self.prompt_token_s * (1 + streams) <= self.way(near).seconds(held)
+        return (to_compute * (1 + streams) - before) * self.prompt_token_s <= self.way(near).seconds(held)
 
     def begins_early(self, computed: int, left: int, chunk: int, near: bool) -> bool:
         """Whether a hand-over begins before its prompt is computed, and now.
 
         It keeps room at its target from then on, so it begins as late as it can: when the rest of the prompt, after another
         step, would take less time than the hand-over and the meeting before it, or have fewer steps than it needs: its source
-        looks between two of them whether it may read, and then reads ``BYTES_BETWEEN_STEPS`` between two.
+        looks between two of them whether it may read, and then reads ``step_bytes`` between two.
 
         Args:
             computed: tokens of the prompt until now.
@@ -115,7 +122,7 @@ class HandOverCosts:
         way = self.way(near)
         hidden_s = min(left * self.prompt_token_s, computed * way.token_s)
         tokens, later = computed + left, left - chunk
-        steps = 1 + math.ceil(tokens * way.token_bytes / BYTES_BETWEEN_STEPS)
+        steps = 1 + math.ceil(tokens * way.token_bytes / self.step_bytes)
         in_time = later * self.prompt_token_s > MEETING_S + way.seconds(tokens) and later > steps * chunk
         return hidden_s >= LEAST_HIDDEN_S and not in_time
 

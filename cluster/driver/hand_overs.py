@@ -93,8 +93,7 @@ class HandOvers:
 
     def consider_early(self, worker: Hashable, prompt: PromptProgress) -> None:
         """Begin the hand-over of a request whose prompt is being computed, if that pays now."""
-        move = self._scheduler.begin_early_move(prompt.id, worker, prompt.computed, prompt.left)
-        if move is not None:
+        if (move := self._scheduler.begin_early_move(worker, prompt)) is not None:
             self._begin(move)
 
     def _begin(self, move: Move) -> None:
@@ -138,7 +137,7 @@ class HandOvers:
 
     def _count(self, event: HandedOver, move: Move, *, moved: bool) -> None:
         if event.failure is None:
-            self._scheduler.observe_move(move, event.tokens, event.copying_s, event.prompt_token_s, event.nbytes)
+            self._scheduler.observe_move(move, event)
         old = self.counts
         if moved:
             self.counts = replace(

@@ -23,14 +23,10 @@ Value = TypeVar("Value")
 
 
 class LoopThread:
-    """Runs coroutines. The thread starts at once, and ends with ``end``.
-
-    Attributes:
-        on_bug: called in the thread with an exception that a callback or a spawned coroutine raised, and no caller gets.
-    """
+    """Runs coroutines. The thread starts at once, and ends with ``end``."""
 
     def __init__(self, name: str) -> None:
-        self.on_bug: Callable[[BaseException], None] = lambda error: None
+        self._on_bug: Callable[[BaseException], None] = lambda error: None
         self._pid = os.getpid()
         self._loop = new_event_loop()
         self._loop.set_exception_handler(self._handle)
@@ -41,6 +37,10 @@ class LoopThread:
         self._ended = False
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
+
+    def report_bugs(self, on_bug: Callable[[BaseException], None]) -> None:
+        """Call ``on_bug`` in the thread with each exception that a callback or spawned coroutine raises and no caller gets."""
+        self._on_bug = on_bug
 
     @property
     def ended(self) -> bool:
@@ -134,7 +134,7 @@ class LoopThread:
         self.call(asyncio.sleep(0))
 
     def spawn(self, work: Coroutine[Any, Any, object]) -> asyncio.Task[Any]:
-        """From the loop's thread: run a coroutine in the background. An exception of it is a bug, and goes to ``on_bug``."""
+        """From the loop's thread: run a coroutine in the background. An exception of it is a bug (``report_bugs``)."""
         task = self._loop.create_task(work)
         self._tasks.add(task)
 
@@ -142,7 +142,7 @@ class LoopThread:
             self._tasks.discard(task)
             if not task.cancelled() and (error := task.exception()) is not None:
                 logger.error("a bug in %s", task.get_coro(), exc_info=error)
-                self.on_bug(error)
+                self._on_bug(error)
 
         task.add_done_callback(done)
         return task
@@ -174,10 +174,10 @@ class LoopThread:
         self._loop.stop()
 
     def _handle(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Pass exceptions of callbacks to ``on_bug``; asyncio would only log them."""
+        """Report exceptions of callbacks; asyncio would only log them."""
         loop.default_exception_handler(context)
         if "handle" in context and context.get("exception") is not None:  # of a callback
-            self.on_bug(context["exception"])
+            self._on_bug(context["exception"])
 
 
 class Notifier:

@@ -66,7 +66,7 @@ class PrefixIndex:
             self._forget_holder(block, worker)
 
     def longest(self, hashes: Sequence[int]) -> tuple[int, tuple[Hashable, ...]]:
-        """The number of tokens at a prompt's beginning that some rank has computed, and the latest ranks that have."""
+        """The tokens of the longest beginning of a prompt that some rank has computed, and its latest ranks."""
         for count in range(len(hashes), 0, -1):
             if holders := self._holders.get(hashes[count - 1]):
                 return count * BLOCK, tuple(holders)

@@ -90,6 +90,6 @@ class RequestQueue:
 
 
 def next_in_turn(lines: Iterable[WaitingLine]) -> tuple[WaitingLine, ScheduledRequest] | None:
-    """Of the first requests of some lines, the one whose turn it is, and its line; None if none waits."""
+    """The next request in turn of some lines, and its line; None if none waits."""
     firsts = [(line, entry) for line in lines if (entry := line.first()) is not None]
     return min(firsts, key=lambda found: found[1].turn, default=None)

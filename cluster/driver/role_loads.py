@@ -74,7 +74,10 @@ class RoleLoads:
         if worker is None:
             return self._prompts
         to_compute = request.held_tokens - decoding_holds(self._decoding)
-        stays = self.costs.stays(to_compute, request.held_tokens, self._decoding.requests(worker), self._way(request))
+        first = self._prompts.least_loaded(request)
+        before = 0.0 if first is None else self._prompts.cost(first, 0)
+        streams, near = self._decoding.requests(worker), self._way(request, first)
+        stays = self.costs.stays(to_compute, request.held_tokens, streams, near, before)
         return self._decoding if stays else self._prompts
 
     def may_stay(self, request: Costly, decoding_holds: Callable[[RankLoads], int]) -> bool:
@@ -84,11 +87,12 @@ class RoleLoads:
             decoding_holds: tokens of its beginning that a rank of the given ones has in its cache.
         """
         to_compute = request.held_tokens - decoding_holds(self._decoding)
-        return self.costs.stays(to_compute, request.held_tokens, 0, self._way(request))
+        way = self._way(request, self._prompts.least_loaded(request))
+        return self.costs.stays(to_compute, request.held_tokens, 0, way)
 
-    def _way(self, request: Costly) -> bool:
+    def _way(self, request: Costly, source: Hashable | None) -> bool:
         """Whether a request would be handed over through shared memory, as far as can be told before it has any rank."""
-        source, target = self._prompts.least_loaded(request), self._decoding.freest(request)
+        target = self._decoding.freest(request)
         if source is None or target is None:
             return self.costs.latest_near
         return self.share_memory(source, target)

@@ -36,17 +36,18 @@ class Scaling:
             stay = min(self._pool.size, count if common.size is None else len(common.dealt))
             if stay < self._pool.size:
                 self._pool.shrink(stay)
-                self._groups.deal = common
+                self._groups.deal_by(common)
                 try:
                     await self._pool.wait_until_serving(range(stay))
                 finally:
                     await self._pool.reserve(stay)
             if count > stay:
-                before, self._groups.deal = self._groups.deal, deal
+                before = self._groups.deal
+                self._groups.deal_by(deal)
                 try:
                     await self._pool.reserve(count)
                 except BaseException:  # one that is interrupted, too
-                    self._groups.deal = before
+                    self._groups.deal_by(before)
                     raise
             await self._pool.grow(count)
 

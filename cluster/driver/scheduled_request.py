@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from epslots.generation.requests import Request
 
@@ -22,6 +22,7 @@ class ScheduledRequest:
         tokens: generated so far.
         prompt_logprobs: log-probabilities of the prompt that have arrived.
         worker: the rank that serves it; None while it is queued.
+        assignment: its number among the request's assignments to ranks; -1 = it had none.
         losses: ranks in a row that were lost while they had it, without a token in between.
         ending: its user needs no more of it.
         blocks: hashes of its prompt's blocks (``block_hashes``).
@@ -40,6 +41,7 @@ class ScheduledRequest:
     tokens: list[int] = field(default_factory=list)
     prompt_logprobs: int = 0
     worker: Hashable | None = None
+    assignment: int = -1
     losses: int = 0
     ending: bool = False
     blocks: tuple[int, ...] = ()
@@ -49,6 +51,10 @@ class ScheduledRequest:
     leaves: bool = False
     failed_moves: int = 0
     move_at: int = 1
+
+    def is_at(self, worker: Hashable, assignment: int) -> bool:
+        """Whether its assignment now is this one: not an earlier one, of which a rank's news may come late."""
+        return self.worker == worker and self.assignment == assignment
 
     @property
     def turn(self) -> tuple[int, int]:
@@ -77,10 +83,11 @@ class ScheduledRequest:
         return self.losses >= MOST_SHARED_LOSSES
 
     def rest(self) -> Request:
-        """The request for the tokens that are missing."""
-        if not self.tokens and not self.prompt_logprobs:
-            return self.request
-        return self.request.after(self.tokens, self.prompt_logprobs)
+        """The request for the tokens that are missing, with the number of its assignment."""
+        request = self.request
+        if self.tokens or self.prompt_logprobs:
+            request = request.after(self.tokens, self.prompt_logprobs)
+        return replace(request, assignment=self.assignment) if self.assignment > 0 else request
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from cluster.driver.rank_loads import RankCapacity, RankLoads
 from cluster.driver.request_queue import RequestQueue, next_in_turn
 from cluster.driver.role_loads import RoleLoads
 from cluster.driver.scheduled_request import Move, MoveClaim, ScheduledRequest
+from cluster.messages.hand_over import HandedOver, PromptProgress
 from epslots.generation.requests import Output, Request
 
 MOST_MOVES = 2
@@ -208,16 +209,18 @@ class Scheduler:
 
     def _place(self, worker: Hashable, entry: ScheduledRequest) -> None:
         entry.worker, entry.leaves = worker, self._ranks.hands_over(worker)
+        entry.assignment += 1
         self._ranks.of(worker).add(worker, entry)
         self._served.setdefault(worker, {})[entry.request.id] = entry
 
     def count(self, worker: Hashable, output: Output) -> ScheduledRequest | None:
         """Enter a rank's output; returns its request, or None if no caller needs the output.
 
-        Outputs of a rank that was reserved for lost, and whose requests have moved, are ignored.
+        An output of an earlier assignment is refused: that of a rank that was taken for lost, or from before a hand-over, even
+        if the request has come back to that rank since.
         """
         entry = self._entries.get(output.id)
-        if entry is None or entry.worker != worker:
+        if entry is None or not entry.is_at(worker, output.assignment):
             return None
         loads = self._ranks.of(worker)
         if output.finished:
@@ -261,23 +264,21 @@ class Scheduler:
             return None
         return self._begin_move(entry)
 
-    def begin_early_move(self, id: str, worker: Hashable, computed: int, left: int) -> Move | None:
+    def begin_early_move(self, worker: Hashable, prompt: PromptProgress) -> Move | None:
         """Begin a request's hand-over while its prompt is computed, if that pays now.
 
         At most one a rank, and one try a request: others have their first token, and stand still until they are moved.
 
         Args:
             worker: the rank that computes the prompt.
-            computed: tokens of it that are computed.
-            left: tokens that are to come.
         """
-        entry = self._entries.get(id)
-        if entry is None or entry.worker != worker or entry.began:
+        entry = self._entries.get(prompt.id)
+        if entry is None or not entry.is_at(worker, prompt.assignment) or entry.began:
             return None
-        chunk, entry.computed = computed - entry.computed, computed
+        chunk, entry.computed = prompt.computed - entry.computed, prompt.computed
         if entry.failed_moves or self._moving[worker]:
             return None
-        return self._begin_move(entry, lambda near: self._ranks.costs.begins_early(computed, left, chunk, near))
+        return self._begin_move(entry, lambda near: self._ranks.costs.begins_early(prompt.computed, prompt.left, chunk, near))
 
     def _begin_move(self, entry: ScheduledRequest, early: Callable[[bool], bool] | None = None) -> Move | None:
         """Begin a hand-over, unless there is no way or no reason.
@@ -336,9 +337,10 @@ class Scheduler:
         """Hand-overs under way from or to a rank; any thread may ask."""
         return self._moving[worker]
 
-    def observe_move(self, move: Move, tokens: int, seconds: float, prompt_token_s: float, nbytes: int) -> None:
-        """Note the costs of a hand-over (``HandOverCosts.observe``)."""
-        self._ranks.costs.observe(tokens, seconds, prompt_token_s, nbytes, near=move.near)
+    def observe_move(self, move: Move, end: HandedOver) -> None:
+        """Note the costs of a hand-over that has ended well."""
+        costs, near = self._ranks.costs, move.near
+        costs.observe(end.tokens, end.copying_s, end.prompt_token_s, end.nbytes, end.step_bytes, near=near)
 
     def clear(self) -> list[ScheduledRequest]:
         """Drop all requests; returns those that users still wait for."""

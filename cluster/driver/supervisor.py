@@ -121,7 +121,7 @@ class Supervisor:
             backend, self.workers, self.groups, listen=self._listen, spawn=self._spawn, give_up_s=deadlines.give_up_s
         )
         self._scaling = Scaling(self.pool, self.groups, outlives=load.origin is not None)
-        thread.on_bug = lambda error: self._give_up(ClusterError(f"a bug: {error!r}"))
+        thread.report_bugs(lambda error: self._give_up(ClusterError(f"a bug: {error!r}")))
 
     # Calls of the cluster.
 
@@ -190,7 +190,7 @@ class Supervisor:
         Args:
             layers: numbers of the MoE layers whose slots the first rank's report is to have; all ranks of its group know the
                 same of them. None = all layers, in every report.
-            group: of this group's ranks alone.
+            group: only of this group's ranks.
         """
         asked: list[tuple[Worker, int]] = []
         for worker in self.groups.members if group is None else self.groups[group].members:
@@ -330,15 +330,15 @@ class Supervisor:
             self.router.open_group(),
             epochs=self._epochs,
             role=self.groups.role_of(number),
-            kv_tokens=None if config.engine.exchanges_memory else config.engine.planned_tokens,
+            kv_tokens=None if config.exchanges_memory else config.planned_tokens,
             costs=self._costs,
             deadlines=self._deadlines,
             placement=self._placement,
             on_formed=lambda: self._take_formed_group(number),
         )
         if self._load.window_steps:
-            client = ControllerClient(partial(self._controller.start, number), group, self.workers.send)
-            client.frozen = any(other.frozen for other in self.controllers)
+            frozen = any(other.frozen for other in self.controllers)
+            client = ControllerClient(partial(self._controller.start, number), group, self.workers.send, frozen=frozen)
             self.controllers.append(client)
             self._controller_tasks.append(self._spawn(client.keep_controller))
         return group

@@ -3,7 +3,7 @@
     health check -> next epoch, of all workers that answered -> Form to each -> each publishes a Contact, which all get ->
     all report Formed -> requests flow again
 
-The group changes in this way alone, for any reason. Ranks that get the next ``Form`` leave the last epoch at once; they
+The group changes only in this way, for any reason. Ranks that get the next ``Form`` leave the last epoch at once; they
 repeat the interrupted step afterwards, and keep their requests.
 """
 

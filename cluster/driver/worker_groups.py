@@ -67,6 +67,10 @@ class WorkerGroups:
         self.division = RankGroups(ranks, groups, prefill_ranks)
         self.deal = GroupDeal(groups, None if groups == 1 else self.division.group_size)
 
+    def deal_by(self, deal: GroupDeal) -> None:
+        """Deal the bundles that are yet to come otherwise from now on."""
+        self.deal = deal
+
     def role_of(self, number: int) -> Role:
         """The role of a group, also of one that was added later."""
         return self.division.role_of(number)

@@ -26,7 +26,7 @@ class JobStopped(BaseException):
 class StopSignals:
     """While entered, the first of the signals raises ``JobStopped`` in the main thread, and further ones do nothing.
 
-    Entered in another thread than the main one, it changes nothing: Python lets the main thread alone handle signals.
+    Entered in another thread than the main one, it changes nothing: Python lets only the main thread handle signals.
     """
 
     def __init__(self) -> None:

@@ -21,9 +21,6 @@ import msgspec
 from epslots.generation.cache_layout import CacheLayout
 
 ConnectionKind = Literal["memory", "gloo"]
-BYTES_BETWEEN_STEPS = 32 << 20
-"""Bytes of a cache that its source reads between two steps, at most: some milliseconds; while a prompt is computed, a step may
-take much longer than these bytes on their way."""
 
 
 class ConnectionOrder(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,7 +28,7 @@ class ConnectionOrder(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         number: of the hand-over, unique in the cluster.
-        secret: known to the two ranks alone; they recognise each other by it.
+        secret: known only to the two ranks; they recognise each other by it.
         kind: "memory" for processes of one machine.
         form_s: seconds to wait for the other rank.
         deadline_s: seconds that each message or piece may take afterwards.
@@ -97,11 +94,13 @@ class PromptProgress(msgspec.Struct, tag=True, frozen=True):
     Attributes:
         computed: its tokens that are computed.
         left: those that are to come.
+        assignment: number of the request's assignment to this rank.
     """
 
     id: str
     computed: int
     left: int
+    assignment: int = 0
 
 
 class HandedOver(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -115,6 +114,7 @@ class HandedOver(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         nbytes: of the cache.
         tokens: that it holds.
         prompt_token_s: seconds in which the source computes a token of a prompt, lately; 0 = it has timed none.
+        step_bytes: bytes of caches that the source reads between two steps, lately.
     """
 
     number: int
@@ -124,6 +124,7 @@ class HandedOver(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     nbytes: int = 0
     tokens: int = 0
     prompt_token_s: float = 0.0
+    step_bytes: int = 0
 
 
 class CacheOffer(msgspec.Struct, tag=True, frozen=True):
@@ -133,9 +134,14 @@ class CacheOffer(msgspec.Struct, tag=True, frozen=True):
 
 
 class CachePart(msgspec.Struct, tag=True, frozen=True):
-    """The pieces of a part follow (``CacheLayout.pieces``): up to token ``end`` - 1, from the last part's end."""
+    """Pieces of a part follow (``CacheLayout.pieces``), which goes from the last part's end up to token ``end`` - 1.
+
+    Attributes:
+        pieces: of the part, as many as were read between two steps; further messages have the others.
+    """
 
     end: int
+    pieces: int
 
 
 class CacheSent(msgspec.Struct, tag=True, frozen=True):

@@ -80,7 +80,7 @@ class Form(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """Leave the present group at once, and form the next one.
 
     Attributes:
-        secret: known to the ranks of this epoch alone; they recognise each other by it.
+        secret: known only to the ranks of this epoch; they recognise each other by it.
         form_s: seconds to wait for the other ranks.
         deadline_s: seconds that one operation between ranks may take afterwards.
         fresh: all ranks have just loaded the model, so they fill their slots together.

@@ -4,8 +4,8 @@
 
 A part is what is final since the last one: everything at once, or, of a prompt that is being computed, some tokens of each
 layer after a step, and the states that steps change in place with the last of them. The cache itself belongs to the stepping
-thread: it reads or writes one or two pieces between two steps, for some milliseconds. Waiting is the exchange's own.
-Layouts are agreed before the first piece, digests after the last.
+thread: between two steps it reads or writes as many pieces as the rank's budget allows (``copy_budget.py``). Waiting is the
+exchange's own. Layouts are agreed before the first piece, digests after the last.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
 import xxhash
 
 from cluster.messages.hand_over import (
-    BYTES_BETWEEN_STEPS,
     CacheAnswer,
     CacheMessage,
     CacheOffer,
@@ -31,10 +30,13 @@ from cluster.messages.hand_over import (
     encode_cache_message,
 )
 from cluster.rank.command_queue import NotYet
+from cluster.rank.copy_budget import CopyBudget
 from epslots.errors import EpslotsError, PeerLost, RankMismatchError
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout, CachePiece
-from epslots.transport.pair_connection import PIECE_BYTES, PairConnection
+from epslots.generation.piece_copies import PieceReader, PieceWriter, ReadPiece
+from epslots.piece_sizes import BYTES_IN_FLIGHT, PIECE_BYTES
+from epslots.transport.pair_connection import PairConnection
 
 T = TypeVar("T")
 M = TypeVar("M", bound=CacheMessage)
@@ -71,15 +73,15 @@ class _PartReader:
 
     Attributes:
         end: tokens of the parts until now.
-        begins: the last pieces were the first ones of a part.
         waited_s: for tokens of the prompt.
         held_from_s: when the request was first seen to make no step; None = it still does.
     """
 
-    def __init__(self, image: CacheImage, now_s: float) -> None:
-        self.end, self.begins, self.waited_s = 0, False, 0.0
+    def __init__(self, image: CacheImage, copies: PieceReader, budget: CopyBudget, now_s: float) -> None:
+        self.end, self.waited_s = 0, 0.0
         self.held_from_s = now_s if image.tokens == image.layout.tokens else None
         self._image, self._pieces = image, deque[CachePiece]()
+        self._copies, self._budget = copies, budget
         self._waits_from_s: float | None = None
 
     @property
@@ -87,8 +89,8 @@ class _PartReader:
         """Whether all was read."""
         return self.end == self._image.layout.tokens and not self._pieces
 
-    def next_pieces(self) -> list[torch.Tensor]:
-        """The bytes of a part's next pieces.
+    def next_pieces(self) -> list[ReadPiece]:
+        """A part's next pieces.
 
         Raises:
             NotYet: nothing is final that wasn't read.
@@ -97,8 +99,7 @@ class _PartReader:
         tokens = self._image.advance()
         if tokens == layout.tokens and self.held_from_s is None:
             self.held_from_s = now_s
-        self.begins = not self._pieces
-        if self.begins:
+        if not self._pieces:
             if tokens == self.end or (tokens < layout.tokens and not layout.grows):
                 self._waits_from_s = self._waits_from_s or now_s
                 raise NotYet
@@ -107,12 +108,16 @@ class _PartReader:
                 self._waits_from_s = None
             self._pieces.extend(layout.pieces(PIECE_BYTES, self.end, tokens))
             self.end = tokens
-        count = min(max(1, BYTES_BETWEEN_STEPS // PIECE_BYTES), len(self._pieces))
-        return [self._image.read(self._pieces.popleft()) for _ in range(count)]
+        chosen = [self._pieces.popleft() for _ in range(min(self._budget.pieces(), len(self._pieces)))]
+        self._budget.take(sum(map(layout.piece_bytes, chosen)))
+        return self._copies.read(self._image, chosen)
 
 
-def send_cache(connection: PairConnection, image: CacheImage, between_steps: BetweenSteps) -> SendingTimes:
+def send_cache(connection: PairConnection, image: CacheImage, between_steps: BetweenSteps, budget: CopyBudget) -> SendingTimes:
     """Send the cache of a held request, or of a prompt while it is computed. Returns when the target has all of it.
+
+    Args:
+        budget: of this rank.
 
     Raises:
         HandOverRefused: the target refuses it.
@@ -122,15 +127,16 @@ def send_cache(connection: PairConnection, image: CacheImage, between_steps: Bet
     began_s = time.monotonic()
     _send(connection, CacheOffer(image.layout))
     _check(_receive(connection, CacheAnswer))
-    digest, reader = xxhash.xxh3_128(), _PartReader(image, began_s)
-    while not reader.done:
-        pieces = between_steps(reader.next_pieces)
-        if reader.begins:
-            _send(connection, CachePart(reader.end))
-        for piece in pieces:
-            data = piece.cpu()
-            digest.update(data.numpy().data)
-            connection.send_piece(data)
+    digest = xxhash.xxh3_128()
+    with closing(PieceReader(image.device, _staged_bytes(image.layout), budget.observe_copy)) as copies:
+        reader = _PartReader(image, copies, budget, began_s)
+        while not reader.done:
+            pieces = between_steps(reader.next_pieces)
+            _send(connection, CachePart(reader.end, len(pieces)))
+            for piece in pieces:
+                data = copies.arrived(piece)
+                digest.update(data.numpy().data)
+                connection.send_piece(data)
     _send(connection, CacheSent(digest.digest()))
     _check(_receive(connection, CacheAnswer))
     ended_s = time.monotonic()
@@ -139,12 +145,16 @@ def send_cache(connection: PairConnection, image: CacheImage, between_steps: Bet
 
 
 def take_cache(
-    connection: PairConnection, reserve: Callable[[CacheLayout], CacheImage | None], between_steps: BetweenSteps
+    connection: PairConnection,
+    reserve: Callable[[CacheLayout], CacheImage | None],
+    between_steps: BetweenSteps,
+    budget: CopyBudget,
 ) -> CacheImage:
     """Take a request's cache; returns its place, when all of it is there and the source was told so.
 
     Args:
         reserve: makes room for a layout, if there is any. Called between steps, as is all that touches the cache.
+        budget: of this rank.
 
     Raises:
         HandOverRefused: there is no room, the layout is another model's, or the bytes aren't those that were sent.
@@ -159,23 +169,79 @@ def take_cache(
     if image is None:
         raise _refused(connection, f"its cache has no room for {layout.tokens} tokens now")
     _send(connection, CacheAnswer())
-    digest, taken = xxhash.xxh3_128(), 0
-    while taken < layout.tokens:
-        end = _receive(connection, CachePart).end
-        if not taken < end <= layout.tokens:
-            raise PeerLost(
-                f"the other end of a connection sent a part up to token {end} of {layout.tokens}, after token {taken}"
-            )
-        for piece in layout.pieces(PIECE_BYTES, taken, end):
-            data = connection.receive_piece(layout.piece_bytes(piece))
-            digest.update(data.numpy().data)
-            between_steps(partial(image.write, piece, data))
-        taken = end
-    if _receive(connection, CacheSent).digest != digest.digest():
+    with closing(_PartWriter(connection, image, budget)) as writer:
+        while not writer.done:
+            writer.receive(_receive(connection, CachePart))
+            while writer.received:
+                connection.release(between_steps(writer.write_some))
+            writer.copies.free()
+    if _receive(connection, CacheSent).digest != writer.digest.digest():
         raise _refused(connection, "the bytes that arrived have another digest than those that were sent")
     between_steps(image.complete)
     _send(connection, CacheAnswer())
     return image
+
+
+class _PartWriter:
+    """Receives parts of an image, and writes them. ``write_some`` is the stepping thread's.
+
+    Attributes:
+        copies: to the device.
+        digest: of the pieces that came.
+        received: pieces that aren't written yet, and their bytes on the device.
+    """
+
+    def __init__(self, connection: PairConnection, image: CacheImage, budget: CopyBudget) -> None:
+        self.copies = PieceWriter(image.device, _staged_bytes(image.layout), budget.observe_copy)
+        self.digest, self.received = xxhash.xxh3_128(), deque[tuple[CachePiece, torch.Tensor]]()
+        self._connection, self._image, self._budget = connection, image, budget
+        self._end, self._to_come = 0, deque[CachePiece]()
+
+    @property
+    def done(self) -> bool:
+        """Whether all has come."""
+        return self._end == self._image.layout.tokens and not self._to_come
+
+    def receive(self, part: CachePart) -> None:
+        """Take pieces off the connection.
+
+        Raises:
+            PeerLost: the connection is broken, or there are no such pieces.
+        """
+        layout, begins = self._image.layout, not self._to_come
+        if not (self._end < part.end <= layout.tokens if begins else part.end == self._end):
+            raise PeerLost(
+                f"the other end of a connection sent a part up to token {part.end} of {layout.tokens}, after {self._end}"
+            )
+        if begins:
+            self._to_come.extend(layout.pieces(PIECE_BYTES, self._end, part.end))
+            self._end = part.end
+        if not 1 <= part.pieces <= min(len(self._to_come), BYTES_IN_FLIGHT // PIECE_BYTES):
+            raise PeerLost(
+                f"the other end of a connection sent {part.pieces} pieces at once; {len(self._to_come)} are to come"
+            )
+        for _ in range(part.pieces):
+            piece = self._to_come.popleft()
+            data = self._connection.receive_piece(layout.piece_bytes(piece))
+            self.digest.update(data.numpy().data)
+            self.received.append((piece, self.copies.bring(data)))
+        self.copies.settle()
+
+    def write_some(self) -> int:
+        """Write as many pieces as the budget allows; returns how many."""
+        some = [self.received.popleft() for _ in range(min(self._budget.pieces(), len(self.received)))]
+        pieces, staged = zip(*some, strict=True)
+        self._budget.take(sum(map(len, staged)))
+        self.copies.write(self._image, pieces, staged)
+        return len(some)
+
+    def close(self) -> None:
+        """End all copies."""
+        self.copies.close()
+
+
+def _staged_bytes(layout: CacheLayout) -> int:
+    return min(layout.nbytes, BYTES_IN_FLIGHT)
 
 
 def _check(answer: CacheAnswer) -> None:

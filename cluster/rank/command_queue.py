@@ -1,4 +1,4 @@
-"""``CommandQueue``: what other threads want of a rank's stepping thread, which alone touches the engine, in order.
+"""``CommandQueue``: other threads' orders to a rank's stepping thread. Only that touches the engine.
 
 Commands are the driver's. An ``Errand`` is a function of a thread of this process, which waits for its result.
 """

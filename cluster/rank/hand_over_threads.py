@@ -13,6 +13,7 @@ from cluster.messages.rank import Contact
 from cluster.rank.cache_exchange import BetweenSteps, HandOverRefused, send_cache, take_cache
 from cluster.rank.command_queue import NotYet
 from cluster.rank.contact_store import ContactStore
+from cluster.rank.copy_budget import CopyBudget
 from epslots.errors import EpslotsError
 from epslots.generation.batcher import Batcher
 from epslots.generation.cache_image import CacheImage
@@ -51,10 +52,13 @@ class HandOverThreads:
     """The hand-overs of one rank.
 
     Args:
-        batcher: returns the rank's batcher; it is touched between steps alone.
+        batcher: returns the rank's batcher; it is touched only between steps.
         between_steps: has the stepping thread call a function.
         send: sends an event to the driver.
         connect: connects two ranks.
+
+    Attributes:
+        budget: of what is copied between two steps.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class HandOverThreads:
         connect: Connect = connect,
     ) -> None:
         self._batcher, self._between_steps, self._send, self._connect = batcher, between_steps, send, connect
+        self.budget = CopyBudget()
         self._lock = threading.Lock()
         self._contacts: dict[int, ContactStore] = {}
         """Of hand-overs under way, by number."""
@@ -141,7 +146,7 @@ class HandOverThreads:
                 image: CacheImage | None = self._between_steps(lambda: self._batcher().hold(order.id))
                 if image is None:
                     raise HandOverRefused("the request has no cache that could be read now")
-                times, layout = send_cache(connection, image, self._between_steps), image.layout
+                times, layout = send_cache(connection, image, self._between_steps, self.budget), image.layout
             done = HandedOver(
                 number=order.connection.number,
                 failure=None,
@@ -150,6 +155,7 @@ class HandOverThreads:
                 nbytes=layout.nbytes,
                 tokens=layout.tokens,
                 prompt_token_s=self._batcher().prompt_token_s,
+                step_bytes=self.budget.step_bytes,
             )
         except Exception as error:
             done = HandedOver(number=order.connection.number, failure=_in_words(error))
@@ -176,7 +182,7 @@ class HandOverThreads:
 
         try:
             with self._connection(order.connection, source=False) as connection:
-                take_cache(connection, reserve, self._between_steps)
+                take_cache(connection, reserve, self._between_steps, self.budget)
         except Exception as error:
             logger.debug("hand-over %d isn't taken: %s", order.connection.number, _in_words(error))
             self._let_go(drop)

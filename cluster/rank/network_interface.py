@@ -19,6 +19,6 @@ def use_interface(host: str) -> None:
     """
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address.partition("%")[0] == host for address in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)  # both read it from the environment alone
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)  # both read it only from the environment
             if not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
                 os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # exactly this one, and not all that begin so

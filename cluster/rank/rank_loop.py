@@ -202,6 +202,7 @@ class RankLoop:
         loaded = time.monotonic()
         self._engine = Engine(model)
         self._windows = WindowCutter(model, load.window_steps)
+        self.hand_overs.budget.aim_at(self._engine.batcher.chunk_size.target_s)
         self._loaded = loaded_report(self._engine, {"model": loaded - began, "cache for requests": time.monotonic() - loaded})
         self._send(self._loaded)
 
@@ -263,7 +264,7 @@ class RankLoop:
         try:
             self._loaded_engine.batcher.add(request)
         except ConfigError as error:
-            self._send(Outputs((Output(request.id, (), True, "error", str(error)),)))
+            self._send(Outputs((Output(request.id, (), True, "error", str(error), assignment=request.assignment),)))
 
     def _set_placement(self, placing: Placing) -> None:
         """Offer a placement to the group, which follows it once all ranks have it; all reject an impossible one alike."""
@@ -287,9 +288,8 @@ class RankLoop:
             self._send(Broken(self._transport.epoch, str(error), stood=True))
             return
         self._steps += 1
-        if self._reports_prompts:
-            for prompt in self._loaded_engine.batcher.prompts():
-                self._send(PromptProgress(*prompt))
+        for prompt in self._loaded_engine.batcher.prompts() if self._reports_prompts else ():
+            self._send(PromptProgress(*prompt))
         self._end_window(time.perf_counter() - began)
         self._asleep = not header.work
         if self._asleep:
@@ -299,6 +299,7 @@ class RankLoop:
     def _end_window(self, seconds: float) -> None:
         """Note a step of this duration. If a window ends with it, send its load report, unless the last one still waits."""
         assert self._windows is not None
+        self.hand_overs.budget.observe_step(seconds)
         if (report := self._windows.step(self._steps, seconds, waits=self._events.holds_load_report)) is not None:
             self._send(report)
 

@@ -133,7 +133,7 @@ class Adoption:
             ClusterError: they were loaded with other settings.
         """
         actors = await ask(ray_registry.actors_of, self.name)
-        handles = [(name, RayWorkerHandle(name.bundle, actor, self.lease, str(name))) for name, actor in actors]
+        handles = [(name, RayWorkerHandle(name.bundle, actor, self.lease, str(name), adopted=True)) for name, actor in actors]
         loads = await asyncio.gather(*(self._describe(handle) for _, handle in handles))
         found: dict[int, tuple[RayWorkerHandle, Load]] = {}
         rest = []
@@ -155,7 +155,6 @@ class Adoption:
                 description = await handle.describe()
         except (TimeoutError, WorkerDied):
             return None
-        handle.adopted = True
         return description.load if description.running else None
 
     async def _check_settings(self, loads: Sequence[Load]) -> None:

@@ -45,7 +45,7 @@ class RayBackend:
     """Bundles and workers on Ray.
 
     Args:
-        address: None for a Ray of this process alone; "auto" or "host:port" for a running one.
+        address: None for a Ray of only this process; "auto" or "host:port" for a running one.
         strategy: Ray's placement strategy: "PACK", "SPREAD", "STRICT_PACK" or "STRICT_SPREAD".
         device: "cuda", "cpu", or None for GPUs if the cluster has any.
         path: the model's folder, which all nodes must have; a hub id is each node's to find.

@@ -17,7 +17,7 @@ CALL_THREAD = "epslots-ray-call"
 
 _MOST_LATE = 16
 _late: set[Future[Any]] = set()
-"""Calls whose deadline has passed; changed by ``add`` and ``discard`` alone, which are atomic."""
+"""Calls whose deadline has passed; changed only by ``add`` and ``discard``, which are atomic."""
 
 Value = TypeVar("Value")
 

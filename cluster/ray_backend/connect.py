@@ -1,4 +1,4 @@
-"""Starts a Ray of this process alone, or joins a running one: quietly, and without a trace at the end.
+"""Starts a Ray of only this process, or joins a running one: quietly, and without a trace at the end.
 
 Both are context managers, which yield a function that says which part of Ray has ended. ``session.py`` enters them.
 """
@@ -68,7 +68,7 @@ def use_token() -> None:
 
 @contextmanager
 def start_ray(ranks: int) -> Iterator[FindEnded]:
-    """Start a Ray of this process alone, and end it on exit.
+    """Start a Ray of only this process, and end it on exit.
 
     Args:
         ranks: number of worker processes that it starts beforehand.
@@ -146,7 +146,7 @@ def join_ray(address: str, *, own: bool = False) -> Iterator[FindEnded]:
 
 @contextmanager
 def _patience() -> Iterator[None]:
-    """Let this process outlive the head of a Ray that it joins now. Ray reads that setting from the environment alone."""
+    """Let this process outlive the head of a Ray that it joins now. Ray reads that setting only from the environment."""
     name = f"RAY_{_PATIENCE_NAME}"
     before = os.environ.get(name)
     os.environ.setdefault(name, str(_PATIENCE_S))

@@ -1,4 +1,4 @@
-"""Lets a process that was forked from one with Ray end without it: Ray's threads exist in the parent alone."""
+"""Lets a process that was forked from one with Ray end without it: Ray's threads exist only in the parent."""
 
 from __future__ import annotations
 

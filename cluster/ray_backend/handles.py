@@ -109,15 +109,15 @@ class RayWorkerHandle(RayActorHandle):
     Args:
         lease: of the driver; None for a worker that ends with it.
         name: by which Ray knows a worker that outlives its driver.
-
-    Attributes:
-        adopted: the last driver started it.
+        adopted: the last driver started it; also an attribute.
     """
 
-    def __init__(self, bundle: int, actor: ActorHandle, lease: DriverLease | None = None, name: str = "") -> None:
+    def __init__(
+        self, bundle: int, actor: ActorHandle, lease: DriverLease | None = None, name: str = "", *, adopted: bool = False
+    ) -> None:
         super().__init__(actor, concurrency_group=_CONTROL)
         self.bundle, self.name = bundle, name
-        self.adopted = False
+        self.adopted = adopted
         self._lease = lease
         self._events: Any = None
 

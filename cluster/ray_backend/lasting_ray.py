@@ -1,6 +1,6 @@
 """A Ray of our own that outlives its driver, for one named cluster. It is found by its name, or started by a keeper.
 
-Its folder has the cluster's name as a digest, and this user's rights alone:
+Its folder has the cluster's name as a digest, and only this user's rights:
 
     lock      held by the keeper for as long as it lives, and before that by the driver that starts it
     users     locked by each process that uses this Ray

@@ -185,7 +185,7 @@ def opened(path: str, flags: int, is_kind: Callable[[int], bool], *, within: int
 
 
 def protect_token() -> None:
-    """Let this user alone read the token of a Ray of our own.
+    """Let only this user read the token of a Ray of our own.
 
     Ray would create its file with the rights that the umask leaves, so it is made here. A token or file that the user has
     named is the user's to protect.

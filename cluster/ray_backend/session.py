@@ -95,7 +95,7 @@ class RayUse:
     has started.
 
     Args:
-        address: None for the present connection, or else a Ray of this process alone; "auto" or "host:port" for a running one.
+        address: None for the present connection, or else a Ray of only this process; "auto" or "host:port" for a running one.
         ranks: expected ranks; a Ray of our own starts that many processes beforehand.
         name: of a cluster whose ranks outlive this process; a Ray of our own then does so, too. None for another.
 
@@ -108,7 +108,7 @@ class RayUse:
         check_address(address)
         if is_forked():
             raise ClusterError(
-                "this process was forked from one that uses Ray, which works in the parent alone; start it with the method "
+                "this process was forked from one that uses Ray, which works only in the parent; start it with the method "
                 '"spawn", or fork before the parent makes a cluster'
             )
         self._ready: Future[Connection] = Future()

@@ -75,7 +75,7 @@ def create_app(service: Service, keys: ApiKeys, *, local: bool, on_close: Callab
     Args:
         service: answers the requests.
         keys: the API keys; none = everybody is let in.
-        local: without keys, the service is for this machine alone.
+        local: without keys, the service is only for this machine.
         on_close: called at the end, in the loop's thread.
     """
 

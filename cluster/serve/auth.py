@@ -89,7 +89,7 @@ def read_keys(given: Iterable[str], file: str | None, environment: Mapping[str, 
 
 
 class Authentication:
-    """Lets requests with a key through; on a service without keys, requests from pages of this machine alone.
+    """Lets requests with a key through; on a service without keys, only requests from pages of this machine.
 
     Args:
         app: the application behind it.

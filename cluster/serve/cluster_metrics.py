@@ -40,6 +40,7 @@ _LAYER_COUNTERS = {
     "expert_passes": ("passes", "Passes over part of a layer's experts."),
     "expert_cpu_misses": ("cpu_misses", "Misses that the host's CPU computed."),
     "expert_prefetches": ("prefetches", "Experts fetched before the layer's router had asked for them."),
+    "expert_prefetches_dropped": ("dropped", "Those taken back: their step didn't need them, and no link had begun them."),
     "expert_prefetches_late": ("late", "Hits on prefetched experts whose fetch was still in flight."),
     "expert_migrations": ("migrations", "Experts fetched by migrations."),
     "expert_disk_bytes": ("disk_bytes", "Bytes of experts read from the disk, where host_memory bounds RAM."),
@@ -121,6 +122,8 @@ class ClusterCollector(Collector):
         ragged = "Decoding steps without a CUDA graph, because one request is far longer than most others."
         yield self._counter("engine_steps_ragged", engine.ragged_steps, ragged)
         yield self._gauge("graph_bytes", engine.graph_bytes, "Device memory that capturing CUDA graphs took, of all ranks.")
+        failed = "Captures of CUDA graphs that ran out of memory; each is tried again."
+        yield self._counter("captures_failed", engine.failed_captures, failed)
         longest = "Longest time that a request is without its first token; it grows where lower priorities starve."
         yield self._gauge("longest_wait_seconds", stats.longest_wait_s, longest)
         yield self._gauge("ranks_missing", len(stats.missing), "Ranks that should serve, and don't now.")

@@ -152,7 +152,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, with OpenAI's API.
 
-    It listens on this machine alone unless --host says otherwise, and takes requests when its ranks have loaded the model.
+    It listens only on this machine unless --host says otherwise, and takes requests when its ranks have loaded the model.
     SIGTERM and Ctrl-C let running requests end first, and then end the ranks. If the process is killed, the ranks keep their
     model and wait for --orphan-s: the same command, started again, adopts them and serves within seconds. Requests that ran at
     that moment are cut off, and can be sent again. Needs the libraries of the extra "serve" (pip install).

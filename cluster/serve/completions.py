@@ -84,7 +84,7 @@ class CompletionAnswer:
         ]
 
     def _continue(self, choice: int, portion: Portion) -> list[Chunk]:
-        if self._request.max_tokens == 0:  # the prompt alone is asked for; the one new token is not
+        if self._request.max_tokens == 0:  # only the prompt is asked for; the one new token is not
             return [self._chunk(choice, "", ()) | {"finish_reason": "length"}] if portion.reason else []
         self.new_tokens += len(portion.tokens)
         if not portion.text and not portion.reason and not (self._writers and portion.tokens):

@@ -78,7 +78,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_local(self) -> bool:
-        """Whether this machine alone reaches the service's address."""
+        """Whether only this machine reaches the service's address."""
         return is_loopback(self.host)
 
     def check_exposure(self, has_keys: bool) -> None:

@@ -35,6 +35,10 @@ class Watched(Protocol):
 
     @property
     def sampler(self) -> Sampler[ClusterStats] | None: ...
+    def view(self, layers: frozenset[int]) -> None:
+        """Have the numbers of these layers' slots from now on."""
+        ...
+
     def known(self) -> Known: ...
 
 
@@ -114,7 +118,7 @@ class LiveFeed:
             self._making = None
 
     def _note_layers(self) -> None:
-        self._service.viewed = frozenset(viewer.layer for viewer in self._viewers)
+        self._service.view(frozenset(viewer.layer for viewer in self._viewers))
 
     async def _make(self) -> None:
         """Make frames for as long as there are viewers, and the service lives."""

@@ -26,7 +26,7 @@ Top = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
 
 
 def _kind(prompt: object) -> str:
-    """The branch of a union that a prompt is checked by: errors are of that branch alone."""
+    """The branch of a union that a prompt is checked by: errors are only of that branch."""
     if not isinstance(prompt, list):
         return "as text"
     return "as tokens" if prompt and isinstance(prompt[0], int) else "as list"
@@ -46,7 +46,7 @@ Prompts = Annotated[
 
 
 class _Body(BaseModel):
-    """A JSON object with known fields alone. Values are of the type that is asked for: "5" is no number."""
+    """A JSON object without unknown fields. Values are of the type that is asked for: "5" is no number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=False)
 
@@ -124,9 +124,9 @@ class CommonRequest(_Body):
     @model_validator(mode="after")
     def _fits_a_stream(self) -> CommonRequest:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options: allowed with stream=true alone")
+            raise ValueError("stream_options: allowed only with stream=true")
         if self.prompt_logprobs is not None and self.stream:
-            raise ValueError("prompt_logprobs: allowed without stream alone")
+            raise ValueError("prompt_logprobs: allowed only without stream")
         return self
 
     @property
@@ -151,25 +151,25 @@ class CompletionRequest(CommonRequest):
     prompt: Prompts
     """Text, token ids, or a list of these."""
     max_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = 16
-    """New tokens at most; 0, with echo, returns the prompt alone."""
+    """New tokens at most; 0, with echo, returns only the prompt."""
     echo: bool | None = False
     logprobs: Top | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
-    """The same as n, or left out."""
+    """Left out, or equal to n."""
     suffix: None = None
     """Isn't supported."""
 
     @model_validator(mode="after")
     def _supported(self) -> CompletionRequest:
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens: 0 is allowed with echo=true alone")
+            raise ValueError("max_tokens: 0 is allowed only with echo=true")
         if self.best_of is not None and self.best_of != self.choices:
             raise ValueError(f"best_of: isn't supported; allowed: the value of n, {self.choices}")
         return self
 
 
 class ContentPart(BaseModel):
-    """A part of a message's content. Text alone is supported."""
+    """A part of a message's content. Only text is supported."""
 
     model_config = ConfigDict(extra="ignore")
     type: Literal["text", "refusal"]
@@ -289,7 +289,7 @@ class ChatRequest(CommonRequest):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     """A variable of the chat template."""
     modalities: list[Literal["text"]] | None = None
-    """Text alone is supported."""
+    """Only text is supported."""
     audio: None = None
     functions: None = None
     """Isn't supported: use tools."""
@@ -318,12 +318,12 @@ class ChatRequest(CommonRequest):
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
         if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("continue_final_message: allowed without add_generation_prompt alone")
+            raise ValueError("continue_final_message: allowed only without add_generation_prompt")
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs: allowed with logprobs=true alone")
+            raise ValueError("top_logprobs: allowed only with logprobs=true")
         forced = self.tool_choice not in (None, "none", "auto")
         if forced and not self.tools:
-            raise ValueError("tool_choice: allowed with tools alone")
+            raise ValueError("tool_choice: allowed only with tools")
         if isinstance(self.tool_choice, NamedTool):
             names = [tool.function.name for tool in self.tools or ()]
             if self.tool_choice.function.name not in names:

@@ -83,6 +83,10 @@ class Service:
         """The service has drained, or closed."""
         self._relay: NewsRelay | None = None
 
+    def view(self, layers: frozenset[int]) -> None:
+        """Open pages show these layers from now on."""
+        self.viewed = layers
+
     # Phases.
 
     def attach(self, cluster: ServedCluster, model_type: str = "") -> None:

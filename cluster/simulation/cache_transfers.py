@@ -1,25 +1,25 @@
 """``CacheTransfers``: the ranks' side of simulated hand-overs. It answers the driver as ``rank/hand_over_threads.py`` does.
 
 The source holds its request between two steps, and the target makes room between two of its own. Then the bytes go as in
-``rank/cache_exchange.py``: the source reads two pieces between two steps, the target writes one between two of its own, and at
-most two are on the way. Those of a prompt that is being computed follow its steps. Pieces of a rank take turns on its network.
-Copies delay no step.
+``rank/cache_exchange.py``: between two steps the source reads as many pieces as its ``CopyBudget`` allows, and the target
+writes as many when all of these have come. Those of a prompt that is being computed follow its steps. Pieces of a rank take
+turns on its network. Copies delay no step.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from cluster.messages.hand_over import BYTES_BETWEEN_STEPS, HandedOver
+from cluster.messages.hand_over import HandedOver
+from cluster.rank.copy_budget import CopyBudget
 from cluster.simulation.simulated_rank import SimulatedRank
 from epslots.generation.cache_image import CacheImage
+from epslots.piece_sizes import BYTES_IN_FLIGHT, PIECE_BYTES
 from epslots.simulation.grouped_cluster import GroupedCluster
-from epslots.transport.pair_connection import BYTES_IN_FLIGHT, PIECE_BYTES
 
-_READ_TOGETHER = BYTES_BETWEEN_STEPS // PIECE_BYTES
 _IN_FLIGHT = BYTES_IN_FLIGHT // PIECE_BYTES
 
 
@@ -34,7 +34,8 @@ class _Transfer:
         tokens: whose pieces were cut.
         unread, read: bytes of the pieces that wait at the source until it reads them, and until they are sent.
         in_flight: pieces that were sent and aren't written.
-        arrived: those of them that wait at the target.
+        bursts: how many pieces each read had, of those that aren't all written.
+        arrived: bytes of the first burst's pieces that have come.
         asks, writes: a read of the source is due; a write of the target is.
         early: it has begun before the prompt was computed.
         held_s: since when the request makes no step.
@@ -54,7 +55,8 @@ class _Transfer:
     unread: deque[int] = field(default_factory=deque)
     read: deque[int] = field(default_factory=deque)
     in_flight: int = 0
-    arrived: int = 0
+    bursts: deque[int] = field(default_factory=deque)
+    arrived: deque[int] = field(default_factory=deque)
     asks: bool = False
     writes: bool = False
     early: bool = False
@@ -93,6 +95,8 @@ class CacheTransfers:
         self._cluster, self._ranks = cluster, ranks
         self._put, self._at, self._report, self._now = put, at, report, now
         self._targets: dict[int, int] = {}
+        target_ms = cluster.engine.step_target_ms
+        self._budgets = [CopyBudget(None if target_ms is None else target_ms / 1e3) for _ in ranks]
         self._growing: dict[int, list[_Transfer]] = {}
         """By source: those that wait for its prompts."""
         self._free_s = [0.0] * len(ranks)
@@ -105,6 +109,16 @@ class CacheTransfers:
     def give(self, number: int, id: str, source: int, now_s: float) -> None:
         """A rank is to give a request's cache to the one that takes it."""
         self._put(source, partial(self._hold, number, id, source, now_s))
+
+    def observe_step(self, ranks: Iterable[int], seconds: float) -> None:
+        """These ranks have made a step."""
+        for rank in ranks:
+            self._budgets[rank].observe_step(seconds)
+
+    def _copy(self, rank: int, nbytes: int) -> None:
+        """A rank copies bytes between two steps."""
+        self._budgets[rank].take(nbytes)
+        self._budgets[rank].observe_copy(nbytes, nbytes / self._cluster.hand_over.host_bytes_s)
 
     def follow(self, source: int) -> None:
         """A source has made a step: more of its prompts may be read."""
@@ -147,8 +161,10 @@ class CacheTransfers:
                 self._growing.setdefault(one.source, []).append(one)
                 return
             self._cut(one, tokens, now_s)
-        for _ in range(min(_READ_TOGETHER, len(one.unread))):
-            one.read.append(one.unread.popleft())
+        chosen = [one.unread.popleft() for _ in range(min(self._budgets[one.source].pieces(), len(one.unread)))]
+        self._copy(one.source, sum(chosen))
+        one.read.extend(chosen)
+        one.bursts.append(len(chosen))
         one.asks = False
         self._at(now_s, partial(self._send, one))
 
@@ -167,7 +183,8 @@ class CacheTransfers:
             return
         while one.read and one.in_flight < _IN_FLIGHT:
             one.in_flight += 1
-            self._at(self._carry(one, one.read.popleft(), now_s), partial(self._arrive, one))
+            nbytes = one.read.popleft()
+            self._at(self._carry(one, nbytes, now_s), partial(self._arrive, one, nbytes))
         if one.read or one.asks:
             return
         if one.unread or not one.is_cut:
@@ -177,32 +194,37 @@ class CacheTransfers:
 
     def _carry(self, one: _Transfer, nbytes: int, now_s: float) -> float:
         """When a piece is there: it goes as soon as both ranks' networks are free."""
-        same_node = self._cluster.node_of(one.source) == self._cluster.node_of(one.target)
-        seconds = self._cluster.hand_over.transfer_s(nbytes, same_node=same_node)
-        free_s = max(now_s, self._free_s[one.source], self._free_s[one.target]) + seconds
-        self._free_s[one.source] = self._free_s[one.target] = free_s
-        return free_s
+        timing, source, target = self._cluster.hand_over, one.source, one.target
+        same_node = self._cluster.node_of(source) == self._cluster.node_of(target)
+        begins_s = max(now_s, self._free_s[source], self._free_s[target])
+        self._free_s[source] = self._free_s[target] = begins_s + timing.busy_s(nbytes, same_node=same_node)
+        return begins_s + timing.piece_s(nbytes, same_node=same_node)
 
     # The target.
 
-    def _arrive(self, one: _Transfer, _: float) -> None:
-        one.arrived += 1
+    def _arrive(self, one: _Transfer, nbytes: int, _: float) -> None:
+        one.arrived.append(nbytes)
         self._write_next(one)
 
     def _write_next(self, one: _Transfer) -> None:
-        if one.arrived and not one.writes:
-            one.writes, one.arrived = True, one.arrived - 1
+        if one.bursts and len(one.arrived) >= one.bursts[0] and not one.writes:
+            one.writes = True
             self._put(one.target, partial(self._write, one))
 
     def _write(self, one: _Transfer) -> None:
-        """Write a piece, between two steps; the next one is written after another step."""
+        """Write some pieces of a burst, between two steps; the next ones are written after another step."""
         if one.ended:
             return
         assert one.room is not None
         if one.room.gone:
             self._give_up(one)
             return
-        one.in_flight -= 1
+        count = min(self._budgets[one.target].pieces(), one.bursts[0])
+        self._copy(one.target, sum(one.arrived.popleft() for _ in range(count)))
+        one.in_flight -= count
+        one.bursts[0] -= count
+        if not one.bursts[0]:
+            one.bursts.popleft()
         self._at(self._now(), partial(self._go_on, one))
 
     def _go_on(self, one: _Transfer, now_s: float) -> None:
@@ -226,6 +248,7 @@ class CacheTransfers:
             nbytes=one.tokens * self._cluster.kv_token_bytes,
             tokens=one.tokens,
             prompt_token_s=self._ranks[one.source].prompt_token_s,
+            step_bytes=self._budgets[one.source].step_bytes,
         )
         self._report(one.source, done)
 

@@ -269,6 +269,7 @@ class RequestSimulation:
     def _end_step(self, group: int, seconds: float, now_s: float) -> None:
         one, first_rank = self.groups[group], group * self._cluster.group_size
         first, ended = one.end(now_s, seconds)
+        self._transfers.observe_step(range(first_rank, first_rank + self._cluster.group_size), seconds)
         if self.windows is not None and (speeds := self.windows.step(group, seconds / self._cluster.depth)) is not None:
             self._serve(group, speeds)
         if self.role_of(first_rank) == "prefill":

@@ -250,7 +250,7 @@ class SimulatedRank:
             tokens = tuple(entry.tokens[entry.delivered :])
             self.counters.new_tokens += len(tokens)
             if tokens or entry.reason:
-                found.append(Output(id, tokens, entry.reason is not None, entry.reason))
+                found.append(Output(id, tokens, entry.reason is not None, entry.reason, assignment=entry.request.assignment))
             entry.delivered = len(entry.tokens)
             if entry.reason:
                 del self._entries[id]

@@ -73,7 +73,7 @@ def batch_checkpoint(config: PreTrainedConfig) -> AbstractContextManager[Path]:
 
 
 def measure_throughput(cache_dir: Path, rounds: int, advance: Advance) -> Tables:
-    """Tokens a second of 16 requests over one at a time, in engines that differ in ``max_requests`` alone."""
+    """Tokens a second of 16 requests over one at a time, in engines that differ only in ``max_requests``."""
     rows = []
     for name, (config, cache, aims) in CONTENDERS.items():
         with batch_checkpoint(config) as folder:

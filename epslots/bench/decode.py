@@ -197,7 +197,7 @@ def _by_batcher(batcher: RowBatcher, tokens: torch.Tensor) -> Callable[[], float
 
 
 def _by_model(model: PreTrainedModel, tokens: torch.Tensor) -> Callable[[], float]:
-    """Tokens by the forward pass alone, which is faster than ``generate``."""
+    """Tokens by nothing but the forward pass, which is faster than ``generate``."""
 
     def run() -> float:
         cache = model(tokens[:, :PROMPT], use_cache=True).past_key_values

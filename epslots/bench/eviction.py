@@ -1,7 +1,7 @@
 """Eviction policies without prefetch: hits as a share of Belady's optimum, over models, texts and made-up traffic.
 
 The simulator replays caches by the policies that the model runs (``cache_replay.py``). The example model has learned its
-routing from text; models of other families and sizes have random weights, and route by the token alone.
+routing from text; models of other families and sizes have random weights, and route only by the token.
 """
 
 from __future__ import annotations

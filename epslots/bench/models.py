@@ -55,7 +55,7 @@ def release() -> None:
 def use_sums(model: PreTrainedModel, since: Mapping[str, float] | None = None) -> dict[str, float]:
     """A model's counters, summed over layers, less those of ``since``; "uses" are hits and misses together."""
     layers = epslots.stats(model).layers
-    names = ("hits", "misses", "late", "prefetches", "stall_s", "host_bytes", "disk_bytes", "bytes_fetched")
+    names = ("hits", "misses", "late", "prefetches", "dropped", "stall_s", "host_bytes", "disk_bytes", "bytes_fetched")
     found = {name: float(sum(getattr(layer, name) for layer in layers)) for name in names}
     found["uses"] = found["hits"] + found["misses"]
     return found if since is None else {name: value - since[name] for name, value in found.items()}
@@ -102,7 +102,7 @@ def random_checkpoint(config: PreTrainedConfig, dtype: torch.dtype, *, embedding
 
 @contextlib.contextmanager
 def quick_checkpoint(config: Qwen3MoeConfig, device: torch.device) -> Iterator[Path]:
-    """The same in bf16, made on the device tensor by tensor. A CPU takes minutes to draw the weights of a large model."""
+    """A checkpoint in bf16, made on the device tensor by tensor. A CPU takes minutes to draw the weights of a large model."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in _unfused(Qwen3MoeForCausalLM._from_config(config)).items()}
     with tempfile.TemporaryDirectory(prefix="epslots-bench-") as name:

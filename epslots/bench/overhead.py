@@ -18,7 +18,7 @@ from epslots.transport.torch_transport import TorchTransport
 OURS, PRODUCTS = "epslots", "raw"
 # Every implementation of experts that transformers has for the CPU; ours is held against the fastest in each scenario.
 THEIRS = ("eager", "grouped_mm", "batched_mm")
-# batched_mm copies the weights of every (token, k) pair: 19 GB for 512 tokens. It takes part in decoding alone.
+# batched_mm copies the weights of every (token, k) pair: 19 GB for 512 tokens. It takes part only in decoding.
 COPIED_PAIRS_MAX = 64
 # Prediction is on, and finds nothing to fetch.
 SETTINGS: dict[str, Any] = {"slots": "100%", "device": "cpu", "link": "1000GB/s", "prefetch": "auto"}

@@ -19,7 +19,7 @@ from epslots.progress import Advance
 HIDDEN, WIDTH = 2048, 768
 # Experts that are used in turn: together larger than caches.
 SLOTS = 8
-ROWS = (1, 8, 64)
+ROWS = (1, 2, 4, 8, 16, 64)
 SIDES = ("bf16", "packed")
 
 # By name, the fields of ``PackedForm`` beside the shape.

@@ -16,14 +16,13 @@ import epslots
 from epslots.bench.models import PROMPTS
 from epslots.bench.predict import next_token_loss, windows_of
 from epslots.bench.report import Tables, median
-from epslots.config import EngineConfig
 from epslots.example import example_model
 from epslots.example_text import library_texts
 from epslots.formats.quantise import QUANTISED
 from epslots.formats.usual_forms import USUAL_FORMS
 from epslots.generation.text import load_tokenizer
 from epslots.models.known_shapes import known_model
-from epslots.models.memory_plan import plan_memory
+from epslots.models.memory_plan import PlannedDevice, plan_memory
 from epslots.models.slot_format import SlotFormat, quantised_slots, stored_slots
 from epslots.progress import Advance
 from epslots.runtime import runtime_of
@@ -52,9 +51,7 @@ def measure_memory(advance: Advance) -> Tables:
             shape, skeleton = known_model(name)
             if formed is not None:
                 shape = msgspec.structs.replace(shape, layers=formed(skeleton, shape.layers).layers)
-            plan = plan_memory(
-                shape, parse_slots(POOL), memory_bytes=_UNBOUNDED, ranks=1, device="cuda", engine=EngineConfig()
-            )
+            plan = plan_memory(shape, parse_slots(POOL), PlannedDevice(kind="cuda", memory_bytes=_UNBOUNDED))
             slots = sum(plan.quotas)
             experts = experts or slots
             row = {"model": name, "format": label, "MiB a slot": shape.layers[0].layout.nbytes / 2**20}

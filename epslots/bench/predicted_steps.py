@@ -25,8 +25,8 @@ from epslots.bench.models import LARGE_EXPERTS, random_checkpoint, release, use_
 from epslots.bench.scripted_routing import ScriptedRouting
 from epslots.cache.host_store import HostStore
 from epslots.models.measure_shape import shape_of_config
-from epslots.moe.moe_layer import MoELayer
-from epslots.planner.plan import RankPlan
+from epslots.moe.moe_layer import Batch, MoELayer
+from epslots.planner.plan import ALL_RESIDENT, RankPlan
 from epslots.runtime import runtime_of
 from epslots.simulated_gpu.bounds import bounds_of
 from epslots.simulated_gpu.cuda_api import simulated_gpus
@@ -213,11 +213,11 @@ def load_twin(
         record_bytes: of an expert over the link.
         share: of the experts in slots.
     """
-    gpu.sizes, gpu.finds_races = sizes, False
+    gpu.stand_for(sizes)
     costs = LARGE_EXPERTS  # without those of the host's CPU: it computes nothing
     fixed: dict[str, Any] = {"dtype": "bfloat16", "costs": costs, "host_store": "memory", "cache_dir": cache_dir}
     model = load_simulated(folder, slots=f"{100 * share:g}%", **fixed, **settings)
-    gpu.sizes = sizes.with_width(runtime_of(model).layers[0].layout.nbytes, record_bytes)
+    gpu.stand_for(sizes.with_width(runtime_of(model).layers[0].layout.nbytes, record_bytes))
     return model
 
 
@@ -225,7 +225,7 @@ def hits_of(uses: Mapping[str, float]) -> dict[str, Any]:
     """``use_sums`` of a step as fields of ``StepTimes``."""
     return {
         "hit_rate": uses["hits"] / uses["uses"] if uses["uses"] else 1.0,
-        "fetches": uses["misses"] + uses["prefetches"],
+        "fetches": uses["misses"] + uses["prefetches"] - uses["dropped"],
     }
 
 
@@ -270,9 +270,11 @@ def charge_plans(gpu: SimulatedMachine, runners: tuple[MoELayer, ...]) -> Callab
     """Let plans take the host's time; returns the seconds that they have taken so far."""
     taken = [0.0]
 
-    def charged(plan: Callable[[Gathered], RankPlan]) -> Callable[[Gathered], RankPlan]:
-        def run(gathered: Gathered) -> RankPlan:
-            found = plan(gathered)
+    def charged(plan: Callable[[Batch, Gathered], RankPlan]) -> Callable[[Batch, Gathered], RankPlan]:
+        def run(batch: Batch, gathered: Gathered) -> RankPlan:
+            found = plan(batch, gathered)
+            if found is ALL_RESIDENT:
+                return found
             seconds = PLAN_MISSES_S if any(len(one.fetch_experts) for one in found.passes) else PLAN_S
             gpu.spend(seconds)
             taken[0] += seconds

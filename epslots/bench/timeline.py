@@ -72,7 +72,7 @@ def bench_timeline(
     """
     specs = [_spec(name.strip()) for name in gpu.split(",")]
     shares = [_share(part) for part in slots.split(",")]
-    report.result |= {"predicted": True, "model": model}
+    report.result.update(predicted=True, model=model)
     report.table("costs, by data sheets and estimates", [_costs_row(spec) for spec in specs])
     arguments: dict[str, Any] = {"model": model, "shares": shares, "cache_dir": cache_dir, "steps": rounds, "layers": layers}
     parts: tuple[Callable[..., Tables], ...] = _one_rank, _two_ranks

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import torch
 
-from epslots.transport.host_wait import HostWait, wait_until
+from epslots.transport.host_wait import HostWait
 from epslots.units import LinkSpeed
 
 # Copying a record of up to this size takes less time than waking a thread.
@@ -33,7 +33,7 @@ _SPIN_S = 100e-6
 
 Tensors = Sequence[torch.Tensor]
 Records = Sequence[Any]
-"""From ``HostStore.request``: uint8 [record bytes] each, on the host; a ``DiskStore``'s are for ``DiskLink`` alone."""
+"""From ``HostStore.request``: uint8 [record bytes] each, on the host; a ``DiskStore``'s are only for ``DiskLink``."""
 WriteSlot = Callable[[torch.Tensor, torch.Tensor], object]
 """Writes a slot (uint8, on the device) from a record (uint8, on the host); queued on the current stream if there is one."""
 
@@ -49,14 +49,16 @@ class CopyEngine(Protocol):
     Attributes:
         concurrent: whether transfers proceed while the caller computes.
         busy: whether any are in flight now.
-        host_wait: how the host waits for copies in memory. A group sets its transport's.
     """
 
     concurrent: bool
-    host_wait: HostWait
 
     @property
     def busy(self) -> bool: ...
+
+    def wait_by(self, host_wait: HostWait) -> None:
+        """Let the host wait for copies in memory as a group's transport does, from now on."""
+        ...
 
     def start(self, slots: Tensors, records: Records, write: WriteSlot, *, urgent: bool) -> list[Any]:
         """Start one transfer per slot, in order; returns them. An empty list: all slots are complete.
@@ -86,6 +88,10 @@ class CopyEngine(Protocol):
         """Put the transfer before all that are started later."""
         ...
 
+    def begun(self, transfer: Any) -> bool:
+        """Whether the record crosses the link whatever comes, or has: ``cancel`` would be too late."""
+        ...
+
     def cancel(self, transfer: Any) -> bool:
         """Stop the transfer if it hasn't begun; later transfers into its slot are written after it in any case.
 
@@ -104,7 +110,9 @@ class SynchronousEngine:
 
     concurrent = False
     busy = False
-    host_wait: HostWait = staticmethod(wait_until)
+
+    def wait_by(self, host_wait: HostWait) -> None:
+        pass  # the host waits for nothing else
 
     def start(self, slots: Tensors, records: Records, write: WriteSlot, *, urgent: bool) -> list[Any]:
         for slot, record in zip(slots, records, strict=True):
@@ -119,7 +127,7 @@ class SynchronousEngine:
     def poll(self, transfer: Any) -> bool:
         raise AssertionError("a synchronous engine has no transfer in flight")
 
-    cancel = poll
+    begun = cancel = poll
 
     def wait_cancelled(self, slots: Tensors | None = None) -> None:
         pass
@@ -151,7 +159,6 @@ class EmulatedEngine:
     """
 
     concurrent = True
-    host_wait: HostWait = staticmethod(wait_until)
 
     def __init__(self, speed: LinkSpeed) -> None:
         self.speed = speed
@@ -160,6 +167,9 @@ class EmulatedEngine:
         self._urgent: deque[_EmulatedTransfer] = deque()
         self._background: deque[_EmulatedTransfer] = deque()
         self._free_from = 0.0  # clock when the link is free again
+
+    def wait_by(self, host_wait: HostWait) -> None:
+        pass  # a thread copies, and its future is waited for
 
     @property
     def busy(self) -> bool:
@@ -208,6 +218,11 @@ class EmulatedEngine:
         with self._lock:
             now = self._advance()
             return transfer.due is not None and transfer.due <= now and (transfer.copy is None or transfer.copy.done())
+
+    def begun(self, transfer: _EmulatedTransfer) -> bool:
+        with self._lock:
+            self._advance()
+            return transfer.due is not None
 
     def cancel(self, transfer: _EmulatedTransfer) -> bool:
         with self._lock:

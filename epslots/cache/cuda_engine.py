@@ -59,7 +59,6 @@ class CudaEngine:
     """
 
     concurrent = True
-    host_wait: HostWait = staticmethod(wait_until)
 
     def __init__(self, device: torch.device, staging_bytes: int = 0, cuda: Any = torch.cuda) -> None:
         self._device, self._cuda = device, cuda
@@ -71,6 +70,10 @@ class CudaEngine:
         # By a slot's address: a cancelled transfer that crosses all the same.
         self._stale: dict[int, _CudaTransfer] = {}
         self._lock = threading.Lock()  # a model of two layouts has two pools, which two threads may be in
+        self._host_wait: HostWait = wait_until
+
+    def wait_by(self, host_wait: HostWait) -> None:
+        self._host_wait = host_wait
 
     @property
     def busy(self) -> bool:
@@ -101,11 +104,14 @@ class CudaEngine:
     def _wait_for(self, transfer: _CudaTransfer) -> None:
         """Put the current stream behind a queued transfer."""
         if not transfer.on_stream:
-            self.host_wait(lambda: transfer.on_stream)
+            self._host_wait(lambda: transfer.on_stream)
         self._cuda.current_stream(self._device).wait_event(transfer.event)
 
     def poll(self, transfer: _CudaTransfer) -> bool:
         return transfer.queued and _arrived(transfer)
+
+    def begun(self, transfer: _CudaTransfer) -> bool:
+        return transfer.queued
 
     def cancel(self, transfer: _CudaTransfer) -> bool:
         with self._lock:
@@ -166,7 +172,7 @@ def make_copy_engine(setting: str | None, device: torch.device, staging_bytes: i
 
     Args:
         setting: None for the device's own link; or the speed of an emulated one, such as ``"8GB/s,20us"``.
-        staging_bytes: size of the largest record if not all of the store is pinned, else 0; for a GPU alone.
+        staging_bytes: size of the largest record if not all of the store is pinned, else 0; only for a GPU.
 
     Raises:
         ConfigError: not a speed, or the device has a link of its own.
@@ -175,5 +181,5 @@ def make_copy_engine(setting: str | None, device: torch.device, staging_bytes: i
         return CudaEngine(device, staging_bytes) if device.type == "cuda" else SynchronousEngine()
     speed = parse_link(setting)
     if device.type != "cpu":
-        raise ConfigError(f"link={setting!r}: {device} has a link of its own; one is emulated on device='cpu' alone")
+        raise ConfigError(f"link={setting!r}: {device} has a link of its own; one is emulated only on device='cpu'")
     return EmulatedEngine(speed)

@@ -22,7 +22,7 @@ import torch
 from epslots.cache.copy_engine import CopyEngine, Records, Tensors, WriteSlot
 from epslots.cache.disk_store import DiskStore, RecordKey, RecordLease
 from epslots.cache.record_reader import READERS
-from epslots.transport.host_wait import HostWait
+from epslots.transport.host_wait import HostWait, wait_until
 
 # Reads of records that nothing waits for, at a time: a miss finds a thread, and half of the disk, free.
 _BACKGROUND_READS = READERS // 2
@@ -77,15 +77,12 @@ class DiskLink:
         self._waiting_urgent: deque[_DiskTransfer] = deque()
         self._reading: list[_DiskTransfer] = []
         self._crossing: list[_DiskTransfer] = []
+        self._host_wait: HostWait = wait_until
         self._lock = threading.RLock()  # a model of two layouts has two pools, which two threads may be in
 
-    @property
-    def host_wait(self) -> HostWait:
-        return self._device_link.host_wait
-
-    @host_wait.setter
-    def host_wait(self, wait: HostWait) -> None:
-        self._device_link.host_wait = wait
+    def wait_by(self, host_wait: HostWait) -> None:
+        self._host_wait = host_wait
+        self._device_link.wait_by(host_wait)
 
     @property
     def busy(self) -> bool:
@@ -117,7 +114,7 @@ class DiskLink:
             self._advance()
 
     def wait(self, transfer: _DiskTransfer) -> None:
-        """As of ``CopyEngine``.
+        """Make the slot complete for all that this thread computes from now on.
 
         Raises:
             CorruptExpertError: the record differs from its digest. The slot is as it was.
@@ -135,7 +132,7 @@ class DiskLink:
             if reads:
                 wait_for_any(reads, return_when=FIRST_COMPLETED)
             else:  # every cell is leased for copies from it
-                self.host_wait(lambda: self._has_cell(transfer))
+                self._host_wait(lambda: self._has_cell(transfer))
         if transfer.error is not None:
             raise transfer.error
         if transfer.copy is not None:
@@ -158,6 +155,13 @@ class DiskLink:
                 return transfer.is_read and not self._device_link.concurrent
             done = transfer.state is _State.DONE
             return done or (transfer.state is _State.CROSSING and self._device_link.poll(transfer.copy))
+
+    def begun(self, transfer: _DiskTransfer) -> bool:
+        with self._lock:
+            self._advance()
+            if transfer.state is _State.CROSSING:
+                return transfer.copy is None or self._device_link.begun(transfer.copy)
+            return transfer.state is _State.DONE
 
     def cancel(self, transfer: _DiskTransfer) -> bool:
         with self._lock:

@@ -69,8 +69,7 @@ class DiskStore(HostStore):
         cells: of each layout (``ram_cells.deal_cells``).
 
     Attributes:
-        cells_pinned: whether all cells are page-locked for CUDA; set by ``pinning.pin_cells``.
-        on_read: called with (layer, bytes) when a record begins to be read, in the thread that asked for it.
+        cells_pinned: whether all cells are page-locked for CUDA.
     """
 
     def __init__(self, fd: int, where: str, *, cells: Mapping[RecordLayout, int]) -> None:
@@ -91,7 +90,7 @@ class DiskStore(HostStore):
         except BaseException:
             self.close()
             raise
-        self.on_read: Callable[[int, int], object] = lambda layer, nbytes: None
+        self._on_read: Callable[[int, int], object] = lambda layer, nbytes: None
 
     def _make_cells(self, cells: Mapping[RecordLayout, int]) -> None:
         layers = self.manifest.layers
@@ -111,6 +110,14 @@ class DiskStore(HostStore):
             slot_of: the table of the layout's pool, int64 [its layers, experts]; read whenever a cell is needed.
         """
         self._cells[layout].tier.watch(slot_of)
+
+    def report_reads(self, on_read: Callable[[int, int], object]) -> None:
+        """Call ``on_read`` with (layer, bytes) when a record begins to be read, in the thread that asked for it."""
+        self._on_read = on_read
+
+    def set_cells_pinned(self, nbytes: int) -> None:
+        """So many bytes of the cells are page-locked for CUDA (``pinning.pin_cells``)."""
+        self.cells_pinned = nbytes == self.ram_bytes
 
     @property
     def cell_memory(self) -> list[torch.Tensor]:
@@ -141,7 +148,7 @@ class DiskStore(HostStore):
         if lease is None:  # fetches in flight have every cell
             layout = self.manifest.layers[layer].layout
             cell = on_pages(layout.stride)
-            self.on_read(layer, layout.nbytes)
+            self._on_read(layer, layout.nbytes)
             self._reader.read(layer, expert, cell)
             yield cell[: layout.nbytes]
             return
@@ -164,7 +171,7 @@ class DiskStore(HostStore):
                 cells.reads[cell] = self._threads.submit(self._read, cells, cell, key)
             lease = RecordLease(cells.memory[cell, : cells.layout.nbytes], cells.reads.get(cell), cells, cell)
         if must_read:
-            self.on_read(layer, cells.layout.nbytes)
+            self._on_read(layer, cells.layout.nbytes)
         return lease
 
     def release(self, lease: RecordLease) -> None:

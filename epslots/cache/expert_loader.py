@@ -1,4 +1,4 @@
-"""The expert loader: the only code that fills slots, but for captured decoding, to which slots are lent (``cuda_graph``).
+"""The expert loader: all fetches into slots, but those of captured decoding, to which slots are lent (``cuda_graph``).
 
 A fetch moves one expert's record into one slot as one contiguous copy: from the node's host store through a copy engine
 (``copy_engine.py``), or from a peer's slot. The pool's tables name an expert from the start of its fetch. Until its record has
@@ -64,7 +64,7 @@ class ExpertLoader:
     def join(self, transport: Transport) -> None:
         """Serve a group's fetches from now on, and wait on the host as its transport does."""
         self._transport = transport
-        self.link.host_wait = transport.wait_until
+        self.link.wait_by(transport.wait_until)
 
     def fetch(
         self,
@@ -184,6 +184,20 @@ class ExpertLoader:
         for slot in slots[self.in_flight[slots]].tolist():
             self.link.set_urgent(self._transfers[slot])
 
+    def unbegun(self, slots: IntArray) -> int:
+        """How many of these slots, counted from the last, the link hasn't begun to fill: int64 [any number]."""
+        found = 0
+        for slot in reversed(slots.tolist()):
+            if slot < 0 or not self.in_flight[slot] or self.link.begun(self._transfers[slot]):
+                break
+            found += 1
+        return found
+
+    def take_back(self, layer: int, experts: IntArray) -> None:
+        """Empty the slots that these experts of a layer, int64 [any number], are on their way to."""
+        self._cancel(layer, self.pool.slot_of[layer, experts])
+        self.pool.vacate(layer, experts)
+
     def _cancel(self, layer: int, slots: IntArray) -> None:
         """Prevent earlier transfers from writing these slots of a layer."""
         if not self._transfers:
@@ -196,7 +210,7 @@ class ExpertLoader:
             del self._transfers[slot]
 
     def confirm(self) -> None:
-        """All copies from peers so far have arrived: something that was queued after them has reached the host."""
+        """Note that all copies from peers so far have arrived: work queued behind them has reached the host."""
         self._unconfirmed.clear()
 
     def vacate_unconfirmed(self) -> None:

@@ -50,7 +50,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 class StoreShape:
-    """Offsets of everything in a store's file, from its manifest alone."""
+    """Offsets of everything in a store's file, from nothing but its manifest."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
@@ -111,12 +111,12 @@ class HostStore:
     Args:
         fd: an open file descriptor of the file or shared memory; the store's own from here on, also after an error.
         where: the store's name in messages.
-        shared: whether to map it writable and shared, which pinning needs; privately, a stray write harms this process alone.
+        shared: whether to map it writable and shared, which pinning needs; privately, a stray write harms only this process.
         on_close: called once when the store is closed or dropped, or the process exits.
 
     Attributes:
         close: closes the file; later calls do nothing. Tensors from ``record`` stay valid.
-        pinned_bytes: the mapping's bytes, from the start, that are page-locked for CUDA; set by ``pinning.pin_store``.
+        pinned_bytes: the mapping's bytes, from the start, that are page-locked for CUDA.
 
     Raises:
         StoreError: the file is not a whole store.
@@ -164,6 +164,10 @@ class HostStore:
     def nbytes(self) -> int:
         return self.shape.nbytes
 
+    def set_pinned(self, nbytes: int) -> None:
+        """So many of the mapping's bytes, from the start, are page-locked for CUDA (``pinning.pin_store``)."""
+        self.pinned_bytes = nbytes
+
     @property
     def pinned(self) -> bool:
         """Whether all records are page-locked for CUDA."""
@@ -189,7 +193,7 @@ class HostStore:
         return record
 
     def request(self, layer: int, expert: int) -> Any:
-        """A record for the copy engine that belongs to the store: here its bytes, as of ``record``.
+        """A record for the copy engine that belongs to the store: here its bytes, uint8 [record bytes].
 
         Raises:
             CorruptExpertError: the bytes differ from the digest taken when the store was built.
@@ -197,7 +201,7 @@ class HostStore:
         return self.record(layer, expert)
 
     def lend(self, layer: int, expert: int) -> contextlib.AbstractContextManager[torch.Tensor]:
-        """A record's bytes, as of ``record``, until the block ends.
+        """A record's bytes, uint8 [record bytes], until the block ends.
 
         Raises:
             CorruptExpertError: the bytes differ from the digest taken when the store was built.

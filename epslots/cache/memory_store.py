@@ -149,7 +149,7 @@ def _withdraw(file: Path, pid: int) -> None:
 
 
 def _memory_name(path: Path) -> str:
-    return f"epslots-{path.stem.rpartition('-')[2]}"  # the key alone: the kernel takes 249 bytes
+    return f"epslots-{path.stem.rpartition('-')[2]}"  # only the key: the kernel takes 249 bytes
 
 
 def _where(path: Path) -> str:

@@ -51,7 +51,7 @@ def pin_store(store: HostStore, display: ProgressDisplay, device: torch.device, 
     with display("verifying the host store", store.nbytes) as advance:
         for error in store.verify(advance):
             raise error
-    store.pinned_bytes = _pin(store, store.memory, pieces(store.shape, PIECE_BYTES), device, cudart)
+    store.set_pinned(_pin(store, store.memory, pieces(store.shape, PIECE_BYTES), device, cudart))
     return store.pinned
 
 
@@ -61,14 +61,15 @@ def pin_cells(store: DiskStore, device: torch.device, cudart: Any = None) -> Non
     Torch's own pinned memory comes in powers of two, which would take up to twice the bytes.
 
     Args:
-        device, cudart: as of ``pin_store``.
+        device: the GPU that will copy from it.
+        cudart: the CUDA runtime, ``torch.cuda.cudart()`` by default; tests give a fake.
     """
     pinned = 0
     for memory in store.cell_memory:
         step = max(1, PIECE_BYTES // memory.shape[1]) * memory.shape[1]
         ends = ((start, min(start + step, memory.nbytes)) for start in range(0, memory.nbytes, step))
         pinned += _pin(store, memory.view(-1), ends, device, cudart)
-    store.cells_pinned = pinned == store.ram_bytes
+    store.set_cells_pinned(pinned)
 
 
 def _pin(store: HostStore, memory: torch.Tensor, ends: Iterable[tuple[int, int]], device: torch.device, cudart: Any) -> int:

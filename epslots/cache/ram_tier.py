@@ -1,4 +1,4 @@
-"""The RAM tier of a store on disk: which records have a copy in RAM. Decisions alone; ``DiskStore`` moves the bytes.
+"""The RAM tier of a store on disk: which records have a copy in RAM. Only decisions; ``DiskStore`` moves the bytes.
 
 A *cell* is memory for one record. It is *leased* while its bytes are read or copied, and keeps its record meanwhile. A record
 that is read takes an empty cell, or the one whose record is least likely to be fetched:

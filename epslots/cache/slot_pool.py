@@ -7,7 +7,7 @@ A layer owns a range of neighbouring slots, so that its experts are one strided 
 reads in place. With ``kv_tokens="auto"`` it may cede the last slots of its range to the KV cache, which has further slots of
 its own behind all ranges (``models/cache_slots.py``). The tables exist on the host, for plans, and on the device, where tokens
 are sorted by them; on the CPU these are the same memory. ``ExpertLoader`` fills slots. A fetch first empties its slot in both
-tables, and enters the expert once it is in flight: a failed fetch leaves a smaller cache, never a wrong one. The loader alone
+tables, and enters the expert once it is in flight: a failed fetch leaves a smaller cache, never a wrong one. Only the loader
 knows which slots are in flight; readers of a slot call its ``wait`` first. A layer's row reaches the device with ``publish``,
 once before it is read.
 """
@@ -79,7 +79,7 @@ class SlotPool:
         self.slot_of_device, self.expert_of_device = (table.to(device) for table in tables)
         self._unpublished = [False] * len(layers)
         self.lock = threading.Lock()
-        self.reader: weakref.ref[object] | None = None
+        self._reader: weakref.ref[object] | None = None
 
     def _lay_out(self, rooms: Sequence[int]) -> None:
         self.layouts += 1
@@ -95,6 +95,15 @@ class SlotPool:
     @property
     def nbytes(self) -> int:
         return self.num_slots * self.layout.nbytes
+
+    @property
+    def has_reader(self) -> bool:
+        """Whether a KV cache is in the slots that experts cede."""
+        return self._reader is not None and self._reader() is not None
+
+    def read_by(self, reader: object | None) -> None:
+        """Let a KV cache be in the slots that experts cede, for as long as it lives; None = none."""
+        self._reader = None if reader is None else weakref.ref(reader)
 
     def holds_all_of(self, layer: int) -> bool:
         """Whether every expert of the layer has a slot of its own. Nothing is evicted there then."""

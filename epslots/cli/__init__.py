@@ -76,7 +76,7 @@ def main() -> NoReturn:
 
 
 def run(command: typer.Typer) -> NoReturn:
-    """Run a command as the work of a process. Errors that a user can mend are one line; tracebacks are for bugs alone.
+    """Run a command as the work of a process. Errors that a user can mend are one line; tracebacks are only for bugs.
 
     Ctrl-C ends with code 130. A closed pipe at standard output ends with code 1, without a message.
     """

@@ -215,7 +215,7 @@ class LoadConfigOptions:
         typer.Option(
             "--step-target-ms",
             help="Milliseconds that a step may take, about: long prompts are cut so that texts under way don't wait longer. "
-            "Default: --max-batch-tokens alone cuts them.",
+            "Default: only --max-batch-tokens cuts them.",
         ),
     ] = _DEFAULTS.step_target_ms
     capture: Annotated[

@@ -35,7 +35,7 @@ from epslots.errors import DoesNotFitError
 from epslots.formats.usual_forms import USUAL_FORMS
 from epslots.models.host_memory import HostMemoryPlan, plan_host_memory
 from epslots.models.known_shapes import KNOWN_SHAPES
-from epslots.models.memory_plan import MemoryPlan, plan_memory
+from epslots.models.memory_plan import MemoryPlan, PlannedDevice, plan_memory
 from epslots.models.memory_report import advice, alternatives, largest_fit, plan_items
 from epslots.models.model_shape import ModelShape
 from epslots.models.quotas import describe_quotas
@@ -158,13 +158,10 @@ def plan(
         result = plan_memory(
             found.shape,
             setting,
-            memory_bytes=memory_bytes,
+            PlannedDevice(kind=kind, memory_bytes=memory_bytes, memory_note=memory_note, fetches=config.host_memory is None),
             ranks=division.group_size,
-            device=kind,
             engine=engine,
             predictor_bytes=found.predictor_bytes,
-            gpu_fetches=config.host_memory is None,
-            memory_note=memory_note,
         )
     except DoesNotFitError as error:
         typer.echo(f"doesn't fit: {error}", err=True)
@@ -217,7 +214,7 @@ _PLAN_FIELDS = (
     "ranks",
     *("slot_bytes", "kv_bytes", "workspace_bytes", "unpacking_bytes", "predictor_bytes"),
     *("captured_bytes", "communication_bytes", "reserve_bytes", "total_bytes"),
-    *("memory_bytes", "memory_note", "free_bytes", "fits", "host_store_bytes"),
+    *("memory_bytes", "free_bytes", "fits", "host_store_bytes"),
     *("resident_share", "slots_per_expert", "all_resident"),
 )
 _HOST_FIELDS = ("host_memory_bytes", "ram_bytes", "disk_bytes", "read_bytes_per_token")
@@ -236,6 +233,7 @@ def _as_json(result: MemoryPlan, found: FoundModel, host: HostMemoryPlan | None)
         "quotas": list(result.quotas),
         "dense_bytes": result.shape.dense_bytes,
         **{name: getattr(result, name) for name in _PLAN_FIELDS},
+        "memory_note": result.device.memory_note,
         **{name: getattr(result.engine, name) for name in _ENGINE_FIELDS},
         "most_kv_tokens": result.most_kv_tokens,
         "cache": result.shape.cache_kind,
@@ -283,7 +281,7 @@ def _plan_table(result: MemoryPlan, found: FoundModel, host: HostMemoryPlan | No
     table.add_section()
     row("needed", result.total_bytes)
     if result.memory_bytes is not None and result.free_bytes is not None:
-        row("available", result.memory_bytes, result.memory_note)
+        row("available", result.memory_bytes, result.device.memory_note)
         row("free" if result.fits else "short of", abs(result.free_bytes))
     table.add_section()
     packed = ", packed" if any(layer.packed is not None for layer in shape.layers) else ""

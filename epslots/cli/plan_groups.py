@@ -55,7 +55,7 @@ class GroupPlanOptions:
         """Costs of hand-overs between ranks with this plan; empty without roles."""
         if not self.prefill_ranks:
             return []
-        timing = hand_over_of(DEVICES[self.machine or _MACHINES[plan.device]])
+        timing = hand_over_of(DEVICES[self.machine or _MACHINES[plan.device.kind]])
         return plan_hand_overs(plan.shape, plan.most_kv_tokens, self._tokens(plan.most_kv_tokens), timing)
 
     def _tokens(self, kv_tokens: int) -> list[int]:
@@ -90,8 +90,8 @@ def print_groups(console: Console, plan: MemoryPlan, division: RankGroups, optio
     console.print()
     console.print(column_table(title, _ROLE_COLUMNS, plan_roles(plan, division)))
     if costs := options.hand_overs(plan):
-        machine = options.machine or _MACHINES[plan.device]
-        caption = f"{machine}, by data sheet, and 20 ms of messages; a cluster measures its own"
+        machine = options.machine or _MACHINES[plan.device.kind]
+        caption = f"{machine}, by data sheet, 10 GB/s within a host's memory, 20 ms of messages; clusters measure theirs"
         console.print()
         console.print(column_table("a hand-over from a prefill to a decode rank", _HAND_OVER_COLUMNS, costs, caption))
 

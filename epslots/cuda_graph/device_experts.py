@@ -1,9 +1,10 @@
 """``DeviceExperts``: a layer's experts while the device rules its slots; ``PrefetchAhead``: its fetches for the next layer.
 
     decide       which experts are missing; prefetches that turn out to be wrong are dropped     current stream
-    choose       predict the next layer, and choose its prefetches                               beside it
-    copy         the missing experts; before, this layer's own prefetches have arrived           current stream
-    copy ahead   the next layer's prefetches, until its ``decide`` drops what it doesn't need    beside it
+                 predict the next layer, and choose its prefetches                               beside it
+    fetch        copy the missing experts; before, this layer's own prefetches have arrived      current stream
+                 copy the next layer's, until its ``decide`` drops what it doesn't need          beside it
+    execute      compute from the slots                                                          current stream
 
 A demanded copy is never behind one for the next layer, and computing waits for no prefetch that it doesn't need.
 """
@@ -16,6 +17,8 @@ from epslots.cuda_graph.device_slots import DeviceSlots
 from epslots.cuda_graph.side_stream import SideStream
 from epslots.moe.expert_compute import ExpertCompute
 from epslots.moe.prefetcher import Prefetcher
+from epslots.moe.token_dispatcher import Dispatch
+from epslots.planner.plan import RankPlan
 
 
 class PrefetchAhead:
@@ -99,22 +102,25 @@ class DeviceExperts:
         """Whether the layer prefetches for the next."""
         return self._ahead is not None
 
-    def count(self, ids_N: torch.Tensor, tokens_X: torch.Tensor, uses: torch.Tensor) -> None:
-        """Add the step's pairs to totals, less those that repeat others."""
-        self._inner.pairs.add_counts(ids_N, tokens_X, uses, self._real)
-
-    def execute_resident(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
-        """Fetch missing experts, begin the next layer's prefetches, then ``ExpertCompute.execute_resident``."""
+    def decide(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, tokens_X: torch.Tensor, uses: torch.Tensor) -> None:
+        """Find the missing experts, and choose the next layer's prefetches. Pairs that repeat others aren't counted."""
         self.calls += 1
+        self._inner.pairs.add_counts(ids_N, tokens_X, uses, self._real)
         self._beside.wait_for_promised()
         if self._slots is not None:
             self._slots.decide(self._layer, ids_N)
         if self._ahead is not None:
             self._ahead.choose(hidden_TH, ids_N, None if self._slots is None else self._slots.misses)
+
+    def fetch(self, plan: RankPlan, *, agreed: bool) -> None:
+        """Begin the copies that ``decide`` has chosen; the host's plan has none."""
         if self._before is not None:
             self._before.wait_for_copies()
         if self._slots is not None:
             self._slots.copy(self._layer)
         if self._ahead is not None:
             self._ahead.copy()
-        return self._inner.execute_resident(hidden_TH, ids_N)
+
+    def execute(self, routed: Dispatch, plan: RankPlan) -> torch.Tensor:
+        """As ``ExpertCompute.execute``: all experts are in slots when it computes."""
+        return self._inner.execute(routed, plan)

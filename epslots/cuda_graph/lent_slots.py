@@ -65,7 +65,7 @@ def kernels_for(loader: ExpertLoader) -> Kernels:
     """The kernels that decide about a pool's slots on its device."""
     if loader.pool.device.type == "cpu":
         return TorchKernels(loader)
-    from epslots.cuda_graph.triton_kernels import TritonKernels  # optional, and used on GPUs alone
+    from epslots.cuda_graph.triton_kernels import TritonKernels  # optional, and used only on GPUs
 
     return TritonKernels(loader)
 
@@ -129,7 +129,7 @@ class LentSlots:
                 slots.enter([row.history for row in rows], [row.steps for row in rows], verdicts)
         for runner, experts in zip(runners, self._experts, strict=True):
             runner.lend_slots(experts)
-        self._runtime.telemetry.collect = self.give_back
+        self._runtime.telemetry.collect_by(self.give_back)
         self.taken = True
         return changed
 
@@ -204,7 +204,7 @@ class LentSlots:
         self.taken = False
         self._beside.join()  # a step may have broken off
         runners, telemetry = self._runtime.runners, self._runtime.telemetry
-        telemetry.collect = None
+        telemetry.collect_by(None)
         for runner in runners:
             runner.take_slots_back()
         replays, self._replays = self._replays, 0
@@ -223,7 +223,7 @@ class LentSlots:
         for row, step, tally, verdict in zip(rows, *slots.leave([row.history for row in rows]), strict=True):
             if not tally.steps:
                 continue
-            row.steps = step
+            row.continue_from(step)
             row.planner.prefetch_policy.set_verdict(verdict)
             # While a graph replays, every use counts as a hit.
             telemetry.count(row.index, hits=-tally.misses, misses=tally.misses, prefetches=tally.prefetches)

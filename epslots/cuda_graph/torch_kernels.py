@@ -24,7 +24,7 @@ from epslots.planner.use_history import SCORE_SHIFT, SHIFTS, SNAPSHOT_EVERY, STE
 
 
 class TorchKernels:
-    """``Kernels`` by torch. ``decide`` and ``choose`` read no value on the host; copies do, which is free on the CPU alone."""
+    """``Kernels`` by torch. ``decide`` and ``choose`` read no value on the host; copies do, which is free only on the CPU."""
 
     chunks = 1
 

@@ -16,7 +16,7 @@ _REFUSED = {
     "bitsandbytes": "bitsandbytes quantises dense layers while a model is loaded, and leaves fused experts as they are: use "
     "the unquantised checkpoint that it was made from",
     "gguf": f"GGUF files are llama.cpp's: {_INSTEAD}",
-    "exl3": f"EXL3 codes are decoded by exllamav3's kernels alone: {_INSTEAD}",
+    "exl3": f"EXL3 codes are decoded only by exllamav3's kernels: {_INSTEAD}",
 }
 
 

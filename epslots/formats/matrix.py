@@ -1,6 +1,7 @@
 """A quantised matrix in the one layout that all formats map to (``layout.PackedForm``), and the packing of its codes.
 
-The functions take tensors on the meta device as well, so that shapes and dtypes follow from a checkpoint's headers alone.
+The functions take tensors on the meta device as well, so that shapes and dtypes follow from nothing but a checkpoint's
+headers.
 """
 
 from __future__ import annotations

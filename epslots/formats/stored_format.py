@@ -23,7 +23,7 @@ class StoredFormat:
     Attributes:
         method: ``quant_method`` in its settings.
         names: by the end of a parameter's name, the ends of the names of its tensors on disk.
-        scales: those of them that quantised matrices alone have.
+        scales: those of them that only quantised matrices have.
         read: the matrix that some tensors stand for. It raises ValueError where they don't fit together.
         check: refuses settings of the method that ``read`` doesn't know, with ``UnsupportedModelError``.
         renames: (pattern, replacement) of names on disk, before anything else. A model's own parameters keep their names.

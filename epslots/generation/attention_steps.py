@@ -82,7 +82,7 @@ class AttentionStep:
 
     def _attend(self, hidden_B1H: torch.Tensor, angles: Any, mask: torch.Tensor | None, layer: Any) -> torch.Tensor | None:
         """[B, 1, H]; None if the loops don't take it."""
-        found = self._weights(hidden_B1H)
+        found = self.weights_for(hidden_B1H)
         if found is None or not _takes_angles(angles, hidden_B1H, found[0].size):
             return None
         shape, weights = found
@@ -101,7 +101,7 @@ class AttentionStep:
         layer.count_new()
         return found_BH[:, None]
 
-    def _weights(self, hidden_B1H: torch.Tensor) -> _Found | None:
+    def weights_for(self, hidden_B1H: torch.Tensor) -> _Found | None:
         dtype = hidden_B1H.dtype
         if torch.is_grad_enabled() or not hidden_B1H.is_cpu or torch.is_autocast_enabled("cpu") or hooks_see_all():
             return None

@@ -1,7 +1,7 @@
 """``AttentionSwitch``: another of transformers' attention functions for the length of a forward pass.
 
 A module chooses its function by a name in its configuration, which is another meanwhile. Some classes do more by that name:
-they make masks of another kind, or select keys, for "sdpa" alone. ``depends_on_name`` finds these.
+they make masks of another kind, or select keys, only for "sdpa". ``depends_on_name`` finds these.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -22,6 +22,7 @@ from epslots.device_copy import to_device
 from epslots.errors import ConfigError, EpslotsError, StepFailed, UnsupportedModelError
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout
+from epslots.generation.captured_decoding import CapturedDecoding
 from epslots.generation.chunk_balance import StepLoad
 from epslots.generation.chunk_size import ChunkSize
 from epslots.generation.engine_stats import EngineCounters, EngineStats, Usage
@@ -64,10 +65,10 @@ class Batcher(ABC):
         grammars: requests whose grammars are being compiled: they are queued when these are ready.
         prompt_token_s: seconds of a prompt's token, lately; 0 = none was timed.
         chunk_size: decides how many tokens of prompts a step computes.
-        balanced: a length of chunks for the sake of the group's other ranks; None = any. Set before ``prepare``.
     """
 
     chunk_size: ChunkSize
+    _captured: CapturedDecoding[Any]
 
     def __init__(self, model: PreTrainedModel, capacity: int, max_requests: int) -> None:
         self.capacity, self.max_requests = capacity, max_requests
@@ -79,7 +80,6 @@ class Batcher(ABC):
         self._numbers = itertools.count()
         self._plain_outputs = PlainOutputs(model)
         self.prompt_token_s = 0.0
-        self.balanced: int | None = None
         self._breaks = 0
         """Steps in a row with which this rank broke its group."""
         self._logged = ""
@@ -99,15 +99,16 @@ class Batcher(ABC):
         """Withdraw a request that has just been cancelled."""
 
     @abstractmethod
-    def prepare(self) -> bool:
-        """Put together the next step's batch; False if there is nothing to do.
+    def prepare(self, balanced: int | None = None) -> bool:
+        """Put together the next step's batch; False if there is nothing to do. Until ``step`` has returned, it stays.
 
-        Until ``step`` has returned, further calls change nothing and return True.
+        Args:
+            balanced: a length of prompts' chunks for the sake of the group's other ranks; None = any.
         """
 
     @property
     def waits_for_room(self) -> bool:
-        """Whether there is nothing to do but for slots that experts cede to the cache in the group's next step."""
+        """Whether requests wait only for slots that experts cede to the cache in the group's next step."""
         return False
 
     @property
@@ -132,11 +133,6 @@ class Batcher(ABC):
     @abstractmethod
     def _usage(self) -> Usage:
         """The content of the cache now."""
-
-    @property
-    @abstractmethod
-    def _capture_obstacle(self) -> str | None:
-        """Why decoding steps aren't captured, as a sentence's end; None if they may be."""
 
     @abstractmethod
     def close(self) -> None:
@@ -288,8 +284,8 @@ class Batcher(ABC):
             prompt_logprobs = entry.take_prompt_logprobs()
             self._counters.new_tokens += len(tokens)
             if tokens or prompt_logprobs or entry.reason:
-                ended = entry.reason is not None
-                found.append(Output(id, tokens, ended, entry.reason, entry.error, logprobs, prompt_logprobs))
+                ended, number = entry.reason is not None, entry.request.assignment
+                found.append(Output(id, tokens, ended, entry.reason, entry.error, logprobs, prompt_logprobs, number))
             entry.delivered = len(entry.tokens)
             if entry.reason:
                 del self._entries[id]
@@ -313,7 +309,7 @@ class Batcher(ABC):
             **asdict(self._counters),
             **usage._asdict(),
             waiting=len(self._open()) - usage.running,
-            capture_obstacle=self._capture_obstacle if self._model.device.type == "cuda" else None,
+            capture_obstacle=self._captured.reason if self._model.device.type == "cuda" else None,
         )
 
     @contextmanager
@@ -391,10 +387,3 @@ def check_servable(model: PreTrainedModel) -> None:
             f"{type(model).__name__} has no language-model head, so it gives no tokens; allowed: a checkpoint whose "
             f"config.json names a ...ForCausalLM or ...ForConditionalGeneration class in 'architectures'"
         )
-
-
-def check_positive(**numbers: int) -> None:
-    """Raise ConfigError for a number less than one."""
-    for name, number in numbers.items():
-        if number < 1:
-            raise ConfigError(f"{name}={number}: at least 1 is needed")

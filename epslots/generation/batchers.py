@@ -51,7 +51,7 @@ def choose_cache(model: PreTrainedModel, engine: EngineConfig, kept: Sequence[Ca
     """The cache that serves a model, "pages" or "rows"; and why, as the end of a sentence.
 
     Flash attention reads pages in place. Without it, rows are read as fast, and faster on a CPU, where a step's attention is
-    one compiled call (``epslots bench batch --parts caches``). Pages keep keys and values alone, of one width in all layers,
+    one compiled call (``epslots bench batch --parts caches``). Pages keep only keys and values, of one width in all layers,
     where rows keep latents, narrow layers and windows as they are.
 
     Args:

@@ -96,6 +96,11 @@ class CacheImage:
         self.gone = False
         self.whole = on_complete is None
 
+    @property
+    def device(self) -> torch.device:
+        """The cache's device."""
+        return self._places[0].memory.device if self._places else torch.device("cpu")
+
     def advance(self) -> int:
         """Look how far a prompt is computed; returns the tokens whose part of the layout can be read.
 
@@ -143,6 +148,10 @@ class CacheImage:
         if self._on_complete is not None:
             self._on_complete()
         self.whole = True
+
+    def end(self) -> None:
+        """The place is another's from now on."""
+        self.gone = True
 
     def _check(self) -> None:
         if self.gone:

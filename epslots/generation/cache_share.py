@@ -34,7 +34,7 @@ class ShareWindow:
         seconds: of these.
         fixed_s: seconds of a step that don't grow with its requests.
         running: mean requests of a step.
-        waiting: mean requests that waited for cells alone, and had rows if these came.
+        waiting: mean requests that waited only for cells, and had rows if these came.
         lack: mean cells that the first of these lacked.
         tokens: mean cells that each of the others needs.
         held: the most cells that running requests held, or needed in a step.

@@ -7,7 +7,8 @@ and replayed, like all later ones. Choosing tokens, delivering and stopping stay
 
 Only for one rank on CUDA, and while every running request decodes: prompts have no fixed shape. A step takes the usual path
 where its rows could need more experts than a layer has slots (*crowded*), where it would read more positions than graphs have
-memory for (*ragged*), and while routes are observed; so do all steps where ``CapturedDecoding.obstacle`` is set.
+memory for (*ragged*), while routes are observed, and for some time after a capture ran out of memory (``capture_pause.py``);
+so do all steps where ``CapturedDecoding.obstacle`` is set.
 Capturing follows PyTorch's notes on CUDA graphs; decisions and copies within the graph are an idea of FreeToken's.
 """
 
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel
 
 from epslots.config import EngineConfig
 from epslots.cuda_graph.lent_slots import LentSlots, device_obstacle, most_rows
+from epslots.generation.capture_pause import CapturePause
 from epslots.generation.engine_stats import EngineCounters
 from epslots.models.captured_sizes import CapturedSizes
 from epslots.runtime import plan_of, runtime_of
@@ -65,34 +67,12 @@ class DecodingStep(Protocol):
 Step = TypeVar("Step", bound=DecodingStep)
 
 
-def capture_obstacle(model: PreTrainedModel, of_cache: str | None) -> str | None:
-    """Why no decoding step of a model can be captured, as a sentence's end. None if nothing is known to be in the way.
-
-    Args:
-        of_cache: what obstructs it in the cache that serves the model.
-    """
-    if model.device.type != "cuda":
-        return f"the model is on {model.device}"
-    found = _obstacle(model, of_cache)
-    if found is not None:
-        logger.warning("%s decodes uncaptured: %s", type(model).__name__, found)
-    return found
-
-
-def _obstacle(model: PreTrainedModel, of_cache: str | None) -> str | None:
-    if plan_of(model) is None:
-        return "epslots.load didn't return it"
-    if (found := model_obstacle(model, of_cache)) is not None:
-        return found
-    return device_obstacle(runtime_of(model), runtime_of(model).plan.shape.top_k)
-
-
 def model_obstacle(model: PreTrainedModel, of_cache: str | None) -> str | None:
-    """The part of ``capture_obstacle`` that is true of a model on any GPU; memory plans ask it, too.
+    """The part of ``CapturedDecoding.obstacle`` that is true of a model on any GPU; memory plans ask it, too.
 
     Args:
         model: may be on the meta device.
-        of_cache: as for ``capture_obstacle``.
+        of_cache: the obstacle in the cache that serves the model; None = none.
     """
     asks = model.config.get_text_config().model_type in _ASKS_THE_HOST
     return of_cache or ("some of its layers ask the host for values" if asks else None)
@@ -104,15 +84,14 @@ class CapturedDecoding(Generic[Step]):
     Args:
         call: runs the model.
         config: of the engine.
-        obstacle: why nothing is captured; None if it may be.
+        of_cache: why steps on the cache that serves the model can't be captured; None if they can.
 
     Attributes:
-        obstacle: as given; or found out by a capture that failed.
-        present_obstacle: why no step could be captured when one was asked for last: layers have moved slots, or a group has
-            formed. None if one could.
+        obstacle: why nothing is captured, as a sentence's end; None if nothing is known to be in the way. Found at the start,
+            or by a capture that failed for another reason than memory.
     """
 
-    def __init__(self, model: PreTrainedModel, call: Call, config: EngineConfig, obstacle: str | None) -> None:
+    def __init__(self, model: PreTrainedModel, call: Call, config: EngineConfig, of_cache: str | None) -> None:
         self._model, self._call = model, call
         self._requests = config.max_requests
         self._sizes = CapturedSizes(config.max_requests, config.planned_tokens)
@@ -120,9 +99,31 @@ class CapturedDecoding(Generic[Step]):
         self._graphs: dict[Hashable, _Graph[Step]] = {}
         self._latest: _Graph[Step] | None = None
         self._pool: Any = None
-        self.obstacle = obstacle
-        self.present_obstacle: str | None = None
+        self.obstacle = self._first_obstacle(of_cache) if config.capture else "it was asked for"
+        self._present_obstacle: str | None = None
+        self._pause = CapturePause()
         self.replays = self._crowded = self._ragged = self._graph_bytes = 0
+
+    @property
+    def reason(self) -> str | None:
+        """Why steps aren't captured, as a sentence's end; None if they may be.
+
+        Besides ``obstacle``, what was so when a step was asked for last: layers have moved slots, a group has formed, or a
+        capture ran out of memory.
+        """
+        return self.obstacle or self._present_obstacle or self._pause.reason
+
+    def _first_obstacle(self, of_cache: str | None) -> str | None:
+        model = self._model
+        if model.device.type != "cuda":
+            return f"the model is on {model.device}"
+        if plan_of(model) is None:
+            found: str | None = "epslots.load didn't return it"
+        elif (found := model_obstacle(model, of_cache)) is None:
+            found = device_obstacle(runtime_of(model), runtime_of(model).plan.shape.top_k)
+        if found is not None:
+            logger.warning("%s decodes uncaptured: %s", type(model).__name__, found)
+        return found
 
     def takes(self, rows: int, longest: int | None) -> bool:
         """Whether the next step can be made here; where its size is in the way, that is counted.
@@ -147,7 +148,7 @@ class CapturedDecoding(Generic[Step]):
         """Bring an engine's counters of captured steps up to date."""
         counters.replayed_steps = self.replays
         counters.crowded_steps, counters.ragged_steps = self._crowded, self._ragged
-        counters.graph_bytes = self._graph_bytes
+        counters.graph_bytes, counters.failed_captures = self._graph_bytes, self._pause.failures
 
     def _open(self) -> None:
         """Look at the layers' slots as they are now: layers may have moved some, and a group may have formed."""
@@ -157,16 +158,16 @@ class CapturedDecoding(Generic[Step]):
         most = min([self._requests, *(limit for limit in limits if limit is not None)])
         pairs = max(most, 1) * runtime.plan.shape.top_k
         self._note(device_obstacle(runtime, pairs))
-        if self.present_obstacle is not None:
+        if self._present_obstacle is not None:
             self._lent = None
         elif self._lent is None or most != self._sizes.rows:
             self._lent, self._sizes = LentSlots(runtime, pairs), replace(self._sizes, rows=most)
             self._free_graphs()
 
     def _note(self, obstacle: str | None) -> None:
-        if obstacle is not None and obstacle != self.present_obstacle:
+        if obstacle is not None and obstacle != self._present_obstacle:
             logger.warning("%s decodes uncaptured for now: %s", type(self._model).__name__, obstacle)
-        self.present_obstacle = obstacle
+        self._present_obstacle = obstacle
 
     def padded(self, rows: int) -> int:
         """Requests of the graph that serves so many, B."""
@@ -186,6 +187,9 @@ class CapturedDecoding(Generic[Step]):
         """
         assert self._lent is not None, "takes() comes first"
         with self._lent.lock:
+            if not self._captured(size) and not self._pause.passes():
+                self.give_back()
+                return None
             if self._lent.take():
                 self._free_graphs()
             try:
@@ -193,16 +197,33 @@ class CapturedDecoding(Generic[Step]):
                 begin(graph.step)
                 return graph.run()
             except _CaptureError as error:
-                self.obstacle = str(error)
-                logger.warning("%s decodes uncaptured: %s", type(self._model).__name__, error)
+                self._fail(error)
                 self.give_back()
                 return None
+
+    def _captured(self, size: Hashable) -> bool:
+        return size in self._graphs and self._graphs[size].captured
 
     def _graph(self, size: Hashable, make: Callable[[], Step]) -> _Graph[Step]:
         if size not in self._graphs:
             assert self._lent is not None
-            self._graphs[size] = _Graph(self, make(), self._lent)
+            try:
+                self._graphs[size] = _Graph(self, make(), self._lent)
+            except torch.OutOfMemoryError as error:
+                raise _CaptureError(f"a decoding step has no memory for its numbers ({error})") from error
         return self._graphs[size]
+
+    def _fail(self, error: _CaptureError) -> None:
+        """Capture nothing for some steps if memory was short, and else never again."""
+        again = ""
+        if error.memory_was_short:
+            self._pause.begin()
+            again = " for now"
+        else:
+            self.obstacle = str(error)
+        logger.warning("%s decodes uncaptured%s: %s", type(self._model).__name__, again, error)
+        if not any(graph.captured for graph in self._graphs.values()):
+            self._pool = None  # torch ends a pool with its last graph
 
     def keep_states(self) -> None:
         """Keep the states of the step that was made last."""
@@ -224,10 +245,19 @@ class CapturedDecoding(Generic[Step]):
         self._graphs.clear()
         self._latest = self._pool = None
         self._graph_bytes = 0
+        self._pause.end()
 
 
 class _CaptureError(Exception):
     """A step can't be captured."""
+
+    @property
+    def memory_was_short(self) -> bool:
+        """Whether it began with an allocation: a capture that breaks off may raise another error of its own then."""
+        error: BaseException | None = self
+        while error is not None and not isinstance(error, torch.OutOfMemoryError):
+            error = error.__cause__ or error.__context__
+        return error is not None
 
 
 class _Graph(Generic[Step]):
@@ -239,6 +269,11 @@ class _Graph(Generic[Step]):
         self._graph: torch.cuda.CUDAGraph | None = None
         self._states: torch.cuda.CUDAGraph | None = None
         self._logits: torch.Tensor | None = None
+
+    @property
+    def captured(self) -> bool:
+        """Whether ``run`` replays it."""
+        return self._graph is not None
 
     def run(self) -> torch.Tensor:
         if not self._warm:
@@ -262,16 +297,17 @@ class _Graph(Generic[Step]):
     def _capture(self) -> None:
         """Capturing runs nothing: cache and slots stay unchanged."""
         try:
-            whole = torch.cuda.CUDAGraph()
+            whole, states = torch.cuda.CUDAGraph(), None
             with self._capturing(whole):
-                self._logits = self._forward()
+                logits = self._forward()
             if self.step.new_states:
-                self._states = torch.cuda.CUDAGraph()
-                with self._capturing(self._states):
+                states = torch.cuda.CUDAGraph()
+                with self._capturing(states):
                     self.step.keep_states()
         except RuntimeError as error:
             raise _CaptureError(f"a decoding step can't be captured ({error})") from error
-        self._graph = whole
+        self._graph, self._states, self._logits = whole, states, logits
+        self._owner._pause.reset()
 
     @contextmanager
     def _capturing(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:

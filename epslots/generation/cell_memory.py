@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,13 +33,13 @@ class CellMemory:
     """
 
     def __init__(self, pool: SlotPool, sizes: CacheSlots, cache: Sequence[CacheTensor]) -> None:
-        if pool.reader is not None and pool.reader() is not None:
+        if pool.has_reader:
             raise ConfigError(
                 "another engine keeps its requests in this model's slots (kv_tokens='auto'); close its batcher before, or "
                 "give this one a number of kv_tokens"
             )
         assert len(pool.level_slots(0)) == sizes.own_slots
-        pool.reader = weakref.ref(self)
+        pool.read_by(self)
         self.pool, self.sizes = pool, sizes
         tensors = [tensor for tensor in cache if in_cells(tensor)]
         self._offset_of = dict(zip(tensors, cell_offsets(tensors)[0], strict=True))
@@ -63,4 +62,4 @@ class CellMemory:
 
     def close(self) -> None:
         """Another cache may be in the slots from now on."""
-        self.pool.reader = None
+        self.pool.read_by(None)

@@ -1,7 +1,7 @@
 """``CellTable``: which cells of a row cache are free, and which cell holds which position of which row.
 
 A *cell* is the room of one token in a pool (``row_cache.py``). Tensors that keep equally many tokens share a table: there is
-one for those that keep every token, and one for each window. Bookkeeping alone; the cells' numbers also stand in a tensor on
+one for those that keep every token, and one for each window. Only bookkeeping; the cells' numbers also stand in a tensor on
 the device, so that a step's indices are made there. ``free_cells.py`` keeps those that no row holds.
 
 Suffixes: B rows of a step, W its tokens in each row, S positions that a layer reads, R rows of the cache, P positions.
@@ -92,7 +92,7 @@ class CellTable:
         return self._held_RP[row, self._first_R[row] : self._length_R[row]]
 
     def open_to(self, level: int) -> None:
-        """Let rows get cells up to this level alone; none above it may be held."""
+        """Let rows get cells only up to this level; none above it may be held."""
         self._free.open_to(level)
 
     def lay_out(self, row_B: IntArray, width: int) -> torch.Tensor:
@@ -185,7 +185,7 @@ class CellTable:
         return self._table_RP[row, self._first_R[row] : self._length_R[row]].long()
 
     def cut(self, row: int, length: int) -> None:
-        """Let a row hold its first ``length`` positions alone; of a window, all of them."""
+        """Let a row hold only its first ``length`` positions; of a window, all of them."""
         assert length == self._length_R[row] or (self.window is None and length < self._length_R[row])
         row_B, first = np.array([row]), int(self._first_R[row])
         self._first_R[row] = length

@@ -35,7 +35,7 @@ TEMPLATE_MEMORY_BYTES = 512 * 1024**2
 """Memory that a template may take."""
 RENDERERS = 2
 """Processes that render at a time: one that takes its time doesn't hold up the other."""
-# Limit for a process that gets no CPU, or is stopped: its own limit counts CPU time alone.
+# Limit for a process that gets no CPU, or is stopped: its own limit counts only CPU time.
 _WALL_S = 120.0
 _WITHOUT = "allowed without it: chat=False (--no-chat)"
 
@@ -214,7 +214,7 @@ class Renderers:
             self._free.put(renderer)
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer of a renderer that is free, as that of ``Renderer.ask``; waits for one."""
+        """The answer of a renderer that is free; waits for one (``Renderer.ask``)."""
         renderer = self._free.get()
         try:
             return renderer.ask(request)

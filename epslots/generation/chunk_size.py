@@ -66,10 +66,13 @@ class ChunkSize:
     Args:
         most: tokens of a step, at most, decoding requests included.
         target_s: seconds that a step may take; None = ``most`` alone limits it.
+
+    Attributes:
+        target_s: as given.
     """
 
     def __init__(self, most: int, target_s: float | None) -> None:
-        self._most, self._target_s = most, target_s
+        self._most, self.target_s = most, target_s
         self._prompts: deque[_TimedStep] = deque(maxlen=_MEMORY_STEPS)
         self._decodes: deque[_TimedStep] = deque(maxlen=_MEMORY_STEPS)
         self._latest: deque[_TimedStep] = deque(maxlen=_FASTER_OF)
@@ -106,7 +109,7 @@ class ChunkSize:
 
     def _allowed(self, decoding: int) -> int:
         most = max(1, self._most - decoding)
-        if self._target_s is None:
+        if self.target_s is None:
             return most
         if not self._prompts:
             return min(FIRST_TOKENS, most)
@@ -116,7 +119,7 @@ class ChunkSize:
         largest = max(step.prompt_tokens for step in islice(reversed(self._prompts), _RECENT_STEPS))
         # However wrong the fit is, prompts that took too long get shorter.
         per_token = max(per_token, LEAST_SHARE * (without_s / largest + per_token), _LEAST_S)
-        left_s = max(self._target_s - without_s, LEAST_SHARE * self._target_s)
+        left_s = max(self.target_s - without_s, LEAST_SHARE * self.target_s)
         return max(1, min(most, max(FIRST_TOKENS, int(GROWTH * largest) + 1), round(left_s / per_token)))
 
     def observe(self, prompt_tokens: int, decoding: int, seconds: float) -> None:

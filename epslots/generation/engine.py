@@ -5,7 +5,7 @@
 3. admission   ``prepare`` takes requests into the next batch (page_scheduler.py; row_admission.py for rows)
 4. prompt      computed in chunks (chunk_size.py); what layers keep of it stays in pages or rows (paged_cache.py, row_cache.py)
 5. decoding    one token a step (next_token.py), drawn by the request's seed and position (sampling.py)
-6. end         a stop token, ``max_new_tokens``, ``cancel``, or an error of this request alone (isolation.py)
+6. end         a stop token, ``max_new_tokens``, ``cancel``, or an error of only this request (isolation.py)
 7. outputs     ``outputs`` returns the new tokens after every step, and the end once
 
 ``text.py``, ``chat_template.py`` and ``end_tokens.py`` turn text into prompts and tokens into text.
@@ -78,11 +78,11 @@ class Engine:
 
     def _step(self) -> Header:
         group = group_of(self.model)
-        self.batcher.balanced = None if group is None else balanced_chunk(group.lockstep.header.waiting_R)
-        work = self.batcher.prepare()
+        balanced = None if group is None else balanced_chunk(group.lockstep.header.waiting_R)
+        work = self.batcher.prepare(balanced)
         if not work and len(self.batcher.grammars):
             self.batcher.grammars.wait(_GRAMMAR_WAIT_S)
-            work = self.batcher.prepare()
+            work = self.batcher.prepare(balanced)
         unfinished = work or bool(len(self.batcher.grammars)) or self.batcher.waits_for_room
         if group is None:
             mine = self.batcher.load.tokens
@@ -90,7 +90,7 @@ class Engine:
                 self.batcher.step()
                 self.batcher.count_tokens(mine, mine)
             return Header(work=unfinished, stop=False)
-        group.lockstep.load = self.batcher.load
+        group.lockstep.announce(self.batcher.load)
         if work:
             with group.lockstep.completing():
                 self.batcher.step()

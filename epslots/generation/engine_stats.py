@@ -22,6 +22,7 @@ class EngineCounters:
     crowded_steps: int = 0
     ragged_steps: int = 0
     graph_bytes: int = 0
+    failed_captures: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
     reused_tokens: int = 0
@@ -52,6 +53,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
         ragged_steps: those that would have been, but read too many positions: all of a step's requests count as long as the
             longest (``models/captured_sizes.py``).
         graph_bytes: of device memory that capturing CUDA graphs took.
+        failed_captures: those that ran out of memory; each is tried again, after more steps each time.
         prompt_tokens: tokens of prompts that were computed, those computed again after a preemption included.
         new_tokens: tokens that were returned (``generation_tokens``).
         reused_tokens: tokens of prompts that weren't computed, because the cache held them (``prefix_cache_hits``).
@@ -85,6 +87,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     ceded_slots: int = 0
     step_tokens: int = 0
     longest_tokens: int = 0
+    failed_captures: int = 0
     capture_obstacle: str | None = None
 
     @property

@@ -40,7 +40,7 @@ class FreeCells:
     """A stack for each level.
 
     Args:
-        levels: cells of each level, int32. All are free; at first, level 0 alone is open.
+        levels: cells of each level, int32. All are free; at first, only level 0 is open.
 
     Attributes:
         count: free cells of open levels.

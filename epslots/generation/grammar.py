@@ -39,7 +39,7 @@ _DEAD_END = "no token of the vocabulary continues the text as its grammar wants 
 
 # As in llama.cpp's JSON grammars: unbounded, a model could go on with blanks for ever.
 _WHITESPACE = r"\x20|\x0A{1,2}[\x20\x09]{0,40}"
-# Masks allow every way of cutting a text into tokens, not the tokenizer's own alone: that is exact, and never calls Python.
+# Masks allow every way of cutting a text into tokens, not only the tokenizer's own: that is exact, and never calls Python.
 _EXACT = '\n%llguidance {"no_forcing": true}\n'
 
 # The work for one token: some 50 ms at the very most, with 130,000 tokens. Expressions such as (?:[a-z]{1,50} ?){1,200} need
@@ -253,7 +253,7 @@ class GrammarCompiler:
 class GrammarState:
     """How far a request's text has come in its grammar. Not for use by several threads at once.
 
-    It advances by ``accept`` alone: a step that failed, or is repeated, leaves it as it was, and finds the same mask again.
+    It advances only by ``accept``: a step that failed, or is repeated, leaves it as it was, and finds the same mask again.
 
     Attributes:
         finished: the text is complete, and nothing may follow but an end token.

@@ -74,7 +74,7 @@ class Chosen:
 def choose(logits_NV: torch.Tensor, rows: Sequence[TrackedRequest | None], *, nucleus_ranks: int = NUCLEUS_RANKS) -> Chosen:
     """The token that follows each row of logits: the one place where tokens are chosen.
 
-    A row's token depends on its logits, its request and the request's tokens alone, not on the other rows. A row has none if
+    A row's token depends only on its logits, its request and the request's tokens, not on the other rows. A row has none if
     one of its logits is NaN, or the largest is infinite, or its grammar allows no token.
 
     Args:

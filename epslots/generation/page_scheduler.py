@@ -85,7 +85,7 @@ def reads_of(cache: PagedAttentionCache, length: int) -> int:
 
 
 class PageScheduler(Scheduler):
-    """Schedules requests whose ids are numbers in the order of their arrival.
+    """Schedules requests whose ids are numbers in the order of their arrival. transformers makes it; ``serve`` comes next.
 
     1. Decoding requests come first, a token each. Then admitted prompts, in turn, up to the tokens that ``ChunkSize`` allows.
     2. Requests are admitted in turn, up to ``max_requests``, when there is room for all admitted prompts and for a further
@@ -100,28 +100,44 @@ class PageScheduler(Scheduler):
        that comes from another rank: it is admitted when it comes.
 
     Attributes:
-        chunk_size: decides how many prompt tokens a step has.
-        balanced: a length of chunks for the sake of other ranks; None = any.
-        counters: reused tokens and preemptions are counted there.
-        wants_prompt_logits: whether the request of an id needs the logits of all its prompt's tokens. It shares no pages, and
-            its chunks are small: a step has ``max_requests`` rows of logits, one of them for each other request.
         priority_of: the priority of the request of an id.
-        is_held: whether the request of an id makes no step for now.
-        on_preempted: called with the id of a request that has given up its pages.
         reserved: tokens for which pages are reserved, by the id of the request that is to come.
     """
 
     def __init__(self, cache: PagedAttentionCache, safety_margin: float | None, max_requests_per_batch: int) -> None:
         super().__init__(cache, safety_margin or 0.0, max_requests_per_batch)
-        self.chunk_size = ChunkSize(cache.max_batch_tokens, None)
-        self.balanced: int | None = None
-        self.counters = EngineCounters()
-        self.wants_prompt_logits: Callable[[str], bool] = lambda _: False
-        self.priority_of: Callable[[str], int] = lambda _: 0
-        self.is_held: Callable[[str], bool] = lambda _: False
-        self.on_preempted: Callable[[str], None] = lambda _: None
+        self._balanced: int | None = None
         self._entries: dict[str, FutureRequestState] = {}
         """The latest step's."""
+
+    def serve(
+        self,
+        chunk_size: ChunkSize,
+        counters: EngineCounters,
+        *,
+        wants_prompt_logits: Callable[[str], bool],
+        priority_of: Callable[[str], int],
+        is_held: Callable[[str], bool],
+        on_preempted: Callable[[str], None],
+    ) -> None:
+        """Schedule the requests of a batcher, which knows more of them than transformers does.
+
+        Args:
+            chunk_size: decides how many prompt tokens a step has.
+            counters: reused tokens and preemptions are counted there.
+            wants_prompt_logits: whether the request of an id needs the logits of all its prompt's tokens. It shares no pages,
+                and its chunks are small: a step has ``max_requests`` rows of logits, one of them for each other request.
+            priority_of: the priority of the request of an id.
+            is_held: whether the request of an id makes no step for now.
+            on_preempted: called with the id of a request that has given up its pages.
+        """
+        self._chunk_size, self._counters = chunk_size, counters
+        self._wants_prompt_logits, self.priority_of = wants_prompt_logits, priority_of
+        self._is_held, self._on_preempted = is_held, on_preempted
+
+    def balance(self, chunk: int | None) -> None:
+        """Have chunks of this length from now on, for the sake of other ranks; None = of any."""
+        self._balanced = chunk
 
     def reset(self) -> None:
         """Forget all requests."""
@@ -143,7 +159,7 @@ class PageScheduler(Scheduler):
 
     @property
     def _held(self) -> int:
-        return sum(map(self.is_held, self.active_requests))
+        return sum(map(self._is_held, self.active_requests))
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[list[FutureRequestState] | None, bool, int, int]:
         """The requests of the next step.
@@ -159,7 +175,7 @@ class PageScheduler(Scheduler):
         self.cache.pool.try_to_free_sectors()
         batch = _StepBatch(self.cache, cache_budget)
         for state in self._running(RequestStatus.DECODING):
-            if not self.is_held(state.request_id):
+            if not self._is_held(state.request_id):
                 self._add(state, 1, batch)
         if self.waiting_requests or len(batch.entries) < len(self.active_requests):
             self._add_prompts(batch, token_budget - len(batch.entries))
@@ -169,10 +185,10 @@ class PageScheduler(Scheduler):
         return entries, batch.in_place, sum(entry.query_length for entry in entries), batch.reads
 
     def _add_prompts(self, batch: _StepBatch, token_budget: int) -> None:
-        left = min(token_budget, self.chunk_size.prompt_tokens(len(batch.entries), self.balanced))
+        left = min(token_budget, self._chunk_size.prompt_tokens(len(batch.entries), self._balanced))
         for state in self._prompts(batch):
             tokens = min(left, len(state.remaining_prefill_tokens))
-            if wants_rows := self.wants_prompt_logits(state.request_id):
+            if wants_rows := self._wants_prompt_logits(state.request_id):
                 tokens = min(tokens, self._rows_for_a_prompt(batch))
             if self._add(state, tokens, batch):
                 left -= tokens
@@ -216,7 +232,7 @@ class PageScheduler(Scheduler):
 
     def _admit(self, state: RequestState, batch: _StepBatch) -> bool:
         """Admit a waiting request, with the pages that hold its prompt's beginning, if it may run now."""
-        prompt, shares = state.initial_tokens, not self.wants_prompt_logits(state.request_id)
+        prompt, shares = state.initial_tokens, not self._wants_prompt_logits(state.request_id)
         if self.active_requests and (
             self.block_new_requests
             or len(self.active_requests) + len(self.reserved) + batch.prompt_rows >= self.max_requests_per_batch
@@ -233,7 +249,7 @@ class PageScheduler(Scheduler):
         state.status = RequestStatus.PREFILLING
         self.waiting_requests_order.remove(state.request_id)
         self.active_requests[state.request_id] = self.waiting_requests.pop(state.request_id)
-        self.counters.reused_tokens += reused
+        self._counters.reused_tokens += reused
         return True
 
     def _is_being_computed(self, prompt: list[int], batch: _StepBatch) -> bool:
@@ -311,8 +327,8 @@ class PageScheduler(Scheduler):
         self.cache.pool.try_to_free_sectors()
         self.add_waiting_request(again)
         self.block_new_requests = True
-        self.counters.preempted += 1
-        self.on_preempted(state.request_id)
+        self._counters.preempted += 1
+        self._on_preempted(state.request_id)
 
     # Hand-overs.
 
@@ -337,7 +353,7 @@ class PageScheduler(Scheduler):
         state.position_offset, state.remaining_prefill_tokens = tokens, state.initial_tokens[tokens:]
         state.status = RequestStatus.PREFILLING
         self.active_requests[state.request_id] = state
-        self.counters.reused_tokens += tokens
+        self._counters.reused_tokens += tokens
 
     def finish_request(self, request_id: str) -> None:
         """Free a request's pages, its last ones first. Those that its last step has filled can be shared, too."""

@@ -26,12 +26,12 @@ from transformers.generation.continuous_batching.model_runner import infer_max_s
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
 from epslots.arrays import IntArray
-from epslots.config import EngineConfig
+from epslots.config import EngineConfig, check_count
 from epslots.errors import ConfigError, StepFailed, UnsupportedModelError
-from epslots.generation.batcher import Batcher, check_positive, check_servable
+from epslots.generation.batcher import Batcher, check_servable
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout
-from epslots.generation.captured_decoding import CapturedDecoding, capture_obstacle
+from epslots.generation.captured_decoding import CapturedDecoding
 from epslots.generation.chunk_balance import StepLoad
 from epslots.generation.chunk_size import ChunkSize
 from epslots.generation.engine_stats import Usage
@@ -60,6 +60,9 @@ class PagedBatcher(Batcher):
     tokens, prompts that begin alike share full pages, also with requests that are gone (``prefix_cache``).
 
     While it is open, a model with eager attention can't be used otherwise.
+
+    Attributes:
+        processor: transformers', with the scheduler and the cache.
     """
 
     def __init__(self, model: PreTrainedModel, *, clock: Callable[[], float] = time.perf_counter, **settings: Any) -> None:
@@ -79,29 +82,31 @@ class PagedBatcher(Batcher):
         config = EngineConfig(**settings)
         if config.exchanges_memory:
             raise ConfigError("kv_tokens='auto': pages don't exchange memory with experts; allowed: cache='rows', or a number")
-        check_positive(kv_tokens=config.planned_tokens)
+        check_count("kv_tokens", config.planned_tokens)
         if obstacle := paging_obstacle(model) or invariance_obstacle(model):
             raise UnsupportedModelError(
                 f"{type(model).__name__} can't be served from pages: {obstacle}; allowed: cache='rows' or 'auto'"
             )
         self._implementation = model.config._attn_implementation
-        self._manager, self._processor = open_processor(model, config)
-        self._attention = PackedAttention(self._processor) if is_batch_invariant(model) else None
-        self._decoding = PagedDecoding(model, self._processor)
-        self._choice = PagedNextToken(self._processor)
-        obstacle = capture_obstacle(model, self._decoding.obstacle) if config.capture else "it was asked for"
-        self._captured = CapturedDecoding[StaticPages](model, self._call, config, obstacle)
+        self._manager, self.processor = open_processor(model, config)
+        self._attention = PackedAttention(self.processor) if is_batch_invariant(model) else None
+        self._decoding = PagedDecoding(model, self.processor)
+        self._choice = PagedNextToken(self.processor)
+        self._captured = CapturedDecoding[StaticPages](model, self._call, config, self._decoding.obstacle)
         # By transformers' id: where each request of the latest captured step has its row.
         self._places: dict[str, int] = {}
-        cache, scheduler = self._processor.cache, self._processor.scheduler
+        cache, scheduler = self.processor.cache, self.processor.scheduler
         super().__init__(model, infer_max_single_request_tokens(cache), scheduler.max_requests_per_batch)
         target_s = None if config.step_target_ms is None else config.step_target_ms / 1000
-        self.chunk_size = scheduler.chunk_size = ChunkSize(config.max_batch_tokens, target_s)
-        scheduler.counters = self._counters
-        scheduler.wants_prompt_logits = self._wants_prompt_logits
-        scheduler.priority_of = self._priority_of
-        scheduler.is_held = lambda number: number in self._running and self._running[number][0].held
-        scheduler.on_preempted = self._lose_pages
+        self.chunk_size = ChunkSize(config.max_batch_tokens, target_s)
+        scheduler.serve(
+            self.chunk_size,
+            self._counters,
+            wants_prompt_logits=self._wants_prompt_logits,
+            priority_of=self._priority_of,
+            is_held=lambda number: number in self._running and self._running[number][0].held,
+            on_preempted=self._lose_pages,
+        )
         self._clock = clock
         # Of the step under way; None when it has failed: its time tells nothing.
         self._began_s: float | None = None
@@ -120,7 +125,7 @@ class PagedBatcher(Batcher):
 
     @property
     def shares_prefixes(self) -> bool:
-        return bool(self._processor.cache.use_prefix_sharing)
+        return bool(self.processor.cache.use_prefix_sharing)
 
     def _queue(self, entry: TrackedRequest) -> None:
         """Queue a request in transformers, to continue after its tokens so far."""
@@ -144,15 +149,15 @@ class PagedBatcher(Batcher):
         """End a request in transformers; the next ``prepare`` frees its pages."""
         self._manager.cancel_request(number)
         # After freeing a request's pages, the scheduler admits none until one has ended; its own cancelling forgets that.
-        if number in self._processor.scheduler.active_requests:
-            self._processor.scheduler.block_new_requests = False
+        if number in self.processor.scheduler.active_requests:
+            self.processor.scheduler.block_new_requests = False
 
     def _lose_pages(self, number: str) -> None:
         if number in self._running:
             self._running[number][0].resume()
 
     def _image_of(self, entry: TrackedRequest) -> CacheImage | None:
-        cache, active = self._processor.cache, self._processor.scheduler.active_requests
+        cache, active = self.processor.cache, self.processor.scheduler.active_requests
         number = next((number for number, (running, _) in self._running.items() if running is entry), None)
         if self._isolation is not None or number is None or number not in active or not active[number].current_len():
             return None
@@ -164,11 +169,11 @@ class PagedBatcher(Batcher):
         return image_of_pages(cache, number, entry.ids(0, length), computed)
 
     def prompts(self) -> list[PromptState]:
-        active, found = self._processor.scheduler.active_requests, []
+        active, found = self.processor.scheduler.active_requests, []
         for number, (entry, _) in self._running.items() if self._isolation is None else ():
             computed = active[number].current_len() if number in active else 0
             if computed and entry.length - computed > 1:
-                found.append(PromptState(entry.request.id, computed, entry.length - computed))
+                found.append(entry.prompt_state(computed, entry.length - computed))
         return found
 
     def reserve(self, id: str, layout: CacheLayout) -> CacheImage | None:
@@ -187,27 +192,27 @@ class PagedBatcher(Batcher):
     def _priority_of(self, number: str) -> int:
         return self._running[number][0].request.priority if number in self._running else 0  # it has been cancelled
 
-    def prepare(self) -> bool:
+    def prepare(self, balanced: int | None = None) -> bool:
         self._queue_prepared()
-        self._processor.scheduler.balanced = self.balanced
+        self.processor.scheduler.balance(balanced)
         if self._isolation is None:
             self._began_s = self._clock()
             # Also without work: cancelled requests free their pages here.
             if self._schedule():
-                batch = self._processor.inputs_and_outputs.requests_in_batch
+                batch = self.processor.inputs_and_outputs.requests_in_batch
                 self._isolation = Isolation(batch)
-                self._windows = WindowBackup(self._processor)
+                self._windows = WindowBackup(self.processor)
                 self._set_part(batch)
             else:
                 self._captured.give_back()  # the model may be used otherwise now
         elif self._part is None:
-            prepare_part(self._processor, self._isolation.part)
+            prepare_part(self.processor, self._isolation.part)
             self._set_part(self._isolation.part)
         return self._isolation is not None
 
     @property
     def load(self) -> StepLoad:
-        found: StepLoad = self._processor.scheduler.load_of(self._part or ())
+        found: StepLoad = self.processor.scheduler.load_of(self._part or ())
         return found
 
     def _set_part(self, part: list[FutureRequestState]) -> None:
@@ -221,14 +226,14 @@ class PagedBatcher(Batcher):
 
     def _schedule(self) -> bool:
         try:
-            scheduled: bool = self._processor.prepare_next_batch()
+            scheduled: bool = self.processor.prepare_next_batch()
         except RuntimeError as error:
             if "no requests can be offloaded" not in str(error):
                 raise
             scheduled = False
-        if not scheduled and self._open() and not self._processor.scheduler.hands_over:
+        if not scheduled and self._open() and not self.processor.scheduler.hands_over:
             self._start_over()
-            scheduled = self._processor.prepare_next_batch()
+            scheduled = self.processor.prepare_next_batch()
             assert scheduled, "a lone request always fits"
         return scheduled
 
@@ -238,15 +243,15 @@ class PagedBatcher(Batcher):
         Where layers of several kinds share the cache, freed pages may be scattered so that none is left of the size that one
         kind needs, even for a last running request that fits an empty cache.
         """
-        self._counters.preempted += len(self._processor.scheduler.active_requests)
+        self._counters.preempted += len(self.processor.scheduler.active_requests)
         assert not self._reserved
         for entry, _ in self._running.values():
             entry.resume()
-        self._processor.reset()
+        self.processor.reset()
         self._running.clear()
         for entry in self._open():
             self._queue(entry)
-        self._processor.scheduler.block_new_requests = True
+        self.processor.scheduler.block_new_requests = True
 
     def step(self) -> None:
         part, isolation, windows = self._part, self._isolation, self._windows
@@ -256,7 +261,7 @@ class PagedBatcher(Batcher):
             with self._plain_outputs.off():
                 if isolation.split or not self._make_captured(part):
                     self._make()
-            self._processor.update_batch()
+            self.processor.update_batch()
         except Exception as failure:
             self._began_s = None
             self._isolate(isolation, failure)
@@ -279,9 +284,9 @@ class PagedBatcher(Batcher):
         with (
             self._following(self._previous_T),
             self._decoding.active(),
-            in_turn(self._processor.inputs_and_outputs),
+            in_turn(self.processor.inputs_and_outputs),
         ):
-            self._processor._generation_step(self._model)
+            self.processor._generation_step(self._model)
 
     def _make_captured(self, part: list[FutureRequestState]) -> bool:
         """Make the part by a captured step, if all its requests decode; False where it can't be captured."""
@@ -292,11 +297,11 @@ class PagedBatcher(Batcher):
         if not self._captured.takes(len(part), longest):
             return False
         places = self._places_of([future.state.request_id for future in part])
-        with in_turn(self._processor.inputs_and_outputs):
+        with in_turn(self.processor.inputs_and_outputs):
             pass  # pages may have been emptied, or windows restored, on transformers' stream
         size = self._captured.padded(len(part)), tuple(span_of(int(length_R.max())) for length_R in lengths)
         logits_1BV = self._captured.logits(
-            size, partial(StaticPages, self._processor, self._decoding, *size), lambda step: step.begin(places)
+            size, partial(StaticPages, self.processor, self._decoding, *size), lambda step: step.begin(places)
         )
         if logits_1BV is None:
             return False
@@ -342,7 +347,7 @@ class PagedBatcher(Batcher):
             return
         faulty, error = found
         number = faulty.state.request_id
-        discard(self._processor, number)
+        discard(self.processor, number)
         if number in self._running:  # else it has been cancelled
             entry, _ = self._running.pop(number)
             logger.warning("request %r ends: %s", entry.request.id, error)
@@ -364,24 +369,20 @@ class PagedBatcher(Batcher):
                 self._cancel(result.request_id)
 
     def _usage(self) -> Usage:
-        cache, active = self._processor.cache, self._processor.scheduler.active_requests
+        cache, active = self.processor.cache, self.processor.scheduler.active_requests
         allocators = cache.cache_allocators.values()
         left_for_others = sum(len(allocator.ledger.cached_blocks) * allocator.bytes_per_block for allocator in allocators)
         all_bytes = cache.num_sectors * cache.bytes_per_sector
         used_bytes = all_bytes - int(cache.compute_free_capacity(relative=False)) - left_for_others
-        kv_tokens = cache.num_blocks * self._processor.cb_config.page_size
+        kv_tokens = cache.num_blocks * self.processor.cb_config.page_size
         running = sum(number in self._running for number in active)  # else it has just been cancelled
         return Usage(running, used_bytes * kv_tokens // all_bytes, kv_tokens, kv_tokens)
-
-    @property
-    def _capture_obstacle(self) -> str | None:
-        return self._captured.obstacle or self._captured.present_obstacle
 
     def close(self) -> None:
         self.grammars.close()
         self._captured.close()
         self._manager.destroy()
         del self._choice, self._captured, self._decoding, self._reserved  # they hold the cache
-        self._manager = self._processor = self._isolation = self._windows = self._part = None
+        self._manager = self.processor = self._isolation = self._windows = self._part = None
         if self._model.config._attn_implementation != self._implementation:
             self._model.set_attn_implementation(self._implementation)

@@ -102,7 +102,7 @@ def attention_of_pages(model: PreTrainedModel) -> AttentionSwitch:
 
 
 def reads_by_request(model: PreTrainedModel) -> bool:
-    """Whether a request's queries meet its own keys alone (``paged_decoding.py``), without transformers' masks."""
+    """Whether a request's queries meet only its own keys (``paged_decoding.py``), without transformers' masks."""
     return attention_of_pages(model).implementations == {"sdpa"}
 
 

@@ -1,4 +1,4 @@
-"""Attention of a step over pages in which every request decodes: each query meets its own request's keys alone.
+"""Attention of a step over pages in which every request decodes: each query meets only its own request's keys.
 
 transformers packs a step into one sequence. Its attention is one product over the queries and the keys of all requests, of
 which a mask leaves each query its own, and without flash attention each head gets a copy of the keys. For R requests that is R

@@ -1,4 +1,4 @@
-"""Attention of a step over pages in which requests compute their prompts: each request's queries meet its own keys alone.
+"""Attention of a step over pages in which requests compute their prompts: each request's queries meet only its own keys.
 
 transformers packs a step into one sequence, and computes one product over the queries and the keys of all requests, of which a
 mask leaves each query its own. For R prompts that is R times the multiplications, and a mask of all queries by all keys. Here

@@ -32,7 +32,7 @@ class PlainOutputs:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Within the context, a forward pass returns an output object with logits alone."""
+        """Within the context, a forward pass returns an output object with nothing but logits."""
         for config, name, _ in self._on:
             setattr(config, name, name == "return_dict")
         try:

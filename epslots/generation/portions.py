@@ -23,7 +23,7 @@ class Portion:
             tokens, and that of these tokens may be yet to come. None if the checkpoint has no tokenizer.
         logprobs: of each of ``tokens``, if the request asked for them.
         prompt_logprobs: of the prompt's tokens from the second on, if the request asked for them.
-        reason: why the request ended; of the last portion alone.
+        reason: why the request ended; only of the last portion.
     """
 
     tokens: tuple[int, ...]

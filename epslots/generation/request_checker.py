@@ -38,7 +38,7 @@ def model_limits(model: PreTrainedModel, capacity: int) -> ModelLimits:
 
 
 class RequestChecker:
-    """Turns prompts into requests, and refuses wrong ones, in a time that grows with their size alone. For any thread.
+    """Turns prompts into requests, and refuses wrong ones, in a time that grows only with their size. For any thread.
 
     Args:
         limits: the model's.
@@ -82,7 +82,7 @@ class RequestChecker:
         return [first, *(self._choice(first, choice) for choice in range(1, settings.n))]
 
     def _choice(self, first: Request, choice: int) -> Request:
-        """A further choice of a request's prompt. The prompt's log-probabilities come with the first one alone."""
+        """A further choice of a request's prompt. The prompt's log-probabilities come only with the first one."""
         sampling = replace(first.sampling, seed=choice_seed(first.sampling.seed, choice))
         return replace(first, id=str(next(self._numbers)), sampling=sampling, prompt_logprobs=None)
 

@@ -69,6 +69,8 @@ class Request:
     """Those of the prompt that were delivered before it was moved: the first of the following ones come next."""
     priority: int = 0
     """Of the requests that wait, those with the lowest number are served first; equal ones in the order of arrival."""
+    assignment: int = 0
+    """The caller's number, which outputs return: of the request's assignments to ranks, this is the one."""
 
     def __post_init__(self) -> None:
         for name, kind in (("prompt", tuple), ("stop_tokens", frozenset)):
@@ -125,3 +127,5 @@ class Output:
     """Of each of ``tokens``, if the request asked for them."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """Of the prompt's tokens from the second on, in portions, if the request asked for them."""
+    assignment: int = 0
+    """That of the request."""

@@ -47,7 +47,7 @@ class ReservedPages:
         """Give up a request's pages; a no-op if it has none."""
         number, image = self._reserved.pop(id, (None, None))
         if number is not None and image is not None and not image.gone:
-            image.gone = True
+            image.end()
             self._scheduler.release(number)
 
     def release_all(self) -> None:
@@ -63,7 +63,7 @@ class ReservedPages:
             length = image.layout.tokens
             if image.whole and length < entry.length and image.layout.sequence == sequence_digest(entry.ids(0, length)):
                 del self._reserved[id]
-                image.gone = True
+                image.end()
                 return number
             self.release(id)
         return None

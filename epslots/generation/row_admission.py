@@ -98,7 +98,7 @@ class RowAdmission:
         if row is None or image is None:
             insort(self._waiting, entry, key=_turn)
             return
-        image.gone = True
+        image.end()
         if image.whole and row.length < entry.length and image.layout.sequence == sequence_digest(entry.ids(0, row.length)):
             self._counters.reused_tokens += row.length
             insort(self.running, RunningRow(entry, row), key=_turn)
@@ -122,7 +122,7 @@ class RowAdmission:
         if self._cache.keeps_objects:
             return []
         begun = [running for running in self.running if running.row.length and running.left > 1]
-        return [PromptState(running.entry.request.id, running.row.length, running.left) for running in begun]
+        return [running.entry.prompt_state(running.row.length, running.left) for running in begun]
 
     def reserve(self, id: str, layout: CacheLayout) -> CacheImage | None:
         """A row for the tokens of a request that comes from another rank. None if there is no room beside the others."""
@@ -138,7 +138,7 @@ class RowAdmission:
         """Give up a reserved row; does nothing if there is none."""
         row, image = self.reserved.pop(id, (None, None))
         if row is not None and image is not None:
-            image.gone = True
+            image.end()
             self._cache.close(row)
 
     def withdraw(self, entry: TrackedRequest) -> bool:

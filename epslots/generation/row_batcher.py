@@ -24,15 +24,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from epslots.config import EngineConfig
+from epslots.config import EngineConfig, check_count
 from epslots.device_copy import to_device
 from epslots.errors import DoesNotFitError, StepFailed
 from epslots.generation.absorbed_attention import AbsorbedAttention
-from epslots.generation.batcher import Batcher, NotFiniteError, check_positive, check_servable, describe_failure
+from epslots.generation.batcher import Batcher, NotFiniteError, check_servable, describe_failure
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.cache_layout import CacheLayout
 from epslots.generation.cache_tensors import tensors_of
-from epslots.generation.captured_decoding import CapturedDecoding, capture_obstacle
+from epslots.generation.captured_decoding import CapturedDecoding
 from epslots.generation.cell_memory import CellMemory
 from epslots.generation.chunk_balance import NO_LOAD, StepLoad
 from epslots.generation.chunk_size import ChunkSize
@@ -59,6 +59,10 @@ class RowBatcher(Batcher):
 
     Requests wait, in the order of priority and arrival, while rows or tokens are short. When the running ones outgrow the
     cache, the last of them in that order is given up, and computed again from its tokens when there is room.
+
+    Attributes:
+        cache: the rows.
+        admission: the requests that run, and those that wait.
     """
 
     def __init__(self, model: PreTrainedModel, *, clock: Callable[[], float] = time.perf_counter, **settings: Any) -> None:
@@ -78,7 +82,7 @@ class RowBatcher(Batcher):
         config = self._config = EngineConfig(**settings)
         sizes = exchange_sizes(model) if config.exchanges_memory else None
         capacity = config.planned_tokens if sizes is None else sizes.most_tokens
-        check_positive(kv_tokens=capacity)
+        check_count("kv_tokens", capacity)
         super().__init__(model, capacity, config.max_requests)
         self._clock = clock
         self._support: RowSupport = row_support(model)
@@ -86,15 +90,14 @@ class RowBatcher(Batcher):
         self._single_queries = SingleQueries(model)
         self._by_row = RowByRow(self._support.modules, self._support.rotaries, model.device)
         memory = None if sizes is None else open_cells(model, sizes)
-        self._cache = self._open_cache(memory)
+        self.cache = self._open_cache(memory)
         target_s = None if config.step_target_ms is None else config.step_target_ms / 1000
         self.chunk_size = ChunkSize(config.max_batch_tokens, target_s)
         self._takes = inspect.signature(model.forward).parameters
         in_rows = self._support.capture_obstacle(tensors_of(model))
-        obstacle = capture_obstacle(model, in_rows) if config.capture else "it was asked for"
-        self._captured = CapturedDecoding[StaticStep](model, self._call, config, obstacle)
-        exchange = None if memory is None else SlotExchange(model, memory, self._cache.cells)
-        self._admission = RowAdmission(self._cache, config, self._support, self._counters, exchange)
+        self._captured = CapturedDecoding[StaticStep](model, self._call, config, in_rows)
+        exchange = None if memory is None else SlotExchange(model, memory, self.cache.cells)
+        self.admission = RowAdmission(self.cache, config, self._support, self._counters, exchange)
         self._isolation: Isolation[RunningRow] | None = None
         """Of the batch under way; None between batches."""
         self._batch: RowBatch | None = None
@@ -105,7 +108,7 @@ class RowBatcher(Batcher):
 
     @property
     def shares_prefixes(self) -> bool:
-        return self._admission.shares_prefixes
+        return self.admission.shares_prefixes
 
     def _open_cache(self, memory: CellMemory | None) -> RowCache:
         config, support = self._config, self._support
@@ -128,21 +131,21 @@ class RowBatcher(Batcher):
             ) from error
 
     def _queue(self, entry: TrackedRequest) -> None:
-        self._admission.queue(entry)
+        self.admission.queue(entry)
 
     def _withdraw(self, entry: TrackedRequest) -> None:
-        if not self._admission.withdraw(entry) and self._isolation is None:
-            self._admission.leave(entry)  # else when the prepared batch is made
+        if not self.admission.withdraw(entry) and self._isolation is None:
+            self.admission.leave(entry)  # else when the prepared batch is made
 
-    def prepare(self) -> bool:
+    def prepare(self, balanced: int | None = None) -> bool:
         self._queue_prepared()
         if self._isolation is None:
-            self._admission.restart_outgrown()
-            self._admission.exchange_memory(self.chunk_size, self.prompt_token_s)
-            self._admission.admit()
-            planned = self._plan()
+            self.admission.restart_outgrown()
+            self.admission.exchange_memory(self.chunk_size, self.prompt_token_s)
+            self.admission.admit()
+            planned = self._plan(balanced)
             if planned is not None:
-                self._batch, active = planned, self._admission.active
+                self._batch, active = planned, self.admission.active
                 # In the order of their places: states of neighbours are written at once.
                 self._isolation = Isolation(sorted((active[i] for i in planned.rows), key=lambda each: each.row.number))
             else:
@@ -151,28 +154,28 @@ class RowBatcher(Batcher):
 
     @property
     def waits_for_room(self) -> bool:
-        return self._admission.waits_for_room
+        return self.admission.waits_for_room
 
-    def _plan(self) -> RowBatch | None:
+    def _plan(self, balanced: int | None) -> RowBatch | None:
         """The next batch, with room for its tokens: where the cache is full, the last rows are given up.
 
         Experts cede slots first. In a group these come with the next step, so they are asked for a step ahead. Where that
         wasn't foreseen, the rank makes the step without a batch.
         """
-        while active := self._admission.active:
+        while active := self.admission.active:
             states = [self._state(running) for running in active]
-            room = self.chunk_size.prompt_tokens(sum(map(decodes, states)), self.balanced)
+            room = self.chunk_size.prompt_tokens(sum(map(decodes, states)), balanced)
             planned = next_batch(states, room, prompt_was_last=self._prompt_was_last, together=self._support.together)
             assert planned is not None, "every active row has a token left to compute"
             needed = len(planned.rows) * planned.width
-            if self._admission.make_room(needed, rows=0, grow=True):
+            if self.admission.make_room(needed, rows=0, grow=True):
                 most, together = self._config.max_batch_tokens, self._support.together
                 self._next_prompt_tokens = following_prompt_tokens(states, planned, most, together=together)
-                self._admission.foresee(needed + max(self._next_prompt_tokens, len(active)))
+                self.admission.foresee(needed + max(self._next_prompt_tokens, len(active)))
                 return planned
-            if self._admission.waits_for_room:
+            if self.admission.waits_for_room:
                 return None
-            self._admission.preempt(self._admission.running[-1])  # the first alone always fits
+            self.admission.preempt(self.admission.running[-1])  # the first alone always fits
         return None
 
     @property
@@ -195,20 +198,20 @@ class RowBatcher(Batcher):
         return RowState(entry.length, computed, first=first, most=most, stop=running.stop, last=running.last)
 
     def _image_of(self, entry: TrackedRequest) -> CacheImage | None:
-        return self._admission.image_of(entry, lambda: self._isolation is None)
+        return self.admission.image_of(entry, lambda: self._isolation is None)
 
     def prompts(self) -> list[PromptState]:
-        return self._admission.prompts()
+        return self.admission.prompts()
 
     def reserve(self, id: str, layout: CacheLayout) -> CacheImage | None:
-        return None if self._isolation is not None else self._admission.reserve(id, layout)
+        return None if self._isolation is not None else self.admission.reserve(id, layout)
 
     def release(self, id: str) -> None:
-        self._admission.release(id)
+        self.admission.release(id)
 
     def release_all(self) -> None:
-        for id in list(self._admission.reserved):
-            self._admission.release(id)
+        for id in list(self.admission.reserved):
+            self.admission.release(id)
 
     def step(self) -> None:
         isolation, planned = self._isolation, self._batch
@@ -246,7 +249,7 @@ class RowBatcher(Batcher):
         self._captured.count_in(self._counters)
         self._counters.prompt_tokens += sum(max(0, min(planned.width, len(r.prompt) - start)) for start, r in starts)
         if seconds is not None:
-            self._admission.count_step(seconds)
+            self.admission.count_step(seconds)
             computed = len(part) * planned.width
             self.chunk_size.observe(*((0, computed) if planned.decodes else (computed, 0)), seconds)
             self._time_prompt(0 if planned.decodes else computed, seconds)
@@ -256,8 +259,8 @@ class RowBatcher(Batcher):
             assert self._batch is not None
             self._prompt_was_last = not self._batch.decodes
             self._isolation = self._batch = None
-            for running in [running for running in self._admission.running if running.entry.reason]:
-                self._admission.leave(running.entry)
+            for running in [running for running in self.admission.running if running.entry.reason]:
+                self.admission.leave(running.entry)
 
     def _make(self, part: Sequence[RunningRow], width: int) -> list[Callable[[], None]]:
         """Make a batch; returns calls that enter its tokens, for after the commit."""
@@ -265,7 +268,7 @@ class RowBatcher(Batcher):
         rows = [running.row for running in part]
         previous = self._order.next([(running.entry.request.id, width) for running in part])
         wanted, is_last = self._prompt_rows(part[0], width)
-        with self._following(previous), self._cache.step(rows, width) as step:
+        with self._following(previous), self.cache.step(rows, width) as step:
             logits_BLV = self._forward(part, width, step, wanted, is_last=is_last)
             if is_last:
                 chosen = self._choose(part, width, logits_BLV, wanted)
@@ -277,20 +280,18 @@ class RowBatcher(Batcher):
     def _make_captured(self, part: Sequence[RunningRow]) -> list[Callable[[], None]] | None:
         """Make a batch by a captured step; None where it can't be captured, or while prompts are to be computed."""
         assert self._batch is not None
-        active = self._admission.active
+        active = self.admission.active
         longest = 1 + max(one.row.length for one in part)
         if not self._batch.decodes or len(part) < len(active) or not self._captured.takes(len(part), longest):
             return None
         rows, tokens = [one.row for one in part], [one.entry.ids(one.row.length, one.row.length + 1)[0] for one in part]
         size = self._captured.padded(len(rows)), span_of(longest)
-        logits_BLV = self._captured.logits(
-            size, partial(StaticStep, self._cache, *size), lambda step: step.begin(rows, tokens)
-        )
+        logits_BLV = self._captured.logits(size, partial(StaticStep, self.cache, *size), lambda step: step.begin(rows, tokens))
         if logits_BLV is None:
             return None
         chosen = self._choose(part, 1, logits_BLV[: len(rows)], range(0))
         self._captured.keep_states()
-        self._cache.take(rows, 1)
+        self.cache.take(rows, 1)
         self._order = RowTracker()  # the predictor has seen no row
         return chosen
 
@@ -300,7 +301,7 @@ class RowBatcher(Batcher):
         """Logits [B, L, V]: of wanted positions, which one row has; and of each row's last, unless its tokens come again."""
         ids = [running.entry.ids(running.row.length, running.row.length + width) for running in part]
         inputs = {
-            "input_ids": to_device(np.array(ids, np.int64), self._cache.device),
+            "input_ids": to_device(np.array(ids, np.int64), self.cache.device),
             "position_ids": step.position_ids,
             "attention_mask": step.attention_mask,
             "past_key_values": step.cache,
@@ -310,7 +311,7 @@ class RowBatcher(Batcher):
         places = [position - part[0].row.length for position in wanted]
         if is_last and places[-1] != width - 1:
             places.append(width - 1)
-        return self._call(inputs, keep=to_device(np.array(places, np.int64), self._cache.device))
+        return self._call(inputs, keep=to_device(np.array(places, np.int64), self.cache.device))
 
     @torch.no_grad()
     def _call(self, inputs: Mapping[str, Any], keep: int | torch.Tensor = 1) -> torch.Tensor:
@@ -365,18 +366,14 @@ class RowBatcher(Batcher):
             entry.append(choice)
 
     def _usage(self) -> Usage:
-        used = sum(running.row.length for running in self._admission.running)  # cells that several share count for each
-        running, exchange = len(self._admission.running), self._admission.exchange
+        used = sum(running.row.length for running in self.admission.running)  # cells that several share count for each
+        running, exchange = len(self.admission.running), self.admission.exchange
         tokens, ceded = (self.capacity, 0) if exchange is None else (exchange.tokens, exchange.ceded_slots)
         return Usage(running, min(used, tokens), tokens, self.capacity, ceded)
-
-    @property
-    def _capture_obstacle(self) -> str | None:
-        return self._captured.obstacle or self._captured.present_obstacle
 
     def close(self) -> None:
         self.grammars.close()
         self._isolation = self._batch = None
         self._captured.close()
-        self._admission.close()
-        del self._admission, self._captured, self._cache
+        self.admission.close()
+        del self.admission, self._captured, self.cache

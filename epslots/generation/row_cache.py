@@ -185,7 +185,7 @@ class RowCache:
 
     @property
     def keeps_states(self) -> bool:
-        """Whether a row keeps more than its tokens: another row can continue it at its present length alone."""
+        """Whether a row keeps more than its tokens: another row can continue it only at its present length."""
         return bool(self._states) or len(self._tables) > 1 or self.keeps_objects
 
     @property
@@ -250,7 +250,7 @@ class RowCache:
         return _twin(self._templates[index])
 
     def cut(self, row: Row, length: int) -> None:
-        """Keep the first ``length`` tokens of a row alone: all of them, where it keeps more than tokens."""
+        """Keep only the first ``length`` tokens of a row: all of them, where it keeps more than tokens."""
         for table in self._tables.values():
             table.cut(row.number, length)
         row.length = length
@@ -329,7 +329,7 @@ class RowCache:
                 layers.append(LayerOfRows([_twin(row.own.get(index, template)) for row in rows]))
                 continue
             if index in self._by_row:
-                template.rows = [_begun(copy.copy(template), one) for one in single]
+                template.divide([_begun(copy.copy(template), one) for one in single])
             layers.append(_begun(template, step))
         self._steps, self._cache.layers = [step, *single], layers
         if self._linear:
@@ -356,7 +356,7 @@ class RowCache:
             for part in (layer, *layer.rows):
                 part.end()
         whole, *single = self._steps
-        whole.new_states += [(pool, getattr(self._cache, "linear_cache")[i]) for i, pool in self._linear.items()]  # noqa: B009
+        whole.leave_states([(pool, getattr(self._cache, "linear_cache")[i]) for i, pool in self._linear.items()])  # noqa: B009
         left_states = whole.commit_states()
         for step in single:
             step.commit_states()

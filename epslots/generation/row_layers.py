@@ -97,6 +97,10 @@ class RowStep:
         left = self._left_states.pop(id(pool), None)
         return pool.index_select(0, self.row_B) if left is None else left
 
+    def leave_states(self, states: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Enter more pools of states, with the states that the step leaves of its rows."""
+        self.new_states += states
+
     def commit_states(self) -> States:
         """Put the rows' new states into their pools. Returns them in the form that the next step of the same rows takes."""
         found: States = {}
@@ -188,6 +192,10 @@ class PooledLayer:
     def begin(self, step: RowStep) -> None:
         """A forward pass begins."""
         self.step = step
+
+    def divide(self, rows: Sequence[PooledLayer]) -> None:
+        """Attention runs row by row in the forward pass under way, over these layers."""
+        self.rows = rows
 
     def end(self) -> None:
         """The forward pass has ended well: the step takes new states."""

@@ -19,7 +19,7 @@ class RowState:
         known: tokens of its sequence: the prompt, and the new tokens so far.
         computed: those that the cache holds.
         first: tokens that have to be computed in its first batch together; 0 = any.
-        most: new tokens of a batch, at most; 0 = as many as the batch takes. Such a row is computed alone.
+        most: new tokens of a batch, at most; 0 = as many as the batch takes. Such a row is a batch of its own.
         stop: a length at which a batch has to end, because another request continues from there; 0 = none.
         last: number of the batch that it was in last, counted from 1; 0 = none.
     """
@@ -96,7 +96,8 @@ def following_prompt_tokens(rows: Sequence[RowState], batch: RowBatch, room: int
 
     Args:
         rows: from which the batch was made. Requests without a row wait for others' ends.
-        room, together: as for ``next_batch``.
+        room: new tokens of a batch of prompts, at most.
+        together: several rows may share a batch.
     """
     left = [i for i, row in enumerate(rows) if not decodes(row)]
     made = set(() if batch.decodes else batch.rows)

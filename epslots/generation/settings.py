@@ -52,7 +52,7 @@ class GenerationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
         top_k: sample from this many likeliest tokens; 0 = all.
         top_p: sample from the likeliest tokens with this probability mass together.
         min_p: sample from the tokens at least this share as likely as the likeliest.
-        seed: the seed of the random numbers. They depend on the seed and the token's position alone.
+        seed: the seed of the random numbers. They depend only on the seed and the token's position.
         presence_penalty: lowers the logits of tokens that the new text has.
         frequency_penalty: lowers the logits of tokens for each time that the new text has them.
         repetition_penalty: lowers the logits of tokens in prompt and new text; 1 = doesn't.

@@ -128,7 +128,7 @@ class SlotExchange:
         return self._cells.free >= tokens
 
     def note_waiting(self, tokens: int, *, others: int = 0, their_tokens: int = 0) -> None:
-        """Note that a request waits for free cells alone, and how many it needs.
+        """Note that a request waits only for free cells, and how many it needs.
 
         Behind it wait others, for which there are rows, with so many tokens.
         """
@@ -196,7 +196,7 @@ class SlotExchange:
         """Carry out a decision, unless a cell is held in the slots that would go back. Called between steps.
 
         Raises:
-            StoreError: as for ``SlotCeding.ask``. Slots that couldn't go back stay ceded.
+            StoreError: a record that was in flight, or completes a layer, can't be read. Its slots stay ceded.
         """
         if self._cells.held_levels <= self._target + change:
             self._target += change

@@ -33,7 +33,7 @@ def main(cpu_s: float, memory_bytes: int) -> None:
             )
         except TemplateSyntaxError as error:
             return {"broken": f"line {error.lineno}: {error.message}"}
-        except TemplateError as error:  # of this class alone where the template calls raise_exception
+        except TemplateError as error:  # of just this class where the template calls raise_exception
             return {"refused" if type(error) is TemplateError else "broken": str(error)[:1000]}
         except MemoryError:
             return {"memory": True}
@@ -56,7 +56,7 @@ def _limit_memory(more_bytes: int) -> None:
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             now = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # not on this system, where CPU time alone is limited
+    except OSError:  # not on this system, where only CPU time is limited
         return
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = now + more_bytes

@@ -29,11 +29,13 @@ class PromptState(NamedTuple):
         id: of its request.
         computed: tokens that the cache holds.
         left: tokens that are to come.
+        assignment: of its request.
     """
 
     id: str
     computed: int
     left: int
+    assignment: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,12 @@ class TrackedRequest:
     def resume(self) -> None:
         """Let its cache be read no longer; a no-op if it isn't."""
         if self.image is not None:
-            self.image.gone, self.image = True, None
+            self.image.end()
+            self.image = None
+
+    def prompt_state(self, computed: int, left: int) -> PromptState:
+        """How far its prompt is computed."""
+        return PromptState(self.request.id, computed, left, self.request.assignment)
 
     @property
     def waits_for_grammar(self) -> bool:

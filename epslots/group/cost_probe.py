@@ -32,7 +32,9 @@ def measure_costs(transport: Transport, loader: ExpertLoader, experts: ExpertCom
     """The costs that all ranks agree on: each figure is the largest of all ranks. All ranks call it together.
 
     Args:
-        loader, experts, on_cpu: as for ``measure_alone``.
+        loader: of the pool whose experts are measured.
+        experts: of the pool's first layer.
+        on_cpu: whether the host's CPU may compute experts.
     """
     kernel, mine = experts.kernel, measure_alone(loader, experts, on_cpu=on_cpu)
     if transport.size == 1:

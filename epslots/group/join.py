@@ -149,8 +149,8 @@ def _share_history(transport: Transport, runtime: Runtime, handshakes: Sequence[
     messages = transport.gather_bytes(encode(mine) if transport.rank == eldest else b"")
     theirs = msgspec.msgpack.decode(messages[eldest], type=list[tuple[int, bytes]])
     for runner, (steps, content) in zip(runtime.runners, theirs, strict=True):
-        runner.steps = steps
         runner.history.unpack(content)
+        runner.continue_from(steps)
 
 
 def start_rank(

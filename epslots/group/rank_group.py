@@ -75,7 +75,7 @@ class RankGroup:
             explain_divergence=self._explain_divergence,
             on_header=self._begin_step,
         )
-        self.lockstep.levels = max(0, handshakes[transport.rank].levels)
+        self.lockstep.cede(max(0, handshakes[transport.rank].levels))
         for loader in runtime.loaders:
             loader.join(transport)
         for runner, planner in zip(runtime.runners, self.shared.layers, strict=True):

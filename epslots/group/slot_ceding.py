@@ -43,13 +43,11 @@ class SlotCeding:
         """
         group = group_of(self._model)
         if group is not None:
-            group.lockstep.levels = levels
+            group.lockstep.cede(levels)
             return
         if levels == self.levels:
             return
-        collect = self._runtime.telemetry.collect
-        if collect is not None:
-            collect()  # the device decides about slots
+        self._runtime.telemetry.collect()  # the device may decide about slots
         with self._loader.pool.lock:
             while self.levels < levels:
                 self._loader.wait_all()

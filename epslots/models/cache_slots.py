@@ -94,7 +94,7 @@ def cell_offsets(cache: Sequence[CacheTensor]) -> tuple[tuple[int, ...], int]:
 def exchange_obstacle(shape: ModelShape) -> str | None:
     """Why no slot of a model can hold cells of its cache, as a sentence's end; None if slots can."""
     if shape.pages is not None:
-        return "it is served from pages, and rows alone exchange memory with slots (cache='rows')"
+        return "it is served from pages, and only rows exchange memory with slots (cache='rows')"
     if shape.whole_prompts:
         return "its prompts are computed whole, and workspace is planned for the longest one"
     if any(tensor.kind == "token" and not tensor.pooled for tensor in shape.cache):

@@ -1,4 +1,4 @@
-"""A checkpoint: its source, its local folder, and its open files, checked by their headers alone.
+"""A checkpoint: its source, its local folder, and its open files, checked by their headers.
 
 Only safetensors are read. A ``.bin`` checkpoint is a pickle, which runs code when it is opened, and is refused.
 """

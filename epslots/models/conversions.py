@@ -65,6 +65,11 @@ class TensorSource:
     part: int = 0
     parts: int = 1
 
+    def take_part(self, found: MatchedKey, part: int) -> None:
+        """Enter one more key, of which the tensor takes one of the converter's results."""
+        self.add(found)
+        self.converter, self.part, self.parts = found.converter, part, len(found.targets)
+
     def add(self, found: MatchedKey) -> None:
         """Enter one more key."""
         self.keys[found.pattern].append(found.key)

@@ -86,8 +86,7 @@ class ExpertReader:
         for found in match_keys(self._checkpoint.tensors, self._conversions, prefix, dict.fromkeys(sources, True)):
             for part, target in enumerate(found.targets):
                 if (source := sources.get(target)) is not None:
-                    source.add(found)
-                    source.converter, source.part, source.parts = found.converter, part, len(found.targets)
+                    source.take_part(found, part)
 
     def read_expert(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         """The tensors of one expert's record by name, without the expert dimension.
@@ -185,7 +184,7 @@ class _OfOneExpert:
 
 
 def pack_layers(checkpoint: Checkpoint, skeleton: PreTrainedModel, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
-    """The layers with their records packed where the checkpoint's quantisation allows it; read from headers alone.
+    """The layers with their records packed where the checkpoint's quantisation allows it; read only from headers.
 
     Args:
         checkpoint: the open checkpoint.
@@ -210,7 +209,8 @@ def form_layers(
     """The layers with all their matrices packed in one kind of form.
 
     Args:
-        skeleton, layers: as of ``pack_layers``.
+        skeleton: the model's structure, on the meta device.
+        layers: the MoE layers, from the skeleton.
         form_of: the form of a matrix of so many rows and columns.
     """
     transposed = [bool(skeleton.get_submodule(layer.name).is_transposed) for layer in layers]

@@ -2,7 +2,7 @@
 
 transformers routes the experts of most MoE models through one interface: ``fn(experts_module, hidden_states, top_k_index,
 top_k_weights)``, chosen by name. epslots registers itself there. The experts' weights never become parameters of the model: a
-subclass made on the fly removes them before anything is loaded, so that transformers loads the dense part alone.
+subclass made on the fly removes them before anything is loaded, so that transformers loads only the dense part.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _is_outside_interface(module: nn.Module) -> bool:
 
 
 def expert_layers(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
-    """The model's MoE layers in order, from its structure alone; the model may be on the meta device.
+    """The model's MoE layers in order, only from its structure; the model may be on the meta device.
 
     Raises:
         UnsupportedModelError: there are none, or some experts don't go through transformers' interface.

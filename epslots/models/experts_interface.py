@@ -221,7 +221,7 @@ def _sort_by_expert(router: Any, hidden_TH: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def _multiply_by_expert(linear: Any, rows_NH: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    if rows_NH.is_meta:  # torch's rule for its shape takes bf16 alone
+    if rows_NH.is_meta:  # torch's rule for its shape takes only bf16
         return rows_NH.new_empty(len(rows_NH), linear.output_size)
     return nn.functional.grouped_mm(rows_NH, linear.weight.transpose(1, 2), offs=ends_E)
 

@@ -46,7 +46,7 @@ class HostMemoryPlan(msgspec.Struct, frozen=True):
 
     @property
     def disk_bytes(self) -> int:
-        """Experts that are on disk alone."""
+        """Experts that are only on disk."""
         return self.memory.shape.expert_bytes - self.ram_bytes
 
     @property

@@ -196,21 +196,12 @@ _PUBLISHED = {
 }
 
 KNOWN_SHAPES: dict[str, str] = {name: published.source for name, published in _PUBLISHED.items()}
-"""The names that ``known_shape`` takes, each with the source of its numbers."""
-
-
-def known_shape(name: str, dtype: str = "bfloat16") -> ModelShape:
-    """The shape of a well-known model, with all weights in ``dtype``.
-
-    Raises:
-        ConfigError: no model of that name is known, or no such dtype.
-    """
-    return known_model(name, dtype)[0]
+"""The names that ``known_model`` takes, each with the source of its numbers."""
 
 
 @functools.cache
 def known_model(name: str, dtype: str = "bfloat16", attention: str | None = None) -> tuple[ModelShape, PreTrainedModel]:
-    """The shape of a well-known model, and its skeleton.
+    """The shape of a well-known model with all weights in ``dtype``, and its skeleton.
 
     Args:
         attention: transformers' implementation, by its name; None = the model's own choice.

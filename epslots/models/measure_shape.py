@@ -197,7 +197,7 @@ def run_without_experts(
         all_rows = cast(Any, meta_config).patch(meta_nonzero_assume_all_nonzero=True)
         with torch.no_grad(), all_rows, MetaRun():
             ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
-            # The decoder alone: its surroundings turn images into embeddings, and hidden states into logits.
+            # Only the decoder: its surroundings turn images into embeddings, and hidden states into logits.
             decoder = cast(Any, model).get_decoder()
             return decoder(input_ids=ids, use_cache=True, return_dict=True).past_key_values
     finally:

@@ -8,7 +8,7 @@ unpacking        one matrix at a time, where slots hold experts packed
 predictor        its weights, and the rows that it remembers
 captured steps   what CUDA graphs of decoding steps keep: activations, and each graph's logits (``captured_sizes.py``)
 communication    NCCL's buffers, on GPUs of several ranks
-reserve          the rest of the forward pass (attention), allocator fragmentation, the device's context
+reserve          the rest of the forward pass (attention), hand-overs' pieces, allocator fragmentation, the context
 """
 
 from __future__ import annotations
@@ -34,6 +34,26 @@ NCCL_BYTES = 1024**3
 _FP32_BYTES = ITEM_BYTES["float32"]
 
 
+class PlannedDevice(msgspec.Struct, frozen=True, kw_only=True):
+    """A rank's device, as far as its memory is planned.
+
+    Attributes:
+        kind: "cpu" or "cuda".
+        memory_bytes: memory of the rank; None = unknown, and everything fits.
+        memory_note: the origin of ``memory_bytes``, for messages.
+        reserve_bytes: kept free; None = ``default_reserve``.
+        captures: whether the layers' work can be captured on a GPU: above all their products (``product_choice.py``).
+        fetches: whether a GPU can fetch experts by itself: the host store is in memory, and will be pinned.
+    """
+
+    kind: str = "cpu"
+    memory_bytes: int | None = None
+    memory_note: str = "memory of one rank"
+    reserve_bytes: int | None = None
+    captures: bool = True
+    fetches: bool = True
+
+
 class MemoryPlan(msgspec.Struct, frozen=True):
     """One rank's memory, item by item; made by ``plan_memory``.
 
@@ -41,29 +61,30 @@ class MemoryPlan(msgspec.Struct, frozen=True):
         shape: the model.
         setting: the ``slots`` setting that was asked for.
         quotas: slots of each MoE layer by that setting.
-        memory_bytes: memory of the rank; None = unknown, and everything fits.
+        device: of the rank.
         ranks: ranks that share the experts among them.
-        device: the kind of device, "cpu" or "cuda".
         engine: requests and tokens that there is room for.
-        reserve_bytes: kept free.
         predictor_bytes: of the prefetchers' predictor (``prefetch.setup.planned_bytes``).
-        capturable: whether the layers' work can be captured on that device: above all their products (``product_choice.py``).
-        gpu_fetches: whether a GPU can fetch experts by itself: the host store is in memory, and will be pinned.
-        memory_note: the origin of ``memory_bytes``, for messages.
     """
 
     shape: ModelShape
     setting: SlotsSetting
     quotas: tuple[int, ...]
-    memory_bytes: int | None
+    device: PlannedDevice
     ranks: int
-    device: str
     engine: EngineConfig
-    reserve_bytes: int
     predictor_bytes: int = 0
-    capturable: bool = True
-    gpu_fetches: bool = True
-    memory_note: str = "memory of one rank"
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Memory of the rank; None = unknown, and everything fits."""
+        return self.device.memory_bytes
+
+    @property
+    def reserve_bytes(self) -> int:
+        """Kept free."""
+        given = self.device.reserve_bytes
+        return default_reserve(self.memory_bytes) if given is None else given
 
     @property
     def slot_bytes(self) -> int:
@@ -122,11 +143,11 @@ class MemoryPlan(msgspec.Struct, frozen=True):
     @property
     def captured_sizes(self) -> CapturedSizes:
         """The decoding steps that the engine captures."""
-        on_one_gpu = self.device == "cuda" and self.ranks == 1
-        captures = on_one_gpu and self.capturable and self.engine.capture and self.shape.capture_obstacle is None
+        on_one_gpu = self.device.kind == "cuda" and self.ranks == 1
+        captures = on_one_gpu and self.device.captures and self.engine.capture and self.shape.capture_obstacle is None
         rows = self.engine.max_requests if captures else 0
         if self.served_tokens is not None:
-            rows = min(rows, self.served_tokens) if self.gpu_fetches else 0
+            rows = min(rows, self.served_tokens) if self.device.fetches else 0
         return CapturedSizes(rows, self.engine.planned_tokens)
 
     @property
@@ -138,7 +159,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
     @property
     def communication_bytes(self) -> int:
         """Bytes that NCCL takes after the plan is made, when ranks connect and first exchange."""
-        return NCCL_BYTES if self.device == "cuda" and self.ranks > 1 else 0
+        return NCCL_BYTES if self.device.kind == "cuda" and self.ranks > 1 else 0
 
     @property
     def fixed_bytes(self) -> int:
@@ -188,59 +209,36 @@ class MemoryPlan(msgspec.Struct, frozen=True):
 def plan_memory(
     shape: ModelShape,
     setting: SlotsSetting,
+    device: PlannedDevice,
     *,
-    memory_bytes: int | None,
     ranks: int = 1,
-    device: str = "cpu",
     engine: EngineConfig | None = None,
-    reserve_bytes: int | None = None,
     predictor_bytes: int = 0,
-    capturable: bool = True,
-    gpu_fetches: bool = True,
-    memory_note: str = "memory of one rank",
 ) -> MemoryPlan:
     """Plan one rank's memory. A plan that doesn't fit is returned: ``memory_report.check_fits`` refuses it.
 
     Args:
         shape: the model.
         setting: the slots asked for; auto takes the memory that is left, up to all experts, and at least one per layer.
-        memory_bytes: memory of a rank; None = unknown.
-        ranks: ranks that share the experts; each has the memory above and holds the same number of slots.
-        device: the kind of device, "cpu" or "cuda".
+        device: of each rank.
+        ranks: ranks that share the experts; each has such a device and holds the same number of slots.
         engine: requests and tokens to have room for; by default those of ``EngineConfig``.
-        reserve_bytes: memory to keep free; None = ``default_reserve``.
         predictor_bytes: of the prefetchers' predictor.
-        capturable: on a GPU, whether decoding steps may be captured.
-        gpu_fetches: whether a GPU can fetch experts by itself, from a store in memory.
-        memory_note: the origin of ``memory_bytes``, for messages.
 
     Raises:
         ConfigError: a number is out of range, there are more slots per layer than experts, or the model's cache and experts
             can't exchange memory.
         DoesNotFitError: slots were given in bytes that don't hold one slot of every layer.
     """
-    _check_at_least(0, memory_bytes=memory_bytes, reserve_bytes=reserve_bytes)
+    _check_at_least(0, memory_bytes=device.memory_bytes, reserve_bytes=device.reserve_bytes)
     _check_at_least(1, ranks=ranks)
     assert shape.layers, "a model without experts has no use for slots"
     engine = EngineConfig() if engine is None else engine
     if engine.exchanges_memory and (obstacle := exchange_obstacle(shape)) is not None:
         raise ConfigError(f"kv_tokens='auto': {shape.name} can't exchange memory, because {obstacle}; allowed: a number")
-    plan = MemoryPlan(
-        shape=shape,
-        setting=setting,
-        quotas=(1,) * len(shape.layers),
-        memory_bytes=memory_bytes,
-        ranks=ranks,
-        device=device,
-        engine=engine,
-        reserve_bytes=default_reserve(memory_bytes) if reserve_bytes is None else reserve_bytes,
-        predictor_bytes=predictor_bytes,
-        capturable=capturable,
-        gpu_fetches=gpu_fetches,
-        memory_note=memory_note,
-    )
-    if setting.is_auto and memory_bytes is not None:
-        return _with_auto_slots(plan, memory_bytes)
+    plan = MemoryPlan(shape, setting, (1,) * len(shape.layers), device, ranks, engine, predictor_bytes)
+    if setting.is_auto and device.memory_bytes is not None:
+        return _with_auto_slots(plan, device.memory_bytes)
     return msgspec.structs.replace(plan, quotas=resolve_quotas(setting, shape.layers, None))
 
 

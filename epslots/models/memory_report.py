@@ -78,7 +78,7 @@ def check_fits(plan: MemoryPlan) -> None:
     rows = [
         *plan_items(plan),
         ("needed", plan.total_bytes, ""),
-        ("available", plan.memory_bytes, plan.memory_note),
+        ("available", plan.memory_bytes, plan.device.memory_note),
         ("short of", -plan.free_bytes, ""),
     ]
     table = "\n".join(f"  {name:14}{format_bytes(size):>11}  {note}".rstrip() for name, size, note in rows)

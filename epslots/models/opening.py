@@ -1,4 +1,4 @@
-"""Opens a checkpoint and checks it against its model by headers alone; then loads the dense part."""
+"""Opens a checkpoint and checks it against its model by its headers; then loads the dense part."""
 
 from __future__ import annotations
 

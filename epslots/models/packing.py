@@ -1,4 +1,4 @@
-"""How experts of a quantised checkpoint stay packed in records and slots, found from its headers alone.
+"""How experts of a quantised checkpoint stay packed in records and slots, found only from its headers.
 
 A tensor of an experts module can stay packed if it is made of quantised matrices of single experts that are at most joined by
 their rows (gate and up), or of one tensor of all experts (gpt-oss). All else, such as transposing, interleaving or dealing

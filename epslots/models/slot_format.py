@@ -38,7 +38,9 @@ def choose_slot_format(
 
     Args:
         config: its ``slot_format`` and ``expert_format``.
-        checkpoint, skeleton, layers: as for ``pack_layers``.
+        checkpoint: the open checkpoint.
+        skeleton: the model's structure, on the meta device.
+        layers: the MoE layers, from the skeleton.
         device: kind of device that computes, ``"cpu"`` or ``"cuda"``.
 
     Raises:

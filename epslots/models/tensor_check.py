@@ -1,4 +1,4 @@
-"""Compares a checkpoint's tensors with the model's, by their headers alone.
+"""Compares a checkpoint's tensors with the model's, by nothing but headers.
 
 transformers loads the tensors that it can use and reports the others afterwards, as a warning. Here its rules are followed
 before a weight is read, and each unused tensor is judged:

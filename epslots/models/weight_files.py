@@ -40,7 +40,7 @@ class WeightFiles:
 
 
 def find_weight_files(folder: Path, variant: str | None = None) -> WeightFiles:
-    """The files to read, by names and the index alone.
+    """The files to read, only by names and the index.
 
     Raises:
         CheckpointError: there are none, some that the index names are missing, or there are two sets of weights.

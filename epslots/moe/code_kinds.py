@@ -4,12 +4,13 @@
 
 Codes of 4 bits are looked up in a register where the processor can (AVX-512): in a table of a block's sixteen weights. Others
 yield the code's value over a power of two, ``factor``, which enters the scale: the float's bits are moved into those of a
-float16, which is converted exactly. To add a kind, add an entry in ``KINDS``.
+float16, which is converted exactly; or both bytes of a bfloat16 are looked up (``words``). To add a kind, add an entry in
+``KINDS``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ _HALF = ir.HalfType()
 # Columns whose codes are read at once.
 RUN = 2 * LANES
 _LOOKS_UP = code.host_has("avx512f")
+_LOOKS_UP_BYTES = code.host_has("avx512vbmi")
 # E2M1's magnitudes by code.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -35,8 +37,8 @@ class CodeKind(NamedTuple):
         middle: the zero of blocks that have none.
         read: the numbers of a run of codes less their zero (all lanes), as two vectors in the order of columns.
         table: the numbers of all codes less a zero; None if they aren't looked up.
-        words: bfloat16 numbers, two vectors' width each, whose sums are those of a run; None if they are looked up.
-        few: rows up to which it takes less time to multiply with codes than to unpack them (Zen 4).
+        words: a vector of bfloat16 numbers for the run of codes at each of two addresses; None if there is a table, or the
+            processor can't look up bytes (AVX512-VBMI).
     """
 
     nibbles: bool
@@ -44,8 +46,7 @@ class CodeKind(NamedTuple):
     middle: float
     read: Callable[[Any, Value, Value], list[Value]]
     table: Callable[[Any, Value], Value] | None = None
-    words: Callable[[Any, Value], list[Value]] | None = None
-    few: int = 2
+    words: Callable[[Any, Sequence[Value]], list[Value]] | None = None
 
 
 def _e4m3(b: Any, codes: Value, lanes: int) -> list[Value]:
@@ -73,34 +74,63 @@ def _read_int8(b: Any, address: Value, zero: Value) -> list[Value]:
     return [b.sitofp(b.sext(half, code.vector(I32)), code.vector(F32)) for half in stored]
 
 
-def _words_e4m3(b: Any, address: Value) -> list[Value]:
-    """The exponent of a bfloat16 is larger by 120, and ``factor`` takes 8; denormal numbers are looked up, by three bits."""
-    codes = code.load(b, address, code.vector(I8, RUN))
-    is_nan = b.icmp_unsigned("==", b.or_(codes, code.constant(I8, 128, RUN)), code.constant(I8, 255, RUN))
-    wide = b.sext(codes, code.vector(I16, RUN))
-    bits = b.add(b.and_(b.shl(wide, _word(4)), _word(0x7F0)), _word(112 << 7))
-    table = ir.Constant(code.vector(I16, RUN), [_bfloat16_bits(2.0**-17 * (number % 8)) for number in range(RUN)])
-    is_denormal = b.icmp_unsigned("==", b.and_(wide, _word(0x78)), _word(0))
-    bits = b.select(is_denormal, code.look_up_words(b, table, wide), bits)
-    bits = b.select(is_nan, _word(0x7FC0), b.or_(bits, b.and_(wide, _word(0x8000))))
-    return [b.bitcast(bits, BF16_PAIRS)]
+def _words_e4m3(b: Any, addresses: Sequence[Value]) -> list[Value]:
+    codes = _in_eights(b, addresses)
+    return _signed_words(b, codes, *(code.look_up_bytes(b, tables, codes) for tables in _E4M3_BYTES))
 
 
-def _words_int8(b: Any, address: Value) -> list[Value]:
-    """128 plus the lower seven bits, and less 128 or 256: the spacing of bfloat16 numbers is one there."""
-    wide = b.zext(code.load(b, address, code.vector(I8, RUN)), code.vector(I16, RUN))
-    low = b.or_(b.and_(wide, _word(0x7F)), _word(0x4300))
-    high = b.or_(b.and_(wide, _word(0x80)), _word(0xC300))
-    return [b.bitcast(low, BF16_PAIRS), b.bitcast(high, BF16_PAIRS)]
+def _words_int8(b: Any, addresses: Sequence[Value]) -> list[Value]:
+    """-128 has the index of 0, and the same low byte."""
+    codes = _in_eights(b, addresses)
+    magnitudes = b.select(b.icmp_signed("<", codes, _byte(0)), b.neg(codes), codes)
+    low, high = (code.look_up_bytes(b, tables, magnitudes) for tables in _INT8_BYTES)
+    is_least = b.icmp_unsigned("==", codes, _byte(128))
+    return _signed_words(b, codes, low, b.select(is_least, _byte(_bfloat16_bits(128.0) >> 8), high))
 
 
-def _word(value: int) -> Value:
-    return code.constant(I16, value, RUN)
+def _in_eights(b: Any, addresses: Sequence[Value]) -> Value:
+    """The runs of codes at two addresses in one vector, by turns eight of each: as ``_signed_words`` takes them."""
+    first, second = (code.load(b, address, code.vector(I8, RUN)) for address in addresses)
+    return _bytes_of(
+        b, first, second, [RUN * side + 8 * part + lane for part in range(4) for side in range(2) for lane in range(8)]
+    )
+
+
+def _signed_words(b: Any, codes: Value, low: Value, high: Value) -> list[Value]:
+    """Numbers by both bytes of their magnitudes, with the codes' signs: those of each run in a vector."""
+    high = b.or_(high, b.and_(codes, _byte(128)))
+    # An instruction's order, which pairs the bytes of each eight.
+    places = [16 * part + lane + 2 * RUN * byte for part in range(4) for lane in range(8) for byte in range(2)]
+    return [b.bitcast(_bytes_of(b, low, high, [8 * side + place for place in places]), BF16_PAIRS) for side in range(2)]
+
+
+def _bytes_of(b: Any, first: Value, second: Value, places: Sequence[int]) -> Value:
+    return b.shuffle_vector(first, second, ir.Constant(code.vector(I32, 2 * RUN), list(places)))
+
+
+def _byte(value: int) -> Value:
+    return code.constant(I8, value, 2 * RUN)
+
+
+def _byte_tables(numbers: Sequence[float]) -> list[list[Value]]:
+    """The low bytes of 128 bfloat16 numbers in two vectors, and the high ones."""
+    words = [_bfloat16_bits(number) for number in numbers]
+    halves, kind = (words[: 2 * RUN], words[2 * RUN :]), code.vector(I8, 2 * RUN)
+    return [[ir.Constant(kind, [word >> shift & 255 for word in half]) for half in halves] for shift in (0, 8)]
 
 
 def _bfloat16_bits(value: float) -> int:
     """Of a number that is one."""
     return int(np.float32(value).view(np.uint32)) >> 16
+
+
+def _e4m3_magnitude(bits: int) -> float:
+    exponent, rest = divmod(bits, 8)
+    return float("nan") if bits == 127 else (rest / 8 + (exponent > 0)) * 2.0 ** (max(exponent, 1) - 7)
+
+
+_E4M3_BYTES = _byte_tables([_e4m3_magnitude(bits) / 2**8 for bits in range(128)])
+_INT8_BYTES = _byte_tables([float(number) for number in range(128)])
 
 
 def _nibbles(b: Any, address: Value) -> list[Value]:
@@ -133,8 +163,8 @@ def _table_e2m1(b: Any, zero: Value) -> Value:
 
 E4M3, INT8, INT4, E2M1 = range(4)
 KINDS: dict[int, CodeKind] = {
-    E4M3: CodeKind(False, 2.0**8, 0.0, _read_e4m3, words=_words_e4m3, few=8),
-    INT8: CodeKind(False, 1.0, 0.0, _read_int8, words=_words_int8),
+    E4M3: CodeKind(False, 2.0**8, 0.0, _read_e4m3, words=_words_e4m3 if _LOOKS_UP_BYTES else None),
+    INT8: CodeKind(False, 1.0, 0.0, _read_int8, words=_words_int8 if _LOOKS_UP_BYTES else None),
     INT4: CodeKind(True, 1.0, 8.0, _read_int4, _table_int4 if _LOOKS_UP else None),
     E2M1: CodeKind(True, 1.0 if _LOOKS_UP else 2.0**14, 0.0, _read_e2m1, _table_e2m1 if _LOOKS_UP else None),
 }

@@ -54,12 +54,7 @@ class CpuExperts:
         layer: the layer's number in the store.
         device: the source of rows and the target of results.
         gemm: the class that computes: ``GroupedGemm``, or ``BatchInvariantGemm`` for a batch-invariant model.
-
-    Attributes:
-        host_wait: how the host waits for rows. A group sets its transport's.
     """
-
-    host_wait: HostWait = staticmethod(wait_until)
 
     def __init__(
         self,
@@ -78,6 +73,11 @@ class CpuExperts:
         module = module if device.type == "cpu" else on_cpu(module)
         self._kernel = gemm(module, self._one_of(shapes))
         self.dtype, self.hidden_size = self._kernel.dtype, self._kernel.hidden_size
+        self._host_wait: HostWait = wait_until
+
+    def wait_by(self, host_wait: HostWait) -> None:
+        """Let the host wait for rows as a group's transport does, from now on."""
+        self._host_wait = host_wait
 
     def begin(self, rows_JH: torch.Tensor, ids_M: torch.Tensor, experts: Sequence[int], pairs: Sequence[int]) -> CpuRows:
         """Gather the rows of the pairs of these experts. On CUDA everything is queued, and nothing waits.
@@ -109,7 +109,7 @@ class CpuExperts:
             CorruptExpertError: a record differs from its digest.
         """
         if begun.arrived is not None:
-            self.host_wait(begun.arrived.query)
+            self._host_wait(begun.arrived.query)
         computed_PH = torch.empty(begun.rows_PH.shape, dtype=self.dtype, device="cpu")
         start = 0
         for expert, pairs in begun.experts:

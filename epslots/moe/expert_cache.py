@@ -157,6 +157,15 @@ class ExpertCache:
         self._loader.fetch(self.pool_layer, experts, slots, displaced, urgent=False)
         self._telemetry.count(self._index, prefetches=len(experts))
 
+    def unbegun(self, experts: IntArray) -> int:
+        """How many of these prefetches, counted from the last, the link hasn't begun: experts, int64 [any number]."""
+        return self._loader.unbegun(self.slot_of_E[experts]) if self._loader.any_in_flight else 0
+
+    def take_back(self, experts: IntArray) -> None:
+        """Empty the slots of prefetches: experts, int64 [any number]."""
+        self._loader.take_back(self.pool_layer, experts)
+        self._telemetry.count(self._index, dropped=len(experts))
+
     def migrate(self, plan: RankPlan, *, agreed: bool) -> None:
         """Do this rank's part of the step's migrations, behind its demand.
 
@@ -188,7 +197,7 @@ class ExpertCache:
             self._loader.wait(np.arange(self.slot_range.start, self.slot_range.stop))
 
     def confirm_copies(self) -> None:
-        """Copies from peers, in any layer, have arrived: counts that were queued behind them have come to the host."""
+        """Note that copies from peers, in any layer, have arrived: counts queued behind them are on the host."""
         self._loader.confirm()
 
 

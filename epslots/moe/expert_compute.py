@@ -1,8 +1,7 @@
 """The arithmetic of one layer's experts on one rank: rows and expert ids in, results out.
 
-Rows are sorted by the slot of their expert, so one grouped product goes through all experts of a pass. ``MoELayer`` calls
-``execute`` where every expert is in a slot, else ``compute``. A row's *key* is its expert's slot, in a step of several passes
-plus (pass * Q).
+Rows are sorted by the slot of their expert, so one grouped product goes through all experts of a pass. A row's *key* is its
+expert's slot, in a step of several passes plus (pass * Q).
 
 Legend of shape suffixes: T rows given, N = T * K (row, k) pairs, E experts, Q slots of the layer, H hidden size.
 """
@@ -25,6 +24,7 @@ from epslots.moe.pair_loops import pair_kernels_for_cpu, scatter_rows
 from epslots.moe.token_dispatcher import Dispatch
 from epslots.planner.plan import RankPlan
 from epslots.telemetry import Telemetry
+from epslots.transport.host_wait import HostWait
 
 
 class ExpertCompute:
@@ -75,6 +75,19 @@ class ExpertCompute:
         hidden_TH = torch.zeros(0, hidden_size, dtype=self.dtype, device=device)
         return hidden_TH, torch.zeros(0, 1, dtype=torch.int64, device=device), torch.zeros(0, 1, device=device)
 
+    def wait_by(self, host_wait: HostWait) -> None:
+        """Let the host wait for rows as a group's transport does, from now on."""
+        if self.cpu is not None:
+            self.cpu.wait_by(host_wait)
+
+    def decide(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, tokens_X: torch.Tensor, uses: torch.Tensor) -> None:
+        """Add the pairs of a step to totals on the device (``PairKernels.add_counts``): there is nothing to decide."""
+        self.pairs.add_counts(ids_N, tokens_X, uses)
+
+    def fetch(self, plan: RankPlan, *, agreed: bool) -> None:
+        """Begin the plan's fetches (``ExpertCache.fetch``)."""
+        self.cache.fetch(plan, agreed=agreed)
+
     def execute(self, routed: Dispatch, plan: RankPlan) -> torch.Tensor:
         """Execute a plan: experts on the CPU beside those in slots.
 
@@ -105,10 +118,6 @@ class ExpertCompute:
         began = time.perf_counter()
         self.cpu.finish(cpu_rows, results_MH)
         self._telemetry.count(self._index, cpu_misses=len(cpu_rows.experts), cpu_s=time.perf_counter() - began)
-
-    def count(self, ids_N: torch.Tensor, tokens_X: torch.Tensor, uses: torch.Tensor) -> None:
-        """Add a step's pairs to totals on the device (``PairKernels.add_counts``)."""
-        self.pairs.add_counts(ids_N, tokens_X, uses)
 
     def execute_resident(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, in_slots: int | None = None) -> torch.Tensor:
         """All pairs in one pass.
@@ -175,6 +184,6 @@ def pair_kernels_for(experts: int, device: torch.device) -> PairKernels:
         return pair_kernels_for_cpu(experts)
     if importlib.util.find_spec("triton") is None:
         return TorchPairKernels(experts, device)
-    from epslots.moe.pair_triton import TritonPairKernels  # optional, and used on GPUs alone
+    from epslots.moe.pair_triton import TritonPairKernels  # optional, and used only on GPUs
 
     return TritonPairKernels(experts, device)

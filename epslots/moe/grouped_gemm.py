@@ -33,7 +33,7 @@ Matmul = Callable[[torch.Tensor, Any, torch.Tensor], torch.Tensor]
 """(rows [N, in], weight [Q, in, out], ends int32 [Q]) to [N, out]: where the rows of each slot end."""
 
 VectorProduct = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(rows, ends) as of ``vector_gemm.product``, to its result, with weights, biases and an activation of its own."""
+"""(rows [N, in] sorted by slot, ends int32 [Q]) to [N, out]: a product with weights, biases and an activation of its own."""
 
 
 class GroupedGemm:
@@ -45,18 +45,18 @@ class GroupedGemm:
     Args:
         module: the experts module; its flags, ``_apply_gate``, ``act_fn`` and ``post_expert_norm`` are used.
         weights: [Q, ...] by the module's parameter names, in the slots' memory.
+        waits_for_host: whether each call waits for the host, so that no step can be captured; also an attribute.
 
     Attributes:
         dtype: of the weights and the results.
         hidden_size: H.
         batch_invariant: whether each row's bits are independent of the other rows.
-        waits_for_host: whether each call waits for the host, so that no step can be captured (``product_choice.py``).
     """
 
     batch_invariant: ClassVar[bool] = False
-    waits_for_host: bool = False
 
-    def __init__(self, module: Any, weights: Mapping[str, Weight]) -> None:
+    def __init__(self, module: Any, weights: Mapping[str, Weight], *, waits_for_host: bool = False) -> None:
+        self.waits_for_host = waits_for_host
         self._module = module
         self._fused = _fused_activation(module)
         self.use(weights)

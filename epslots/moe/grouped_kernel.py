@@ -1,6 +1,6 @@
 """Grouped matrix multiplication of rows sorted by slot, as Triton kernels for every GPU. Optional: needs ``triton``.
 
-torch's own is fast for bf16 on some GPUs alone (``product_choice.py``); elsewhere it waits for the host and loops over all
+torch's own is fast only for bf16 on some GPUs (``product_choice.py``); elsewhere it waits for the host and loops over all
 slots. Here ``list_tiles`` lists the blocks of rows of the slots that have any, and ``multiply`` computes the listed blocks,
 reading the slots in place. Both launch the same grids for any routing, and never ask the host: they can be captured.
 

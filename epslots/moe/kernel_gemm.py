@@ -70,7 +70,7 @@ class Tiles:
 
 
 def tile_rows(rows: int, slots: int) -> int:
-    """Rows of a tile, from shapes alone. A power of two, about the rows of a slot if all slots get some."""
+    """Rows of a tile, only from shapes. A power of two, about the rows of a slot if all slots get some."""
     each = -(-rows // max(1, min(rows, slots)))
     return min(_MOST_ROWS, max(_LEAST_ROWS, 1 << (each - 1).bit_length()))
 

@@ -6,11 +6,12 @@
                fetches and passes (expert_cache.py)
     fetch      missing experts into slots, from the host store or a peer's slot; behind them the next layer's (prefetcher.py)
     dispatch   tokens to the ranks that compute them (token_dispatcher.py)
-    execute    sort the pairs by slot; one grouped product for each pass (expert_compute.py)
-    combine    results back to their tokens; weight and sum over k, in fp32 and in fixed order
-    migrate    behind all that, fetches for the placement's sake (expert_cache.py)
+    execute    sort the pairs by slot; one grouped product for each pass (expert_compute.py); results back to their tokens
+    migrate    behind the step's demand, fetches for the placement's sake (expert_cache.py)
+    combine    weight and sum over k, in fp32 and in fixed order
 
-One rank and many go the same way. Where no expert can be missing on any rank, a step has no plan and no host synchronisation.
+All layers go this way, on one rank and on many. A batch has no counts where no expert can be missing on any rank, or where the
+device decides about slots: then ranks exchange nothing, the plan is ``ALL_RESIDENT``, and the host waits for nothing.
 
 Glossary: a *pair* is one (token, k). A *slot* holds one expert's weights on the device; *residents* are the experts in slots.
 A rank *hits* a resident expert and *misses* another; some residents are *evicted* for fetches. A *pass* is one grouped product
@@ -31,11 +32,10 @@ import numpy as np
 import torch
 
 from epslots.arrays import BoolArray, IntArray
-from epslots.device_copy import to_host
 from epslots.errors import ConfigError
 from epslots.moe.expert_cache import ExpertCache
 from epslots.moe.expert_compute import ExpertCompute
-from epslots.moe.peers import Alone, Peers
+from epslots.moe.peers import NOTHING_GATHERED, Alone, Peers, gather_alone
 from epslots.moe.prefetcher import Prefetcher, PrefetchTarget
 from epslots.moe.token_dispatcher import Dispatch, LocalDispatch, dispatch
 from epslots.moe.token_room import TokenRoom
@@ -43,11 +43,11 @@ from epslots.planner.cache_policy import Policy, learns
 from epslots.planner.cpu_offload import CpuShare
 from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
 from epslots.planner.layer_state import LayerState
-from epslots.planner.plan import RankPlan
+from epslots.planner.plan import ALL_RESIDENT, RankPlan
 from epslots.planner.reuse_distance import stack_distances
 from epslots.planner.use_history import UseHistory, note_use, used_experts
 from epslots.telemetry import Telemetry
-from epslots.transport.lockstep import Gathered
+from epslots.transport.lockstep import Gathered, LinkState
 
 # One step in so many is sampled for stack distances; the layers take turns.
 REUSE_EVERY = 16
@@ -56,15 +56,22 @@ RouteObserver = Callable[[int, torch.Tensor], None]
 """Called with (layer index, top_k_index [T, K]) for every step; must not change it."""
 
 
-class ResidentExperts(Protocol):
-    """Computes pairs whose experts are all in slots when they are computed."""
+class Executor(Protocol):
+    """Carries out a layer's plans: ``ExpertCompute``, or ``DeviceExperts`` while the slots are lent to it."""
 
-    def count(self, ids_N: torch.Tensor, tokens_X: torch.Tensor, uses: torch.Tensor) -> None:
-        """Add a step's pairs to totals on the device (``PairKernels.add_counts``)."""
+    def decide(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, tokens_X: torch.Tensor, uses: torch.Tensor) -> None:
+        """Add the pairs of a step without counts to totals on the device (``PairKernels.add_counts``).
+
+        The layer's plan is ``ALL_RESIDENT``. Where experts may be missing all the same, the device decides about its slots.
+        """
         ...
 
-    def execute_resident(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
-        """Each pair's result, [N, H]."""
+    def fetch(self, plan: RankPlan, *, agreed: bool) -> None:
+        """Begin the step's fetches. ``agreed`` as in ``Transport.exchange``."""
+        ...
+
+    def execute(self, routed: Dispatch, plan: RankPlan) -> torch.Tensor:
+        """The results of the pairs that are here, [M, H]."""
         ...
 
 
@@ -75,7 +82,7 @@ class Batch(msgspec.Struct, frozen=True):
         hidden_TH, weights_TK: the hidden states, and the router's weights.
         ids_N: int64, the expert of each pair; those without weights are E.
         counts: int64 [E + 1] on the device, pairs of each expert; the last entry counts those without weights. None where
-            no expert can be missing: no plan uses them.
+            the host needs none to plan: no expert can be missing on any rank, or the device decides.
         usage: int32 on the device, how likely the next layer uses each expert, 0 to 255; None = not predicted.
     """
 
@@ -101,9 +108,9 @@ class MoELayer:
         cache: this rank's slots of the layer.
         planner: plans the layer's steps.
         steps: steps that ``history`` counts; the same on all ranks of a group, as ``history`` is.
+        complete: whether no expert can be missing, on any of the ranks.
         prefetch_target: this layer as the one before sees it.
         prefetcher: predicts for the next layer; None where nothing is predicted.
-        room: divides steps that exceed the memory, on all ranks alike; None = no step does.
     """
 
     def __init__(
@@ -114,16 +121,16 @@ class MoELayer:
         self.history, self.steps = history, 0
         self._observer: RouteObserver | None = None
         self.prefetcher: Prefetcher | None = None
-        self.room: TokenRoom | None = None
+        self._room: TokenRoom | None = None
         self.policy, self._learns = policy, learns(policy)
         self._telemetry = telemetry
         self._num_experts, self._device = self.cache.num_experts, self.cache.pool.device
+        self._computes_now = self._device.type == "cpu"  # a GPU computes later than its host asks
         self._no_tokens = experts.no_tokens()
         self._peers: Peers = Alone()
         self.planner = plan_alone(self.cache)
         self.prefetch_target = PrefetchTarget(self.cache, self.scores, self.planner)
-        self._resident: ResidentExperts | None = None
-        self._lent_by: tuple[ResidentExperts | None, Prefetcher | None] | None = None
+        self._executor: Executor = experts
         self.form(self._peers, self.planner, complete=self.cache.holds_all)
 
     def form(self, peers: Peers, planner: LayerPlanner, *, complete: bool) -> None:
@@ -134,14 +141,25 @@ class MoELayer:
         Args:
             complete: whether no expert will ever be missing on any of the ranks: then each computes its own tokens.
         """
-        self._peers, self.planner, self.prefetch_target.planner = peers, planner, planner
-        if self.experts.cpu is not None and peers.transport is not None:
-            self.experts.cpu.host_wait = peers.transport.wait_until
-        self._resident = self.experts if complete else None
+        self._peers, self.planner, self.complete = peers, planner, complete
+        self._exchanges = not (peers.alone or complete)  # other ranks take part in the layer's steps
+        self.prefetch_target.plan_by(planner)
+        if peers.transport is not None:
+            self.experts.wait_by(peers.transport.wait_until)
+        if complete:  # from now on steps look for no fetch in flight
+            self.cache.wait_for_all()
 
     def prefetch_by(self, prefetcher: Prefetcher) -> None:
         """Predict for the next layer from now on. Layers form a circle, so none is made with it."""
         self.prefetcher = prefetcher
+
+    def divide_by(self, room: TokenRoom) -> None:
+        """Divide steps that exceed the memory from now on, on all ranks alike."""
+        self._room = room
+
+    def continue_from(self, steps: int) -> None:
+        """Go on from so many steps: ``history`` has been changed elsewhere, and counts them."""
+        self.steps = steps
 
     def observe(self, observer: RouteObserver | None) -> None:
         """Show every choice of the router to ``observer`` from now on; None ends it."""
@@ -152,21 +170,20 @@ class MoELayer:
         """Whether ``observe`` is in force."""
         return self._observer is not None
 
-    def lend_slots(self, experts: ResidentExperts) -> None:
-        """Let ``experts`` decide about the layer's slots, compute every step and prefetch, until ``take_slots_back``."""
-        assert self._lent_by is None, "the slots are lent already"
-        self._lent_by = self._resident, self.prefetcher
-        self._resident, self.prefetcher = experts, None
+    def lend_slots(self, executor: Executor) -> None:
+        """Let ``executor`` decide about the layer's slots, compute every step and prefetch, until ``take_slots_back``."""
+        assert not self.slots_are_lent, "the slots are lent already"
+        self._executor = executor
 
     def take_slots_back(self) -> None:
         """Decide about the layer's slots by its own plans again."""
-        assert self._lent_by is not None, "the slots aren't lent"
-        (self._resident, self.prefetcher), self._lent_by = self._lent_by, None
+        assert self.slots_are_lent, "the slots aren't lent"
+        self._executor = self.experts
 
     @property
     def slots_are_lent(self) -> bool:
         """Whether ``lend_slots`` is in force."""
-        return self._lent_by is not None
+        return self._executor is not self.experts
 
     def give_slot(self, taker: MoELayer, evicted: int) -> None:
         """Give a slot to a neighbouring layer of the pool.
@@ -203,17 +220,12 @@ class MoELayer:
         if self._peers.alone and not index_TK.numel():
             return torch.zeros_like(hidden_TH)
         self._peers.arrive(self.index)
-        return self._in_parts(self._parts(len(hidden_TH)) if self._decides_alone else 1, hidden_TH, index_TK, weights_TK)
-
-    @property
-    def _decides_alone(self) -> bool:
-        """Whether no other rank takes part in the step."""
-        return self._peers.alone or self._resident is not None
+        return self._in_parts(1 if self._exchanges else self._parts(len(hidden_TH)), hidden_TH, index_TK, weights_TK)
 
     def _parts(self, tokens: int) -> int:
         """Steps to make of so many tokens; predicted experts are those of all rows."""
         approximate = self.prefetcher is not None and self.prefetcher.approximate
-        return 1 if self.room is None or approximate else self.room.parts(tokens)
+        return 1 if self._room is None or approximate else self._room.parts(tokens)
 
     def _in_parts(self, parts: int, *given: torch.Tensor) -> torch.Tensor:
         """So many steps, one after the other; some may have no token."""
@@ -221,30 +233,27 @@ class MoELayer:
             return self._step(*given)
         results = []
         for piece in zip(*(tensor.tensor_split(parts) for tensor in given), strict=True):
-            self._peers.note(exchanging=not self._decides_alone)  # the others wait for all parts
+            self._peers.note(exchanging=self._exchanges)  # the others wait for all parts
             results.append(self._step(*piece))
         return torch.cat(results)
 
     def _step(self, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        began, parts = time.perf_counter(), 1
+        """The phases of one step, on any number of ranks, with or without tokens. No other code runs them."""
+        began = time.perf_counter()
         batch = self.prepare(hidden_TH, index_TK, weights_TK)
         with self.cache.pool.lock:
             self._peers.take_part(self.index)
-            if self._resident is not None:  # no plan, and no host synchronisation
-                results_NH = self.execute_resident(batch, self._resident)
-            elif (parts := (gathered := self.gather(batch)).parts) == 1:
-                plan = self.plan(gathered)
-                self.fetch(plan, batch, gathered)
+            gathered = self.gather(batch)
+            if gathered.parts == 1:
+                plan = self.plan(batch, gathered)
+                self.fetch(plan, gathered)
                 routed = self.dispatch(batch, plan, gathered)
                 results_MH = self.execute(routed, plan)
                 results_NH = routed.send_back(results_MH)
-                self.migrate(plan)
-        seconds = time.perf_counter() - began
-        self._telemetry.count(self.index, layer_s=seconds)
-        if self._resident is not None:
-            self._count_compute(seconds)
-        if parts > 1:  # some rank has no memory for so many tokens at once
-            return self._in_parts(parts, hidden_TH, index_TK, weights_TK)
+                self.migrate(plan, gathered)
+        self._telemetry.count(self.index, layer_s=time.perf_counter() - began)
+        if gathered.parts > 1:  # some rank has no memory for so many tokens at once
+            return self._in_parts(gathered.parts, hidden_TH, index_TK, weights_TK)
         return self.combine(results_NH, batch)
 
     def idle(self) -> None:
@@ -257,62 +266,53 @@ class MoELayer:
         ids_N = index_TK.reshape(-1)
         if self.experts.identity:
             ids_N = ids_N.clamp(max=self._num_experts)
-        counts = self.experts.pairs.count(ids_N) if self._resident is None else None
-        usage = None if self.prefetcher is None else self.prefetcher.predict(hidden_TH, index_TK)
+        lent = self.slots_are_lent
+        counts = None if self.complete or lent else self.experts.pairs.count(ids_N)
+        usage = None if self.prefetcher is None or lent else self.prefetcher.predict(hidden_TH, index_TK)
         return Batch(hidden_TH, ids_N, weights_TK, counts, usage)
 
-    def execute_resident(self, batch: Batch, experts: ResidentExperts) -> torch.Tensor:
-        """A step of a layer whose experts are all in slots: each pair's result, [N, H]."""
-        experts.count(batch.ids_N, *self._telemetry.count_resident(self.index))
-        if not self._peers.alone:  # fetches that began before the group formed may be in flight
-            self.cache.wait_for_all()
-        if batch.usage is None or self.prefetcher is None:
-            return experts.execute_resident(batch.hidden_TH, batch.ids_N)
-        usage, arrived = to_host(batch.usage)  # the next layer may miss
-        if arrived is None:
-            self._prefetch_alone(self.prefetcher, usage)
-        results_NH = experts.execute_resident(batch.hidden_TH, batch.ids_N)
-        # Predictions mostly arrive while the layer's kernels are queued. A guess isn't worth a wait.
-        if arrived is not None and arrived.query():
-            self._prefetch_alone(self.prefetcher, usage)
-        return results_NH
-
-    def _prefetch_alone(self, prefetcher: Prefetcher, usage: torch.Tensor) -> None:
-        prefetcher.fetch(usage.numpy()[None], np.array([self.cache.link_is_busy]), self.cache.pool)
-
     def gather(self, batch: Batch) -> Gathered:
-        """All ranks' counts and predictions, on the host."""
-        assert batch.counts is not None
+        """All ranks' counts and predictions, on the host; without counts this rank's prediction, as soon as it is there."""
+        if batch.counts is None:
+            return NOTHING_GATHERED if batch.usage is None else gather_alone(batch.usage, busy=self.cache.link_is_busy)
         peers, began = self._peers, time.perf_counter()
         peers.note(exchanging=True)
         top_k = batch.weights_TK.shape[1] if batch.ids_N.numel() else 0
         guard = 0 if peers.alone else self.planner.state.digest
         parts = 1 if peers.alone else self._parts(len(batch.hidden_TH))
-        gathered = peers.gather_counts(
-            self.index, batch.counts, top_k, guard, batch.usage, busy=self.cache.link_is_busy, parts=parts
-        )
+        link = LinkState(self.cache.link_is_busy, self.cache.unbegun(self.planner.own_prefetches))
+        gathered = peers.gather_counts(self.index, batch.counts, top_k, guard, batch.usage, link=link, parts=parts)
         if not peers.alone:
             self._telemetry.count(self.index, wait_s=time.perf_counter() - began)
             self.cache.confirm_copies()
         return gathered
 
-    def plan(self, gathered: Gathered) -> RankPlan:
+    def plan(self, batch: Batch, gathered: Gathered) -> RankPlan:
         """Plan the step for all ranks; returns this rank's part, with its passes."""
+        if batch.counts is None:
+            self._executor.decide(batch.hidden_TH, batch.ids_N, *self._telemetry.count_resident(self.index))
+            return ALL_RESIDENT
         planner, counts_RE = self.planner, gathered.counts_R[:, :-1]
         used_E = used_experts(counts_RE)
         if not np.count_nonzero(used_E):  # no rank has tokens
-            return planner.no_work
+            return ALL_RESIDENT
         self._note_uses(used_E, gathered.counts_R[planner.rank])
+        if len(taken := planner.take_back(gathered.unbegun_R, used_E)):
+            self.cache.take_back(taken)
         if planner.alone:
             planner.refresh(self.cache.slot_of_E)
         plan = planner.plan(counts_RE, self.scores)
         self.cache.schedule(plan)
         return plan
 
-    def fetch(self, plan: RankPlan, batch: Batch, gathered: Gathered) -> None:
+    def fetch(self, plan: RankPlan, gathered: Gathered) -> None:
         """Begin this step's fetches, and behind them those for the next layer."""
-        self.cache.fetch(plan, agreed=self._peers.agreed)
-        if batch.usage is not None and self.prefetcher is not None:
+        self._executor.fetch(plan, agreed=self._peers.agreed)
+        if gathered.arrived is None:
+            self._prefetch(gathered)
+
+    def _prefetch(self, gathered: Gathered) -> None:
+        if self.prefetcher is not None and gathered.predicted_R.size:
             self.prefetcher.fetch(gathered.predicted_R, gathered.busy_R, self.cache.pool)
 
     def dispatch(self, batch: Batch, plan: RankPlan, gathered: Gathered) -> Dispatch:
@@ -327,20 +327,20 @@ class MoELayer:
 
     def execute(self, routed: Dispatch, plan: RankPlan) -> torch.Tensor:
         """The results of the pairs that are here, [M, H]."""
-        self._peers.note(exchanging=True, computing=True)
+        self._peers.note(exchanging=self._exchanges, computing=self._exchanges)
         began, stalled_s = time.perf_counter(), self._telemetry.counted(self.index, "stall_s")
-        results_MH = self.experts.execute(routed, plan)
-        self._count_compute(time.perf_counter() - began - self._telemetry.counted(self.index, "stall_s") + stalled_s)
-        self._peers.note(exchanging=True)
+        results_MH = self._executor.execute(routed, plan)
+        if self._computes_now:  # the controller learns the rank's speed
+            seconds = time.perf_counter() - began - self._telemetry.counted(self.index, "stall_s") + stalled_s
+            self._telemetry.count(self.index, compute_s=seconds)
+        self._peers.note(exchanging=self._exchanges)
         return results_MH
 
-    def _count_compute(self, seconds: float) -> None:
-        """Count computing, from which the controller learns the rank's speed. A GPU computes later than its host asks."""
-        if self._device.type == "cpu":
-            self._telemetry.count(self.index, compute_s=seconds)
-
-    def migrate(self, plan: RankPlan) -> None:
-        """Begin this rank's migrations; the step's last exchange."""
+    def migrate(self, plan: RankPlan, gathered: Gathered) -> None:
+        """Begin fetches that no step waits for: late ones for the next layer, and migrations. The step's last exchange."""
+        # Predictions mostly arrive while the layer's kernels are queued. A guess isn't worth a wait.
+        if gathered.arrived is not None and gathered.arrived.query():
+            self._prefetch(gathered)
         self.cache.migrate(plan, agreed=self._peers.agreed)
         self._peers.note(exchanging=False)
 

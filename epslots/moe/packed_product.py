@@ -3,8 +3,9 @@
     weight = round((code - zero) * (group * row))
 
 Many rows have the bits that they have with unpacked slots (``vector_gemm.product``), unless columns are permuted: the same
-loops multiply, and what they read is in a core's cache. For a few rows, codes are multiplied as they are, in pairs of bfloat16
-numbers, and the sums of blocks scaled: only results are rounded. ``cache/unpacking.py`` is the twin.
+loops multiply, and what they read is in a core's cache. For up to eight rows of bfloat16, codes become numbers in registers.
+The sums of blocks are scaled then, if codes have 8 bits or if there is a row or two: only results are rounded.
+``cache/unpacking.py`` is the twin.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class PackedProduct:
         return piece.product if len(self._pieces) == 1 and piece.perm is None else None
 
     def __call__(self, rows_NK: torch.Tensor, ends_Q: torch.Tensor | None = None) -> torch.Tensor:
-        """As of ``vector_gemm.product``; the rows are of the weight's dtype."""
+        """The product for rows of the weight's dtype, sorted by slot; those of slot q end at ``ends_Q[q]``."""
         if len(self._pieces) == 1:
             return self._pieces[0](rows_NK, ends_Q)
         result = torch.cat([piece(rows_NK, ends_Q) for piece in self._pieces], 1)

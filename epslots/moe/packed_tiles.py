@@ -1,13 +1,15 @@
 """The inner loops of products with packed matrices (``code_kinds.py``): one unpacks a row, for products that read it then.
 
-Another multiplies bfloat16 inputs with codes, and the sums of a block with its scale: for a row or two that takes half of the
-time, on processors that multiply pairs of bfloat16 numbers. Weights aren't rounded there.
+Another multiplies up to eight bfloat16 inputs with codes that become numbers in registers, where the processor multiplies
+pairs of these. It scales the sums of a block, so weights aren't rounded. For more than two inputs, where codes are looked up
+in a table, it scales that instead, to the weights of ``unpack_row``.
 
 A row's scales and zeros are written down first, as two floats a block of columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -16,7 +18,7 @@ from numba.extending import intrinsic
 
 from epslots.moe import vector_code as code
 from epslots.moe.code_kinds import KINDS, RUN, SCALES, CodeKind
-from epslots.moe.product_tiles import emits, for_each, looped
+from epslots.moe.product_tiles import ROW_BLOCK, emits, for_each, looped
 from epslots.moe.vector_code import F32, I8, I32, I64, LANES, Value
 from epslots.moe.weight_forms import FORMS, BFloat16PairForm, WeightForm
 
@@ -68,11 +70,11 @@ def _unpack_row(b: Any, halved: int, kind: CodeKind, form: WeightForm, *args: Va
             if rest is not None:
                 stored = b.select(b.icmp_unsigned(">", b.add(column, I64(RUN)), held), rest, stored)
             if table is not None:
-                form.store_looked_up(b, table, stored, code.offset(b, out, column, form.weight_bytes))
+                form.store_looked_up(b, table, stored, code.offset(b, out, column, form.item_bytes), alike=not halved)
                 return []
             numbers = [kind.read(b, stored, middles[half * halved])[half] for half in range(2)]
             values = [b.fmul(*each) for each in zip(numbers, factors, strict=True)]
-            form.store_weights(b, values, code.offset(b, out, column, form.weight_bytes))
+            form.store_weights(b, values, code.offset(b, out, column, form.item_bytes))
             return []
 
         end = b.add(position, width)
@@ -110,64 +112,91 @@ def unpack_row(context, halved, kind, form, codes, ahead, scales, zeros, width, 
     return emits(_unpack_row, halved, kind, form, codes, ahead, scales, zeros, width, columns, held, out, constants=1)
 
 
-_MOST_ROWS = max(kind.few for kind in KINDS.values()) if code.host_has("avx512bf16") else 0
+_HALF = LANES // 2
+_MOST_ROWS = ROW_BLOCK if code.host_has("avx512bf16") else 0
+_TILED = {number: kind for number, kind in KINDS.items() if kind.words is not None or kind.table is not None}
+# Inputs up to which scaling a block's sums takes less time than scaling its table (Zen 4).
+_UNROUNDED = 2
 
 
 def tiled_rows(kind: int) -> int:
     """Inputs up to which ``codes_tile`` multiplies them with codes of a kind; 0 = none."""
-    return min(_MOST_ROWS, KINDS[kind].few)
+    return _MOST_ROWS if kind in _TILED else 0
 
 
 @for_each({rows: rows for rows in range(1, _MOST_ROWS + 1)})
-@for_each(KINDS)
+@for_each(_TILED)
 def _codes_tile(b: Any, halved: int, rows: int, kind: CodeKind, *args: Value) -> None:
-    if rows > kind.few:
-        return
     codes, far, ahead, scales, zeros, width, columns, inputs, row_stride, out, out_stride, out_far = args
     form, starts = BFloat16PairForm(), [codes, b.add(codes, far)]
     starts_x = [code.offset(b, inputs, I64(row), row_stride) for row in range(rows)]
-    scales_far = b.mul(zeros, I64(2))
+    rounds, joins = kind.table is not None and rows > _UNROUNDED, kind.words is not None and not halved
 
     def block(position: Value, scale: Value, *totals: Value) -> list[Value]:
-        places = [[b.add(b.add(scale, far), I64(4 * half * halved)) for half in range(2)] for far in (I64(0), scales_far)]
-        tables = [_table_of(b, form, kind, [b.add(place, zeros) for place in side]) for side in places]
+        sides = scale, b.add(scale, b.mul(zeros, I64(2)))
+        places = [[b.add(side, I64(4 * half * halved)) for half in range(2)] for side in sides]
+        factors = [_splats(b, side) for side in places]
+        tables = [_table(b, kind, _splats(b, [b.add(place, zeros) for place in side])) for side in places]
+        if rounds:
+            tables = [[b.fmul(*each) for each in zip(*both, strict=True)] for both in zip(tables, factors, strict=True)]
+        joined = [form.make_table(b, table) if table else None for table in tables]
 
         def run(column: Value, *sums: Value) -> list[Value]:
-            results = list(sums)
-            x = [form.inputs(b, code.offset(b, start, column, form.row_bytes)) for start in starts_x]
-            for side in range(2):
-                stored = b.add(starts[side], b.lshr(column, I64(1)) if kind.nibbles else column)
-                code.prefetch(b, b.add(stored, ahead))
-                words = [form.looked_up(b, tables[side], stored)] if kind.words is None else kind.words(b, stored)
-                for row in range(rows):
-                    for word in words:
-                        results[2 * row + side] = form.multiply(b, word, x[row], results[2 * row + side])
-            return results
+            x = [form.load_run(b, code.offset(b, start, column, form.item_bytes)) for start in starts_x]
+            stored = [b.add(start, b.lshr(column, I64(1)) if kind.nibbles else column) for start in starts]
+            for at in stored:
+                code.prefetch(b, b.add(at, ahead))
+            if kind.words is None:
+                alike = not halved or tables[0][0] == tables[0][1]
+                words = [form.looked_up(b, *each, alike=alike) for each in zip(joined, stored, strict=True)]
+            else:
+                words = kind.words(b, stored)
+            return [form.multiply(b, words[i % 2], x[i // 2], total) for i, total in enumerate(sums)]
 
-        end, nothing = b.add(position, width), [code.constant(F32, 0.0)] * (2 * rows)
-        last = b.select(b.icmp_unsigned("<", end, columns), end, columns)
-        sums = looped(b, position, I64(RUN), last, nothing, run)
-        factors = [_factor_of(b, side) for side in places]
-        return [b.add(scale, I64(4 << halved)), *(code.fma(b, one, factors[i % 2], totals[i]) for i, one in enumerate(sums))]
+        end = b.add(position, width)
+        last, following = b.select(b.icmp_unsigned("<", end, columns), end, columns), b.add(scale, I64(4 << halved))
+        if rounds:
+            return [following, *looped(b, position, I64(RUN), last, list(totals), run)]
+        sums = looped(b, position, I64(RUN), last, [code.constant(F32, 0.0)] * (2 * rows), run)
+        return [following, *_add_scaled(b, joins, sums, factors, totals)]
 
-    _, *sums = looped(b, I64(0), width, columns, [scales, *[code.constant(F32, 0.0)] * (2 * rows)], block, whole=False)
-    for i, total in enumerate(code.sums_across(b, sums)):
+    zero = [code.constant(F32, 0.0)] * (rows if joins else 2 * rows)
+    _, *totals = looped(b, I64(0), width, columns, [scales, *zero], block, whole=False)
+    for i, total in enumerate(_results(b, joins, totals)):
         place = code.offset(b, out, I64(i // 2), out_stride)
         code.store(b, total, b.add(place, out_far) if i % 2 else place, 4)
 
 
-def _table_of(b: Any, form: BFloat16PairForm, kind: CodeKind, zeros: list[Value]) -> Any:
-    """The table of the codes of both halves of a run; None if codes aren't looked up."""
-    if kind.table is None:
-        return None
-    return form.make_table(b, [kind.table(b, code.splat(b, code.load(b, zero, F32, 4))) for zero in zeros])
+def _splats(b: Any, places: list[Value]) -> list[Value]:
+    return [code.splat(b, code.load(b, place, F32, 4)) for place in places]
 
 
-def _factor_of(b: Any, scales: list[Value]) -> Value:
-    """The scale of each lane of a run's sums: the first half's lanes hold the first half of its columns."""
-    first, second = (code.splat(b, code.load(b, scale, F32, 4)) for scale in scales)
-    half = LANES // 2
-    return b.shuffle_vector(first, second, ir.Constant(code.vector(I32), [*range(half), *range(LANES + half, 2 * LANES)]))
+def _table(b: Any, kind: CodeKind, zeros: list[Value]) -> list[Value]:
+    """The tables of the codes of both halves of a run; none if codes aren't looked up."""
+    return [] if kind.table is None else [kind.table(b, zero) for zero in zeros]
+
+
+def _add_scaled(b: Any, joins: bool, sums: list[Value], factors: list[list[Value]], totals: Sequence[Value]) -> list[Value]:
+    """Add a block's sums times its scales to totals; ``joins``: those of both sides are halved, and share a register."""
+    if joins:
+        sums = [each.value for each in code.halved(b, code.partial_sums(sums))]
+        scales = [_in_halves(b, factors[0][0], factors[1][0])]
+    else:
+        scales = [_in_halves(b, *side) for side in factors]
+    return [code.fma(b, one, scales[i % len(scales)], totals[i]) for i, one in enumerate(sums)]
+
+
+def _in_halves(b: Any, first: Value, second: Value) -> Value:
+    """The lower lanes of one vector with the upper ones of another."""
+    return b.shuffle_vector(first, second, ir.Constant(code.vector(I32), [*range(_HALF), *range(LANES + _HALF, 2 * LANES)]))
+
+
+def _results(b: Any, joins: bool, totals: list[Value]) -> list[Value]:
+    """The results of each input with both sides."""
+    if not joins:
+        return code.sums_across(b, totals)
+    held = [[(2 * row + side, lane) for side in range(2) for lane in range(_HALF)] for row in range(len(totals))]
+    return code.sums_of(b, [code.PartialSums(*each) for each in zip(totals, held, strict=True)])
 
 
 @intrinsic(prefer_literal=True)

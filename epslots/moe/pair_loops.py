@@ -97,17 +97,17 @@ def sort_pairs(
 @for_each(FORMS)
 def _sum_weighted(b: Any, form: WeightForm, *args: Value) -> None:
     results, weights, top_k, columns, out = args
-    row_bytes = b.mul(columns, I64(form.row_bytes))
+    row_bytes = b.mul(columns, I64(form.item_bytes))
 
     def chunk(column: Value) -> list[Value]:
-        at = code.offset(b, results, column, form.row_bytes)
+        at = code.offset(b, results, column, form.item_bytes)
 
         def one(k: Value, total: Value) -> list[Value]:
             weight = code.splat(b, code.load(b, code.offset(b, weights, k, 4), F32, 4))
             return [b.fadd(total, b.fmul(form.load(b, code.offset(b, at, k, row_bytes)), weight))]
 
         (total,) = looped(b, I64(0), I64(1), top_k, [code.constant(F32, 0.0)], one)
-        form.store(b, total, code.offset(b, out, column, form.row_bytes))
+        form.store(b, total, code.offset(b, out, column, form.item_bytes))
         return []
 
     looped(b, I64(0), I64(LANES), columns, [], chunk)

@@ -11,7 +11,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from epslots.transport.lockstep import Gathered
+from epslots.device_copy import to_host
+from epslots.transport.lockstep import IDLE_LINK, Gathered, LinkState
 from epslots.transport.transport import Transport
 
 
@@ -59,7 +60,7 @@ class Peers(Protocol):
         guard: int,
         predicted: torch.Tensor | None = None,
         *,
-        busy: bool = False,
+        link: LinkState = IDLE_LINK,
         parts: int = 1,
     ) -> Gathered:
         """All ranks' counts on the host: the one host synchronisation of a step that may miss.
@@ -69,7 +70,7 @@ class Peers(Protocol):
             top_k: K, or 0 without tokens.
             guard: a digest of the inputs of the layer's plan, the same on all ranks.
             predicted: int32 on the device, 0 to 255, how likely each expert of the next layer is used.
-            busy: whether this rank's link has something to do.
+            link: of this rank.
             parts: in how many this rank has to divide the step; all make as many as the one that needs the most.
         """
         ...
@@ -107,7 +108,7 @@ class Alone:
         guard: int,
         predicted: torch.Tensor | None = None,
         *,
-        busy: bool = False,
+        link: LinkState = IDLE_LINK,
         parts: int = 1,
     ) -> Gathered:
         if predicted is None:
@@ -117,8 +118,23 @@ class Alone:
         else:
             both = torch.cat([counts, predicted.to(counts.dtype)]).cpu().numpy()  # by one copy
             counts_host, predicted_R = both[: len(counts)], both[None, len(counts) :]
-        return Gathered(counts_host[None], top_k, _BUSY[busy], predicted_R)
+        return Gathered(counts_host[None], top_k, _BUSY[link.busy], np.array([link.unbegun]), predicted_R)
 
 
+def gather_alone(usage: torch.Tensor, *, busy: bool) -> Gathered:
+    """What a layer without counts gathers: its own prediction, on the way to the host. Nothing waits.
+
+    Args:
+        usage: int32 on the device, 0 to 255, how likely each expert of the next layer is used.
+        busy: whether this rank's link has something to do.
+    """
+    usage, arrived = to_host(usage)
+    return Gathered(_NO_COUNTS, 0, _BUSY[busy], _NONE_UNBEGUN, usage.numpy()[None], arrived=arrived)
+
+
+_NO_COUNTS = np.zeros((1, 0), np.int64)
 _NO_PREDICTION = np.zeros((1, 0), np.uint8)
+_NONE_UNBEGUN = np.zeros(1, np.int64)
 _BUSY = np.array([False]), np.array([True])  # of a link that is idle, and of one that is busy
+NOTHING_GATHERED = Gathered(_NO_COUNTS, 0, _BUSY[False], _NONE_UNBEGUN, _NO_PREDICTION)
+"""What a layer without counts gathers that predicts nothing."""

@@ -80,7 +80,7 @@ class _PredictedIds(threading.local):
 
 
 class PrefetchTarget:
-    """One layer as the layer before sees it.
+    """A layer as the target of predictions by the layer before.
 
     Args:
         cache: the layer's slots.
@@ -97,6 +97,10 @@ class PrefetchTarget:
         self.planner = planner
         self.predicted = _PredictedIds()
         self._scores = scores
+
+    def plan_by(self, planner: LayerPlanner) -> None:
+        """Take the layer's plans from another planner from now on."""
+        self.planner = planner
 
     def fetch(self, usage_RE: IntArray, busy_R: BoolArray) -> None:
         """Begin to fetch the experts that these predictions are worth.
@@ -172,7 +176,7 @@ class Prefetcher:
         return self._unused_E if usage is None else usage
 
     def usage(self, hidden_TH: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor | None:
-        """As ``UsagePredictor.usage``, whether or not earlier predictions were good."""
+        """The predictor's usage of the next layer, whether or not earlier predictions were good."""
         return self._predictor.usage(self._index, hidden_TH, index_TK)
 
     def fetch(self, usage_RE: IntArray, busy_R: BoolArray, held: SlotPool) -> None:

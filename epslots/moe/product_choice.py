@@ -1,6 +1,6 @@
 """Which implementation multiplies experts: the one predicate that layers, captured decoding and plans ask.
 
-torch's grouped product (``F.grouped_mm``) is a kernel for bf16 on compute capabilities 9 and 10 alone, with aligned strides
+torch's grouped product (``F.grouped_mm``) is a kernel for bf16 only on compute capabilities 9 and 10, with aligned strides
 and less than 1,024 groups (``_grouped_mm_cuda`` in torch 2.13). Elsewhere on CUDA it reads the groups on the host, waits for
 that, and loops over all of them.
 """
@@ -82,18 +82,16 @@ def planned_products(
 
 def make_gemm(module: Any, weights: Mapping[str, Weight], *, batch_invariant: bool = False) -> GroupedGemm:
     """The grouped product of a layer's range of slots: of the experts module, and its weights by parameter name."""
-    product = choose_product(matrices(module, weights), batch_invariant=batch_invariant)
-    gemm: GroupedGemm
+    found = matrices(module, weights)
+    product = choose_product(found, batch_invariant=batch_invariant)
     if product is Product.KERNEL:
-        gemm = KernelGemm(module, weights, kernel_products())
-    else:
-        gemm = (BatchInvariantGemm if batch_invariant else GroupedGemm)(module, weights)
-    gemm.waits_for_host = product is Product.BY_SLOT and gemm.matrices[0].device.type == "cuda"
-    return gemm
+        return KernelGemm(module, weights, kernel_products())
+    waits = product is Product.BY_SLOT and found[0].device.type == "cuda"
+    return (BatchInvariantGemm if batch_invariant else GroupedGemm)(module, weights, waits_for_host=waits)
 
 
 def kernel_products() -> Products:
     """Our kernels for GPUs."""
-    from epslots.moe.grouped_kernel import TritonProducts  # optional, and used on GPUs alone
+    from epslots.moe.grouped_kernel import TritonProducts  # optional, and used only on GPUs
 
     return TritonProducts()

@@ -110,8 +110,8 @@ def _multiply_tile(b: Any, rows: int, form: WeightForm, *args: Value) -> None:
     starts_x = [code.offset(b, inputs, I64(row), row_stride) for row in range(rows)]
 
     def run(position: Value, totals: list[Value], done: Value | None) -> list[Value]:
-        w = [form.weights(b, code.offset(b, start, position, form.weight_bytes)) for start in starts_w]
-        x = [form.inputs(b, code.offset(b, start, position, form.row_bytes)) for start in starts_x]
+        w = [form.load_run(b, code.offset(b, start, position, form.item_bytes)) for start in starts_w]
+        x = [form.load_run(b, code.offset(b, start, position, form.item_bytes)) for start in starts_x]
         if done is not None:
             w, x = ([form.first_zeroed(b, each, done) for each in group] for group in (w, x))
         return [form.multiply(b, w[i % 2], x[i // 2], total) for i, total in enumerate(totals)]

@@ -57,8 +57,8 @@ def _score(b: Any, shared: int, form: WeightForm, *args: Value) -> None:
         at = _place(b, key, cells, position, key_next)
 
         def chunk(column: Value, *sums: Value) -> list[Value]:
-            k = form.load(b, code.offset(b, at, column, form.row_bytes))
-            q = [form.load(b, code.offset(b, start, column, form.row_bytes)) for start in queries]
+            k = form.load(b, code.offset(b, at, column, form.item_bytes))
+            q = [form.load(b, code.offset(b, start, column, form.item_bytes)) for start in queries]
             return [code.fma(b, each, k, total) for each, total in zip(q, sums, strict=True)]
 
         sums = looped(b, I64(0), I64(LANES), size, [code.constant(F32, 0.0)] * shared, chunk)
@@ -146,7 +146,7 @@ def _sum_values(b: Any, shared: int, form: WeightForm, *args: Value) -> None:
 
     def chunk(column: Value) -> list[Value]:
         def one(position: Value, *sums: Value) -> list[Value]:
-            v = form.load(b, code.offset(b, _place(b, value, cells, position, value_next), column, form.row_bytes))
+            v = form.load(b, code.offset(b, _place(b, value, cells, position, value_next), column, form.item_bytes))
             found = []
             for start, total in zip(heads, sums, strict=True):
                 weight = code.splat(b, code.load(b, code.offset(b, start, position, 4), F32, 4))
@@ -155,7 +155,7 @@ def _sum_values(b: Any, shared: int, form: WeightForm, *args: Value) -> None:
 
         sums = looped(b, I64(0), I64(1), span, [code.constant(F32, 0.0)] * shared, one)
         for head, total in enumerate(sums):
-            form.store(b, total, code.offset(b, code.offset(b, out, I64(head), out_head), column, form.row_bytes))
+            form.store(b, total, code.offset(b, code.offset(b, out, I64(head), out_head), column, form.item_bytes))
         return []
 
     looped(b, I64(0), I64(LANES), size, [], chunk)

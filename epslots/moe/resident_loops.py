@@ -71,7 +71,8 @@ def execute(
     """Each pair's result [N, H], of pairs that ``fits``.
 
     Args:
-        key_E, keys: as of ``PairKernels.sort``.
+        key_E: int64, each expert's key; -1 = none.
+        keys: those that rows may have.
         first, down: the products of the experts' matrices, the first one with its activation.
 
     Raises:

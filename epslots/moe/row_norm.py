@@ -26,7 +26,7 @@ def _norm_row(b: Any, form: WeightForm, *args: Value) -> None:
     row, weight, out, columns, epsilon = args
 
     def add_squares(column: Value, total: Value) -> list[Value]:
-        x = form.load(b, code.offset(b, row, column, form.row_bytes))
+        x = form.load(b, code.offset(b, row, column, form.item_bytes))
         return [code.fma(b, x, x, total)]
 
     (squares,) = looped(b, I64(0), I64(LANES), columns, [code.constant(F32, 0.0)], add_squares)
@@ -36,7 +36,7 @@ def _norm_row(b: Any, form: WeightForm, *args: Value) -> None:
     factor = code.splat(b, b.fdiv(ir.Constant(F32, 1.0), root))
 
     def scale(column: Value) -> list[Value]:
-        at = code.offset(b, I64(0), column, form.row_bytes)
+        at = code.offset(b, I64(0), column, form.item_bytes)
         x = form.rounded(b, b.fmul(form.load(b, b.add(row, at)), factor))
         form.store(b, b.fmul(form.load(b, b.add(weight, at)), x), b.add(out, at))
         return []

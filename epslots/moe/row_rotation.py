@@ -30,10 +30,10 @@ IN, IN_ROW, IN_TOKEN, IN_HEAD, OUT, HEADS = range(6)
 @for_each(FORMS)
 def _rotate(b: Any, form: WeightForm, *args: Value) -> None:
     x, cos, sin, turned, size, out = args
-    half = b.mul(b.lshr(turned, I64(1)), I64(form.row_bytes))
+    half = b.mul(b.lshr(turned, I64(1)), I64(form.item_bytes))
 
     def turn(column: Value) -> list[Value]:
-        near = code.offset(b, I64(0), column, form.row_bytes)
+        near = code.offset(b, I64(0), column, form.item_bytes)
         far = b.add(near, half)
         first, second = (form.load(b, b.add(x, at)) for at in (near, far))
         for at, own, other, combine in ((near, first, second, b.fsub), (far, second, first, b.fadd)):
@@ -43,7 +43,7 @@ def _rotate(b: Any, form: WeightForm, *args: Value) -> None:
         return []
 
     def copy(column: Value) -> list[Value]:
-        at = code.offset(b, I64(0), column, form.row_bytes)
+        at = code.offset(b, I64(0), column, form.item_bytes)
         form.store(b, form.load(b, b.add(x, at)), b.add(out, at))
         return []
 

@@ -16,7 +16,7 @@ class TokenRoom:
     Attributes:
         planned: tokens that the memory plan reserves room for.
         token_bytes: of a token's activations in the layer.
-        free_bytes: what the device has left; asked in longer steps than planned alone.
+        free_bytes: what the device has left; asked only in longer steps than planned.
     """
 
     planned: int

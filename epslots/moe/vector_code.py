@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.binding
 from llvmlite import ir
@@ -97,6 +97,13 @@ def look_up_words(b: Any, table: Value, indices: Value) -> Value:
     return b.call(intrinsic_of(b, "llvm.x86.avx512.permvar.hi.512", kinds[0], kinds), [table, indices])
 
 
+def look_up_bytes(b: Any, tables: Sequence[Value], indices: Value) -> Value:
+    """The bytes of a table of 128, in two vectors, at the lowest seven bits of each index (AVX512-VBMI)."""
+    kinds = [vector(I8, 4 * LANES)] * 3
+    look_up = intrinsic_of(b, "llvm.x86.avx512.vpermi2var.qi.512", kinds[0], kinds)
+    return b.call(look_up, [tables[0], indices, tables[1]])
+
+
 def prefetch(b: Any, address: Value) -> None:
     """Let what lies at an address, if anything does, come into the caches."""
     kinds = [I8.as_pointer(), I32, I32, I32]
@@ -134,34 +141,53 @@ def round_to_bf16(b: Any, x: Value) -> Value:
     return bf16_to_f32(b, f32_to_bf16(b, x))
 
 
+class PartialSums(NamedTuple):
+    """A vector with partial sums of one number or more.
+
+    Attributes:
+        held: of each lane, the number and which of its partial sums it holds.
+    """
+
+    value: Value
+    held: list[tuple[int, int]]
+
+
+def partial_sums(vectors: Sequence[Value]) -> list[PartialSums]:
+    """Vectors whose lanes are the partial sums of a number each."""
+    return [PartialSums(value, [(number, lane) for lane in range(LANES)]) for number, value in enumerate(vectors)]
+
+
 def sums_across(b: Any, vectors: Sequence[Value]) -> list[Value]:
     """The sum of each vector's lanes, for at most 16 vectors. They are halved together, so two cost little more than one.
 
     The order of additions is the same for any number of vectors: lanes i and i + 8, then i + 4, i + 2, i + 1.
     """
-    # Beside each value: which (vector, partial sum) each of its lanes holds.
-    level = [(value, [(number, lane) for lane in range(LANES)]) for number, value in enumerate(vectors)]
-    half = LANES // 2
-    while half:
-        pairs = [level[first : first + 2] for first in range(0, len(level), 2)]
-        level = [_add_halves(b, pair, half) for pair in pairs]
-        half //= 2
+    return sums_of(b, partial_sums(vectors))
+
+
+def sums_of(b: Any, level: Sequence[PartialSums]) -> list[Value]:
+    """The sums of ``sums_across``, of vectors that may be halved already."""
+    while any(part for each in level for _, part in each.held):
+        level = halved(b, level)
     ((total, held),) = level
-    return [b.extract_element(total, I32(held.index((number, 0)))) for number in range(len(vectors))]
+    return [b.extract_element(total, I32(held.index((number, 0)))) for number in range(1 + max(held)[0])]
 
 
-_Held = tuple[Value, list[tuple[int, int]]]
+def halved(b: Any, level: Sequence[PartialSums]) -> list[PartialSums]:
+    """Each two vectors as one: the upper half of each number's partial sums is added to the lower one."""
+    half = (1 + max(part for _, part in level[0].held)) // 2
+    return [_add_halves(b, level[first : first + 2], half) for first in range(0, len(level), 2)]
 
 
-def _add_halves(b: Any, pair: Sequence[_Held], half: int) -> _Held:
-    """Partial sums ``half`` and up of one or two values added to those below, in one value."""
+def _add_halves(b: Any, pair: Sequence[PartialSums], half: int) -> PartialSums:
+    """Partial sums ``half`` and up of one or two vectors added to those below, in one vector."""
     place = {what: LANES * source + lane for source, (_, held) in enumerate(pair) for lane, what in enumerate(held)}
     kept = [what for _, held in pair for what in dict.fromkeys(held) if what[1] < half]
     kept += kept[:1] * (LANES - len(kept))
     low = ir.Constant(vector(I32), [place[what] for what in kept])
     high = ir.Constant(vector(I32), [place[number, part + half] for number, part in kept])
-    one, other = pair[0][0], pair[-1][0]
-    return b.fadd(b.shuffle_vector(one, other, low), b.shuffle_vector(one, other, high)), kept
+    one, other = pair[0].value, pair[-1].value
+    return PartialSums(b.fadd(b.shuffle_vector(one, other, low), b.shuffle_vector(one, other, high)), kept)
 
 
 # exp(x) = 2^n exp(r): the coefficients of r^2 and up in exp(r), |r| <= log(2) / 2, from Cephes' expf.

@@ -50,7 +50,7 @@ def is_faster(rows: int, slots: int) -> bool:
 
 
 def is_faster_alone(rows: int) -> bool:
-    """The same for one matrix with many columns, for which torch has no loop of its own to pay for."""
+    """Whether so many rows of one matrix with many columns are multiplied here sooner than by torch."""
     return rows <= (_MATRIX_UNIT_ROWS if host_has("amx-bf16") else _ALONE_ROWS) and _has_threads()
 
 
@@ -96,7 +96,7 @@ class RowBytes(NamedTuple):
 class ReadyProduct:
     """A product with matrices whose addresses are filled in already.
 
-    A call fills in its rows alone, and a product of few rows takes little longer than that.
+    A call fills in only its rows, and a product of few rows takes little longer than that.
 
     Args:
         dtype: of rows and results.
@@ -145,7 +145,7 @@ class ReadyProduct:
         return self  # it never changes, and has its own address
 
     def __call__(self, rows: torch.Tensor, ends_Q: torch.Tensor | None = None) -> torch.Tensor:
-        """[*, M] for rows [*, K] of its dtype, on the CPU; ``ends_Q`` as for ``product``."""
+        """[*, M] for rows [*, K] of its dtype, on the CPU; slot q's rows end at ``ends_Q[q]``, int32 [Q]."""
         rows = rows.contiguous()
         *shape, inner = rows.shape
         out = rows.new_empty(*shape, self.width)

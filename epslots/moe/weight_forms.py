@@ -8,7 +8,7 @@ entry in ``FORMS``, and its dtype in ``vector_gemm.py``. Packed matrices are unp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from llvmlite import ir
 
@@ -18,58 +18,61 @@ from epslots.moe.vector_code import BF16, BF16_PAIRS, F32, I8, I16, I32, I64, LA
 BFLOAT16, FLOAT32 = 0, 1
 
 
-class WeightForm(Protocol):
-    """Reads one form of weights.
+class WeightForm:
+    """Float32 weights and rows. Other forms say how they differ.
 
     Attributes:
-        run: weights of a row that one vector holds.
-        weight_bytes: of one weight.
-        row_bytes: of one input, and of one output.
+        run: numbers of a row that one vector holds.
+        item_bytes: of a weight, an input or an output.
     """
 
-    run: int
-    weight_bytes: int
-    row_bytes: int
+    run, item_bytes = LANES, 4
 
-    def weights(self, b: Any, address: Value) -> Value:
-        """A run of weights."""
-        ...
+    def load(self, b: Any, address: Value) -> Value:
+        """Sixteen neighbouring numbers, as floats."""
+        return code.load(b, address, code.vector(F32))
 
-    def inputs(self, b: Any, address: Value) -> Value:
-        """A run of inputs."""
-        ...
+    def load_run(self, b: Any, address: Value) -> Value:
+        """A run of weights, or of inputs."""
+        return self.load(b, address)
 
     def first_zeroed(self, b: Any, run: Value, count: Value) -> Value:
         """A run whose first ``count`` (32 bits) numbers are zeros."""
-        ...
+        bits = _zero_first(b, b.bitcast(run, code.vector(I32)), count, I32, LANES)
+        return b.bitcast(bits, code.vector(F32))
 
     def multiply(self, b: Any, weights: Value, inputs: Value, total: Value) -> Value:
         """``total`` plus the products, lane by lane."""
-        ...
+        return code.fma(b, weights, inputs, total)
 
     def rounded(self, b: Any, x: Value) -> Value:
         """Floats as the output holds them."""
-        ...
+        return x
 
     def store(self, b: Any, x: Value, address: Value) -> None:
         """Write sixteen outputs."""
-        ...
-
-    def load(self, b: Any, address: Value) -> Value:
-        """Sixteen neighbouring biases, as floats."""
-        ...
+        code.store(b, x, address)
 
     def store_weights(self, b: Any, halves: Sequence[Value], address: Value) -> None:
         """Write two vectors of floats as weights."""
-        ...
+        for number, half in enumerate(halves):
+            self.store(b, half, b.add(address, I64(number * LANES * self.item_bytes)))
 
     def make_table(self, b: Any, halves: Sequence[Value]) -> Any:
         """The arguments of ``store_looked_up`` from the sixteen weights of the codes, in the first and in the second half."""
-        ...
+        return halves
 
-    def store_looked_up(self, b: Any, table: Any, codes: Value, address: Value) -> None:
-        """Write the 32 weights whose codes of 4 bits lie at an address. The first half's are in the low bits of 16 bytes."""
-        ...
+    def store_looked_up(self, b: Any, table: Any, codes: Value, address: Value, *, alike: bool) -> None:
+        """Write the 32 weights whose codes of 4 bits lie at an address. The first half's are in the low bits of 16 bytes.
+
+        Args:
+            alike: whether the table of both halves is the same.
+        """
+        stored = b.zext(code.load(b, codes, code.vector(I8)), code.vector(I32))
+        indices = stored, b.lshr(stored, code.constant(I32, 4))  # of which four bits count
+        kinds = [code.vector(F32), code.vector(I32)]
+        look_up = code.intrinsic_of(b, "llvm.x86.avx512.permvar.sf.512", kinds[0], kinds)
+        self.store_weights(b, [b.call(look_up, list(each)) for each in zip(table, indices, strict=True)], address)
 
 
 def _zero_first(b: Any, bits: Value, count: Value, element: Any, lanes: int) -> Value:
@@ -79,53 +82,13 @@ def _zero_first(b: Any, bits: Value, count: Value, element: Any, lanes: int) -> 
     return b.select(kept, bits, ir.Constant(code.vector(element, lanes), None))
 
 
-class Float32Form:
-    """Float32 weights and rows."""
-
-    run, weight_bytes, row_bytes = LANES, 4, 4
-
-    def weights(self, b: Any, address: Value) -> Value:
-        return code.load(b, address, code.vector(F32))
-
-    inputs = load = weights
-
-    def first_zeroed(self, b: Any, run: Value, count: Value) -> Value:
-        bits = _zero_first(b, b.bitcast(run, code.vector(I32)), count, I32, LANES)
-        return b.bitcast(bits, code.vector(F32))
-
-    def multiply(self, b: Any, weights: Value, inputs: Value, total: Value) -> Value:
-        return code.fma(b, weights, inputs, total)
-
-    def rounded(self, b: Any, x: Value) -> Value:
-        return x
-
-    def store(self, b: Any, x: Value, address: Value) -> None:
-        code.store(b, x, address)
-
-    def store_weights(self, b: Any, halves: Sequence[Value], address: Value) -> None:
-        for number, half in enumerate(halves):
-            self.store(b, half, b.add(address, I64(number * LANES * self.weight_bytes)))
-
-    def make_table(self, b: Any, halves: Sequence[Value]) -> Any:
-        return halves
-
-    def store_looked_up(self, b: Any, table: Any, codes: Value, address: Value) -> None:
-        stored = b.zext(code.load(b, codes, code.vector(I8)), code.vector(I32))
-        indices = stored, b.lshr(stored, code.constant(I32, 4))  # of which four bits count
-        kinds = [code.vector(F32), code.vector(I32)]
-        look_up = code.intrinsic_of(b, "llvm.x86.avx512.permvar.sf.512", kinds[0], kinds)
-        self.store_weights(b, [b.call(look_up, list(each)) for each in zip(table, indices, strict=True)], address)
-
-
-class BFloat16Form(Float32Form):
+class BFloat16Form(WeightForm):
     """Bfloat16 weights and rows, which are computed with as float32."""
 
-    run, weight_bytes, row_bytes = LANES, 2, 2
+    item_bytes = 2
 
-    def weights(self, b: Any, address: Value) -> Value:
+    def load(self, b: Any, address: Value) -> Value:
         return code.bf16_to_f32(b, code.load(b, address, code.vector(I16)))
-
-    inputs = load = weights
 
     def rounded(self, b: Any, x: Value) -> Value:
         return code.round_to_bf16(b, x)
@@ -139,10 +102,8 @@ class BFloat16PairForm(BFloat16Form):
 
     run = 2 * LANES
 
-    def weights(self, b: Any, address: Value) -> Value:
+    def load_run(self, b: Any, address: Value) -> Value:
         return b.bitcast(code.load(b, address, code.vector(I16, 2 * LANES)), BF16_PAIRS)
-
-    inputs = weights
 
     def first_zeroed(self, b: Any, run: Value, count: Value) -> Value:
         bits = b.bitcast(run, code.vector(I16, 2 * LANES))
@@ -163,16 +124,22 @@ class BFloat16PairForm(BFloat16Form):
         rounded = [b.bitcast(b.fptrunc(half, code.vector(BF16)), code.vector(I16)) for half in halves]
         return _joined(b, *rounded)
 
-    def store_looked_up(self, b: Any, table: Any, codes: Value, address: Value) -> None:
-        code.store(b, self.looked_up(b, table, codes), address)
+    def store_looked_up(self, b: Any, table: Any, codes: Value, address: Value, *, alike: bool) -> None:
+        code.store(b, self.looked_up(b, table, codes, alike=alike), address)
 
-    def looked_up(self, b: Any, table: Any, codes: Value) -> Value:
-        """The same 32 weights in a vector."""
-        stored = b.zext(code.load(b, codes, code.vector(I8)), code.vector(I16))
-        both = _joined(b, stored, b.lshr(stored, code.constant(I16, 4)))
-        second = ir.Constant(code.vector(I16, 2 * LANES), [0] * LANES + [LANES] * LANES)
-        index = b.or_(b.and_(both, code.constant(I16, 15, 2 * LANES)), second)
+    def looked_up(self, b: Any, table: Any, codes: Value, *, alike: bool) -> Value:
+        """The same 32 weights in a vector. Where both halves are alike, the fifth bit of an index doesn't matter."""
+        stored = code.load(b, codes, code.vector(I8))
+        twice = b.zext(_joined(b, stored, stored), code.vector(I16, 2 * LANES))
+        index = b.lshr(twice, _in_halves(0, 4))
+        if not alike:
+            index = b.or_(b.and_(index, _in_halves(15, 15)), _in_halves(0, LANES))
         return b.bitcast(code.look_up_words(b, table, index), BF16_PAIRS)
+
+
+def _in_halves(first: int, second: int) -> Value:
+    """One word in sixteen lanes, and another in the other sixteen."""
+    return ir.Constant(code.vector(I16, 2 * LANES), [first] * LANES + [second] * LANES)
 
 
 def _joined(b: Any, first: Value, second: Value) -> Value:
@@ -182,5 +149,5 @@ def _joined(b: Any, first: Value, second: Value) -> Value:
 
 FORMS: dict[int, WeightForm] = {
     BFLOAT16: BFloat16PairForm() if code.host_has("avx512bf16") else BFloat16Form(),
-    FLOAT32: Float32Form(),
+    FLOAT32: WeightForm(),
 }

@@ -35,20 +35,17 @@ def rank_loads(holds_LRE: BoolArray | IntArray, tokens_LE: IntArray | FloatArray
     return loads
 
 
-def live_loads(holds_LRE: BoolArray, tokens_LE: IntArray | FloatArray, speed_R: IntArray | None = None) -> FloatArray:
+def live_loads(holds_LRE: BoolArray, tokens_LE: IntArray | FloatArray) -> FloatArray:
     """Load of each rank, float64 [L, R], if pairs are split over copies in the best way.
 
-    Dispatch reaches this, because it splits by the loads of the step itself. The split of least sum of squares (per speed)
-    also has the least maximum. It is approached expert by expert: one expert's pairs go to its least loaded holders, while all
-    others stay; such rounds converge, since the sum is convex.
+    Dispatch reaches this, because it splits by the loads of the step itself. The split of least sum of squares also has the
+    least maximum. It is approached expert by expert: one expert's pairs go to its least loaded holders, while all others stay;
+    such rounds converge, since the sum is convex.
 
     Args:
         holds_LRE: the holders of each expert.
         tokens_LE: pairs of each expert.
-        speed_R: compute speeds, any unit; loads are levelled per speed. All equal, if not given.
     """
-    ranks = holds_LRE.shape[1]
-    speed = np.ones(ranks) if speed_R is None else speed_R / speed_R.mean()
     copies_LE = holds_LRE.sum(1)
     loads_LR = rank_loads(holds_LRE & (copies_LE <= 1)[:, None], tokens_LE)
     several = int((copies_LE > 1).sum(1).max(initial=0))
@@ -64,26 +61,23 @@ def live_loads(holds_LRE: BoolArray, tokens_LE: IntArray | FloatArray, speed_R: 
         before_LR = loads_LR
         for number in range(several):
             rest_LR = loads_LR - poured_LMR[:, number]
-            poured_LMR[:, number] = _pour(rest_LR, holds_LMR[:, number], pairs_LM[:, number], speed)
+            poured_LMR[:, number] = _pour(rest_LR, holds_LMR[:, number], pairs_LM[:, number])
             loads_LR = rest_LR + poured_LMR[:, number]
         if np.abs(loads_LR - before_LR).max() <= 1e-3 * max(1.0, float(loads_LR.max())):
             break
     return loads_LR
 
 
-def _pour(rest_LR: FloatArray, holds_LR: BoolArray, pairs_L: FloatArray, speed_R: FloatArray) -> FloatArray:
-    """Pairs for each holder, float64 [L, R], so that receivers end at one load per speed (water-filling)."""
-    level_LR = np.where(holds_LR, rest_LR / speed_R, np.inf)
-    order_LR = np.argsort(level_LR, axis=1, kind="stable")
-    sorted_LR = np.take_along_axis(level_LR, order_LR, 1)
+def _pour(rest_LR: FloatArray, holds_LR: BoolArray, pairs_L: FloatArray) -> FloatArray:
+    """Pairs for each holder, float64 [L, R], so that receivers end at one load (water-filling)."""
+    sorted_LR = np.sort(np.where(holds_LR, rest_LR, np.inf), axis=1)
     held_LR = np.isfinite(sorted_LR)
-    width_LR = np.where(held_LR, speed_R[order_LR], 0.0).cumsum(1)
-    filled_LR = np.where(held_LR, np.where(held_LR, sorted_LR, 0.0) * speed_R[order_LR], 0.0).cumsum(1)
-    surface_LR = (pairs_L[:, None] + filled_LR) / np.maximum(width_LR, 1e-300)
+    filled_LR = np.where(held_LR, sorted_LR, 0.0).cumsum(1)
+    surface_LR = (pairs_L[:, None] + filled_LR) / np.maximum(held_LR.cumsum(1), 1)
     # The surface stands over the first n basins for the largest n whose last basin lies below it.
     wet_L = np.maximum((held_LR & (surface_LR > np.where(held_LR, sorted_LR, np.inf))).sum(1), 1)
     surface_L = np.take_along_axis(surface_LR, wet_L[:, None] - 1, 1)
-    return np.where(holds_LR, np.maximum(surface_L * speed_R - rest_LR, 0.0), 0.0)
+    return np.where(holds_LR, np.maximum(surface_L - rest_LR, 0.0), 0.0)
 
 
 def balancedness(load_LR: FloatArray | IntArray, speed_R: IntArray | None = None) -> float:

@@ -57,16 +57,9 @@ class ExpectedLoad:
 
 
 class Forecast:
-    """Forecasts the next window from the last ones. Not safe to share between threads.
+    """Forecasts the next window from the last ``MOST_WINDOWS``. Not safe to share between threads."""
 
-    Args:
-        most_windows: the number of windows that are kept.
-    """
-
-    def __init__(self, most_windows: int = MOST_WINDOWS) -> None:
-        if most_windows < 1:
-            raise ConfigError(f"most_windows={most_windows}: allowed: 1 or more")
-        self._most = most_windows
+    def __init__(self) -> None:
         self._sizes: list[tuple[FloatArray, FloatArray, int]] = []  # pairs of each layer, uses, steps
         self._shares: list[FloatArray] = []
         self._forecasts_MLE: FloatArray | None = None
@@ -102,8 +95,8 @@ class Forecast:
         total_L = tokens.sum(1)
         share_LE = np.where(total_L[:, None] > 0, tokens / np.maximum(total_L, 1)[:, None], 1 / shape[1])
         self._score(share_LE)
-        self._shares = [*self._shares, share_LE][-self._most :]
-        self._sizes = [*self._sizes, (total_L, uses, steps)][-self._most :]
+        self._shares = [*self._shares, share_LE][-MOST_WINDOWS:]
+        self._sizes = [*self._sizes, (total_L, uses, steps)][-MOST_WINDOWS:]
         self._weights_MK = self._candidate_weights()
         self._forecasts_MLE = np.tensordot(self._weights_MK, np.stack(self._shares), 1)
 

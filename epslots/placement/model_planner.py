@@ -105,7 +105,7 @@ class ModelPlanner:
         Args:
             bytes_per_step: bytes that each rank migrates at most in a step. Less than an expert's size allows a migration
                 every few steps.
-            scores: as for ``begin_step``; needed where slots are ceded, for which copies aren't wanted then.
+            scores: the eviction policy's scores by layer; needed where slots are ceded, whose copies aren't wanted then.
         """
         self.placement, self.bytes_per_step = placement, bytes_per_step
         for index, layer in enumerate(self.layers):
@@ -113,13 +113,18 @@ class ModelPlanner:
             layer.state.follow(placement.home_LE[index, :experts].copy(), placement.wanted_LRE[index, :, :experts].copy())
             if self.levels_R is not None:
                 assert scores is not None
-                layer.state.drop_wanted(scores(index))
+                layer.state.fit_wanted(scores(index))
         self._shifting = self.levels_R is None and bool((self._quota_LR() != placement.quota_LR).any())
-        largest = max(layer.expert_bytes for layer in self.layers)
-        pending = self.pending_migrations > 0
-        self.budgets.migration = MigrationBudget(placement.ranks, bytes_per_step, largest) if pending else None
+        self.budgets.migration = self._migration_budget()
         numbers = np.array([placement.version, bytes_per_step, *placement.quota_LR.ravel()])
         self._past = xxhash.xxh3_64_intdigest(numbers.tobytes(), seed=self._past)
+
+    def _migration_budget(self) -> MigrationBudget | None:
+        """The budget while there is something to migrate."""
+        if not self.pending_migrations:
+            return None
+        largest = max(layer.expert_bytes for layer in self.layers)
+        return MigrationBudget(self.placement.ranks, self.bytes_per_step, largest)
 
     def begin_step(self, scores: Callable[[int], IntArray]) -> list[Shift]:
         """Renew the budgets and shift slots; returns the shifts in order, which the caller applies to its rank's pool.
@@ -160,7 +165,7 @@ class ModelPlanner:
         Called between steps, on all ranks alike.
 
         Args:
-            scores: as for ``begin_step``.
+            scores: the eviction policy's scores of a layer's experts, int64 [E], by the layer's index.
 
         Returns:
             The expert that each ceding layer evicts there, -1 = none.
@@ -169,7 +174,9 @@ class ModelPlanner:
         self.levels_R[rank] += change
         evicted = [self.layers[layer].state.resize(rank, -change, scores(layer)) for layer in self._ceding]
         for layer in self._ceding:
-            self.layers[layer].state.drop_wanted(scores(layer))
+            self.layers[layer].state.fit_wanted(scores(layer))
+        if self.budgets.migration is None:  # copies may have slots again
+            self.budgets.migration = self._migration_budget()
         return evicted
 
     def _quota_LR(self) -> IntArray:

@@ -206,7 +206,7 @@ def unpack(message: bytes) -> Placement:
     experts = max(packed.num_experts, default=0)
     entries = layers * ranks * experts
     if min(packed.num_experts, default=0) < 1 or ranks < 1:
-        raise ConfigError(f"a placement of {layers} layers, {ranks} ranks and {experts} experts can't be")
+        raise ConfigError(f"a placement of {layers} layers, {ranks} ranks and {experts} experts is impossible")
     check_size(layers, ranks, experts)
     sizes = {"home": 4 * layers * experts, "wanted": -(-entries // 8), "quota": 4 * layers * ranks}
     if any(len(getattr(packed, name)) != size for name, size in sizes.items()):

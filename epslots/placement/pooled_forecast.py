@@ -10,9 +10,7 @@ Pure. Legend of shape suffixes: L layers, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 
@@ -20,16 +18,6 @@ from epslots.arrays import FloatArray, IntArray
 from epslots.placement.forecast import ExpectedLoad, Forecast
 
 _RECENT = 0.7  # the weight of a group's window over the next one's, in the group's own traffic
-
-
-class LearnsTraffic(Protocol):
-    """A forecast, as those who learn and plan use it."""
-
-    def add(self, tokens_LE: IntArray, uses_LE: IntArray, steps: int) -> None:
-        """Add the next window (``Forecast.add``)."""
-
-    def expected(self) -> ExpectedLoad:
-        """The load of the coming window (``Forecast.expected``)."""
 
 
 @dataclass
@@ -41,14 +29,10 @@ class _Own:
 
 
 class PooledForecast:
-    """The forecast of some groups, named by any numbers.
+    """The forecast of some groups, named by any numbers."""
 
-    Args:
-        make: makes the forecast that learns from the windows of all.
-    """
-
-    def __init__(self, make: Callable[[], Forecast] = Forecast) -> None:
-        self._forecast = make()
+    def __init__(self) -> None:
+        self._forecast = Forecast()
         self._open: dict[int, tuple[IntArray, IntArray, int]] = {}
         """By group: a window that isn't learned from yet."""
         self._last: frozenset[int] = frozenset()

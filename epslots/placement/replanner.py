@@ -18,7 +18,7 @@ from epslots.arrays import IntArray
 from epslots.placement.forecast import Forecast
 from epslots.placement.placement import Placement
 from epslots.placement.planner import ExpectedLoad, Proposal, RankHardware, propose
-from epslots.placement.pooled_forecast import LearnsTraffic
+from epslots.placement.pooled_forecast import GroupForecast
 from epslots.placement.slot_quotas import deal_quotas, improve_quotas
 
 # The share of a step's time that migrations may take.
@@ -42,7 +42,7 @@ class Replanner:
         num_experts_L: experts of each layer.
         pools: the layers of each pool; slots can move between layers of one pool.
         planner: finds a placement for an expected load.
-        forecast: makes the forecast that learns.
+        forecast: learns; None = a new one.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class Replanner:
         pools: Sequence[Sequence[int]],
         *,
         planner: Propose = propose,
-        forecast: Callable[[], LearnsTraffic] = Forecast,
+        forecast: Forecast | GroupForecast | None = None,
     ) -> None:
         self.num_experts_L = num_experts_L
         self._pools = [np.array(pool) for pool in pools]
         self._propose = planner
-        self._forecast = forecast()
+        self._forecast = Forecast() if forecast is None else forecast
         self._reuse_LD = np.zeros((len(num_experts_L), int(num_experts_L.max()) + 1), np.int64)
 
     def learn(self, tokens_LE: IntArray, uses_LE: IntArray, reuse_LD: IntArray, steps: int) -> None:

@@ -1,7 +1,7 @@
 """Slots of each layer, and of each layer on each rank: more where another slot saves more misses.
 
-``learn_quotas`` deals slots from nothing, ``improve_quotas`` changes given ones, ``deal_quotas`` spreads them over ranks;
-``replanner.py`` and ``epslots placement plan`` call them. A layer's curve of misses over slots (``reuse_distance.py``)
+``improve_quotas`` changes given slots and ``deal_quotas`` spreads them over ranks, for ``replanner.py`` and ``epslots
+placement plan``; ``learn_quotas`` deals slots from nothing. A layer's curve of misses over slots (``reuse_distance.py``)
 needn't be convex: a text that cycles through twenty experts hits nothing until all twenty fit. So slots go along each curve's
 *convex minorant*, whose steps never grow, always to the layer that gains most (greedy is optimal on convex curves: Fox,
 Operations Research 1966; the minorant as in Talus, Beckmann and Sanchez, HPCA 2015). At most one layer ends within a bridged
@@ -19,53 +19,38 @@ from epslots.errors import ConfigError
 
 # The weight of the mean layer's curve in each layer's own, in uses for each of its experts.
 PRIOR_USES = 4.0
-# A slot moves only for a gain of more than so many standard errors of the counts.
-CONFIDENCE = 2.0
+# A slot moves only for a gain of more than so many standard errors of the counts, and the miss of the expert in it.
+CONFIDENCE, _MOVE_MISSES = 2.0, 1.0
 
 
-def learn_quotas(
-    histogram_LD: IntArray,
-    num_experts_L: IntArray,
-    total_slots: int,
-    least_L: IntArray | None = None,
-    most_L: IntArray | None = None,
-) -> IntArray:
-    """Slots of each layer, int64 [L], of sum ``total_slots``, with the fewest misses together.
+def learn_quotas(histogram_LD: IntArray, num_experts_L: IntArray, total_slots: int) -> IntArray:
+    """Slots of each layer, int64 [L], of sum ``total_slots``, with the fewest misses together: from 1 to its experts.
 
     Args:
         histogram_LD: uses by stack distance, by the scores of the policy that the slots are for; row l ends at
             ``num_experts_L[l]`` (never used before).
         num_experts_L: experts of each layer.
         total_slots: slots of all layers, over all ranks.
-        least_L: the fewest slots of a layer; 1 if not given.
-        most_L: the most; its experts if not given. Slots beyond a layer's experts hold replicas: they save no misses, and
-            are dealt evenly at the end.
 
     Raises:
         ConfigError: the total is outside of these bounds.
     """
-    least_L, most_L = _bounds(num_experts_L, least_L, most_L)
-    if not least_L.sum() <= total_slots <= most_L.sum():
-        raise ConfigError(
-            f"{total_slots} slots for {len(num_experts_L)} layers: allowed: {int(least_L.sum())} to {int(most_L.sum())}"
-        )
+    least, most = len(num_experts_L), int(num_experts_L.sum())
+    if not least <= total_slots <= most:
+        raise ConfigError(f"{total_slots} slots for {least} layers: allowed: {least} to {most}")
     gains = slot_gains(histogram_LD, num_experts_L)
-    # A layer's slots up to its experts compete by gain; among equals the layer with the smaller share of slots comes first.
-    layers, numbers = np.nonzero(np.arange(gains.shape[1]) < np.minimum(most_L, num_experts_L)[:, None])
-    optional = numbers >= least_L[layers]
-    layers, numbers = layers[optional], numbers[optional]
-    order = np.lexsort((layers, numbers / num_experts_L[layers], -gains[layers, numbers]))
-    quota_L: IntArray = least_L + np.bincount(layers[order[: total_slots - int(least_L.sum())]], minlength=len(least_L))
-    return fill_evenly(quota_L, num_experts_L, total_slots, most_L)
+    # Slots compete by gain; among equals the layer with the smaller share of slots comes first.
+    layers, numbers = np.nonzero(np.arange(1, gains.shape[1]) < num_experts_L[:, None])
+    order = np.lexsort((layers, (numbers + 1) / num_experts_L[layers], -gains[layers, numbers + 1]))
+    return 1 + np.bincount(layers[order[: total_slots - least]], minlength=least)
 
 
 def improve_quotas(
     current_L: IntArray,
     histogram_LD: IntArray,
     num_experts_L: IntArray,
-    least_L: IntArray | None = None,
-    most_L: IntArray | None = None,
-    move_misses: float = 1.0,
+    least_L: IntArray,
+    most_L: IntArray,
 ) -> IntArray:
     """Better slots of each layer of the same sum, int64 [L]. A slot moves only for a significant gain that exceeds its cost.
 
@@ -73,10 +58,8 @@ def improve_quotas(
         current_L: slots of each layer now.
         histogram_LD: uses by stack distance, by the scores of the policy that the slots are for.
         num_experts_L: experts of each layer.
-        least_L, most_L: bounds of a layer's slots; 1 and its experts if not given.
-        move_misses: the cost of moving a slot, in misses over the time of the histogram: the expert in it is lost.
+        least_L, most_L: bounds of a layer's slots.
     """
-    least_L, most_L = _bounds(num_experts_L, least_L, most_L)
     gains = np.pad(slot_gains(histogram_LD, num_experts_L), ((0, 0), (0, 1)))
     layers, last = np.arange(len(current_L)), gains.shape[1] - 1
     quota_L = current_L.copy()
@@ -85,7 +68,7 @@ def improve_quotas(
         loss_L = np.where(quota_L > least_L, gains[layers, np.minimum(quota_L - 1, last)], np.inf)
         taker, giver = int(gain_L.argmax()), int(loss_L.argmin())
         gain, loss = float(gain_L[taker]), float(loss_L[giver])
-        if not gain - loss > move_misses + CONFIDENCE * np.sqrt(max(gain + loss, 0)):
+        if not gain - loss > _MOVE_MISSES + CONFIDENCE * np.sqrt(max(gain + loss, 0)):
             break
         quota_L[taker] += 1
         quota_L[giver] -= 1
@@ -139,34 +122,6 @@ def convex_minorant(curve: FloatArray) -> FloatArray:
             corners.pop()
         corners.append(x)
     return np.interp(np.arange(len(values)), corners, curve[corners])
-
-
-def fill_evenly(quota_L: IntArray, weight_L: IntArray, total_slots: int, most_L: IntArray) -> IntArray:
-    """Slots with the rest of ``total_slots`` dealt so that slots / ``weight_L`` become level, int64 [L]."""
-    quota_L = quota_L.copy()
-    left = total_slots - int(quota_L.sum())
-    if left <= 0:
-        return quota_L
-    low, high = 0.0, float((most_L / weight_L).max())
-    for _ in range(60):  # bisect the level to which all can be raised
-        level = (low + high) / 2
-        raised = np.clip((level * weight_L).astype(np.int64), quota_L, most_L)
-        low, high = (level, high) if int(raised.sum()) <= total_slots else (low, level)
-    quota_L = np.clip((low * weight_L).astype(np.int64), quota_L, most_L)
-    while (left := total_slots - int(quota_L.sum())) > 0:
-        open_L = np.flatnonzero(quota_L < most_L)
-        quota_L[open_L[np.argsort((quota_L / weight_L)[open_L], kind="stable")[:left]]] += 1
-    return quota_L
-
-
-def _bounds(num_experts_L: IntArray, least_L: IntArray | None, most_L: IntArray | None) -> tuple[IntArray, IntArray]:
-    least_L = np.ones_like(num_experts_L) if least_L is None else least_L
-    most_L = num_experts_L if most_L is None else most_L
-    if (least_L > most_L).any() or (least_L < 1).any():
-        raise ConfigError(
-            f"slots of layers from {least_L.tolist()} to {most_L.tolist()}: the least is at least 1, the most no less"
-        )
-    return least_L, most_L
 
 
 def deal_quotas(quota_L: IntArray, total_R: IntArray, num_experts_L: IntArray, current_LR: IntArray | None = None) -> IntArray:

@@ -65,7 +65,7 @@ def own_name(policy: Policy) -> str | None:
 
 
 def learns(policy: Policy) -> bool:
-    """Whether a policy may read the fields that ``note_use`` learns from the number of slots: unless it is marked."""
+    """Whether a policy may read what ``note_use`` learns from the number of slots; marked policies don't."""
     return getattr(policy, "learns", True) is True
 
 

@@ -10,7 +10,6 @@ Pure. Legend of shape suffixes: R ranks, E experts of the layer, U those with to
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import msgspec
 import numpy as np
@@ -23,8 +22,8 @@ from epslots.planner.cost_model import Costs, travelling_pairs
 from epslots.planner.cpu_offload import CpuShare, displaces_better
 from epslots.planner.evictions import plan_evictions
 from epslots.planner.layer_state import LayerState
-from epslots.planner.migration import NO_MIGRATIONS, MigrationBudget, Migrations, choose_migrations
-from epslots.planner.plan import Assignment, LayerPlan, PeerCopies, RankPlan
+from epslots.planner.migration import MigrationBudget, choose_migrations
+from epslots.planner.plan import NO_MIGRATIONS, Assignment, LayerPlan, Migrations, PeerCopies, RankPlan
 from epslots.planner.prefetch_policy import PrefetchBudget, Prefetches, PrefetchPolicy
 from epslots.planner.remote_costs import RemoteCosts
 from epslots.planner.token_splits import token_splits
@@ -88,11 +87,6 @@ class LayerPlanner:
         """The costs that a group's planners weigh by."""
         assert self._costs is not None, "a rank alone weighs nothing"
         return self._costs
-
-    @cached_property
-    def no_work(self) -> RankPlan:
-        """The plan of a step in which no rank has tokens."""
-        return self._of_own_pairs(self._zero_E, self._zero_E, self._none_RE[0])
 
     def plan(self, counts_RE: IntArray, scores: Scores) -> RankPlan:
         """Plan a step for all ranks, as ``decide`` does, and return this rank's part.
@@ -203,6 +197,31 @@ class LayerPlanner:
         self.prefetch_policy.judge(used_E)
 
     @property
+    def own_prefetches(self) -> IntArray:
+        """This rank's prefetches since the layer's last step, in the order of its link: experts, int64 [any number]."""
+        return self.prefetch_policy.prefetches_of(self.rank)
+
+    def take_back(self, unbegun_R: IntArray, used_E: BoolArray) -> IntArray:
+        """Take back the prefetches that no link has begun and the step doesn't need: they would hold up its fetches.
+
+        Args:
+            unbegun_R: how many of each rank's ``own_prefetches``, counted from the last, its link hasn't begun.
+            used_E: the experts that the step uses on any rank.
+
+        Returns:
+            This rank's: experts, int64 [any number].
+        """
+        ranks, experts = self.prefetch_policy.take_back(unbegun_R, used_E)
+        if not len(ranks):
+            return NO_EXPERTS
+        self.state.holds_RE[ranks, experts] = False
+        self.state.holds_changed()
+        self.state.add_to_digest(ranks, experts)
+        if self._budgets.prefetch is not None:
+            self._budgets.prefetch.refund(ranks, self.expert_bytes)
+        return experts[ranks == self.rank]
+
+    @property
     def wants_prediction(self) -> bool:
         """Whether a prediction of the layer's next step is of use; the same on all ranks."""
         return self.prefetch_policy.due(self._steps + 1) and not self.state.holds_all
@@ -235,7 +254,7 @@ class LayerPlanner:
         return found
 
     def _assign(self, counts_RE: IntArray, *, idle_slots: bool) -> Assignment:
-        """The work of each rank, and the fetches that it takes. Copies are bought for idle slots alone."""
+        """The work of each rank, and the fetches that it takes. Copies are bought only for idle slots."""
         state = self.state
         if self.alone:  # nothing to weigh
             (used_U,) = counts_RE[0].nonzero()
@@ -299,17 +318,8 @@ class LayerPlanner:
         able_R = budget.left_R >= self.expert_bytes
         if not state.pending_migrations or not able_R.any():
             return NO_MIGRATIONS
-        migrations = choose_migrations(
-            state.pending_RE,
-            state.holds_RE,
-            state.wanted_RE,
-            state.spare_RE,
-            state.quota_R,
-            scores(),
-            able_R,
-            from_peers=not self.alone and self.costs.peer_fetch < self.costs.host_fetch,
-            node_R=state.node_R,
-        )
+        from_peers = not self.alone and self.costs.peer_fetch < self.costs.host_fetch
+        migrations = choose_migrations(state, scores(), able_R, from_peers=from_peers)
         if len(migrations):
             budget.spend(migrations.ranks, self.expert_bytes)
             if self._budgets.prefetch is not None:

@@ -13,7 +13,7 @@ import xxhash
 
 from epslots.arrays import BoolArray, IntArray
 from epslots.planner.evictions import spare_replicas
-from epslots.planner.migration import Migrations
+from epslots.planner.plan import Migrations
 
 
 class LayerState:
@@ -26,7 +26,7 @@ class LayerState:
         node_R: the node of each rank, if there are several.
 
     Attributes:
-        wanted_RE: the copies that the placement wants.
+        wanted_RE: the copies that the placement wants, as far as slots are there for them (``fit_wanted``).
         pending_RE: those of them that have yet to be migrated; each is migrated once.
         pending_migrations: how many these are.
     """
@@ -36,7 +36,7 @@ class LayerState:
         self.quota_R = quota_R
         self.home_E = home_E
         self.node_R = node_R
-        self.wanted_RE = self.pending_RE = np.zeros(holds_RE.shape, bool)
+        self.wanted_RE = self.pending_RE = self._placed_RE = np.zeros(holds_RE.shape, bool)
         self.pending_migrations = 0
         self._past = xxhash.xxh3_64_intdigest(home_E.tobytes())
         self._holds_digest: int | None = None
@@ -81,8 +81,8 @@ class LayerState:
 
     def follow(self, home_E: IntArray, wanted_RE: BoolArray) -> None:
         """Follow another placement from the next step on."""
-        self.home_E, self.wanted_RE = home_E, wanted_RE
-        self.pending_RE = wanted_RE
+        self.home_E = home_E
+        self.wanted_RE = self.pending_RE = self._placed_RE = wanted_RE
         self.update_pending()
         self._spare_RE = self._idle_slots = None
         self.add_to_digest(home_E, wanted_RE)
@@ -110,12 +110,20 @@ class LayerState:
         self.add_to_digest(np.array([rank, change, evicted]))
         return evicted
 
-    def drop_wanted(self, score_E: IntArray) -> None:
-        """Drop wanted copies that exceed a rank's slots, the lowest scores first."""
-        order = np.argsort(-score_E, kind="stable")
-        fits_RE = self.wanted_RE[:, order].cumsum(1) <= self.quota_R[:, None]
-        self.wanted_RE = self.wanted_RE & fits_RE[:, np.argsort(order)]
-        self.pending_RE = self.pending_RE & self.wanted_RE
+    def fit_wanted(self, score_E: IntArray) -> None:
+        """Want as many of the placement's copies as a rank has slots: those with the highest scores.
+
+        When slots are taken away, some copies are wanted no longer. When slots return, copies are wanted once more,
+        beside those that still are, and migrated if they aren't there.
+        """
+        before_RE = self.wanted_RE
+        # By rank: wanted ones, then the placement's others, then the rest; the highest score among equals.
+        kind_RE = np.where(before_RE, 0, np.where(self._placed_RE, 1, 2))
+        order_RE = np.lexsort((np.broadcast_to(-score_E, kind_RE.shape), kind_RE))
+        chosen_RE = np.zeros_like(before_RE)
+        np.put_along_axis(chosen_RE, order_RE, np.arange(len(score_E)) < self.quota_R[:, None], axis=1)
+        self.wanted_RE = self._placed_RE & chosen_RE
+        self.pending_RE = (self.pending_RE & self.wanted_RE) | (self.wanted_RE & ~before_RE)
         self.update_pending()
         self._spare_RE = self._idle_slots = None
 

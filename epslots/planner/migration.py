@@ -1,4 +1,4 @@
-"""Migrations: which copies of the placement are fetched at the end of a layer's step, and within which bytes.
+"""Migrations: the placement's copies that are fetched at the end of a layer's step, and their budget.
 
 ``LayerPlanner`` calls ``choose_migrations``; ``ModelPlanner`` renews the ``MigrationBudget``. Migrations follow the step's
 demand: they get the bytes that it leaves, and start when the layer has computed, so that even experts that it needed may be
@@ -9,36 +9,17 @@ Pure. Legend of shape suffixes: R ranks, E experts of the layer, M migrations, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from epslots.arrays import NO_EXPERTS, BoolArray, IntArray
+from epslots.arrays import BoolArray, IntArray
+from epslots.planner.layer_state import LayerState
 from epslots.planner.nearest_source import nearest_sources
+from epslots.planner.plan import NO_MIGRATIONS, Migrations
 
 # The largest key: sorts an impossible choice behind all possible ones.
 _IMPOSSIBLE = np.iinfo(np.int64).max
 # One part in so many of the granted bytes is kept for migrations, however much demand takes.
 KEPT_SHARE = 8
-
-
-@dataclass(frozen=True)
-class Migrations:
-    """The copies that are fetched for the placement, in the order of target ranks; all int64 [M].
-
-    Attributes:
-        ranks, experts: the target rank and the expert that it gets.
-        evicted: the expert evicted there; -1 = an empty slot is filled.
-        sources: the rank that the expert is copied from; -1 = the target's host.
-    """
-
-    ranks: IntArray
-    experts: IntArray
-    evicted: IntArray
-    sources: IntArray
-
-    def __len__(self) -> int:
-        return len(self.ranks)
 
 
 class MigrationBudget:
@@ -76,39 +57,21 @@ class MigrationBudget:
         self._kept_R = np.minimum(self._kept_R, self.left_R * KEPT_SHARE)
 
 
-NO_MIGRATIONS = Migrations(NO_EXPERTS, NO_EXPERTS, NO_EXPERTS, NO_EXPERTS)
-
-
-def choose_migrations(
-    todo_RE: BoolArray,
-    holds_RE: BoolArray,
-    wanted_RE: BoolArray,
-    spare_RE: BoolArray,
-    quota_R: IntArray,
-    score_E: IntArray,
-    able_R: BoolArray,
-    *,
-    from_peers: bool,
-    node_R: IntArray | None = None,
-) -> Migrations:
-    """At most one migration for each rank in ``able_R``.
+def choose_migrations(state: LayerState, score_E: IntArray, able_R: BoolArray, *, from_peers: bool) -> Migrations:
+    """At most one migration for each rank in ``able_R``, of the state's pending ones.
 
     Experts that no rank holds come first, then those with the highest scores. They go to an empty slot; else in place of a
     spare replica, else of an expert that migrates to another rank in this step, else of the one with the lowest score. Wanted
     copies are never evicted.
 
     Args:
-        todo_RE: wanted copies that have yet to be fetched; those held by now are skipped.
-        holds_RE: the residents when the layer has computed.
-        wanted_RE: the copies that the placement asks for.
-        spare_RE: surplus copies (``evictions.spare_replicas``).
-        quota_R: slots of each rank.
-        score_E: the eviction policy's scores.
+        state: the layer when it has computed.
+        score_E: int64, the eviction policy's scores.
         able_R: ranks that have time and bytes for a migration.
-        from_peers: copy from another rank's slot where one keeps the expert.
-        node_R: the node of each rank, if there are several; copies come from the same node if possible.
+        from_peers: copy from another rank's slot where one keeps the expert; from the same node if possible.
     """
-    missing_RE = todo_RE & ~holds_RE & able_R[:, None]
+    holds_RE = state.holds_RE
+    missing_RE = state.pending_RE & ~holds_RE & able_R[:, None]
     absent_E = ~holds_RE.any(0)
     # Each expert's place in the order of urgency; ties by expert id.
     order = np.lexsort((-score_E, ~absent_E))
@@ -118,13 +81,13 @@ def choose_migrations(
     if not len(ranks):
         return NO_MIGRATIONS
     experts = np.where(missing_RE[ranks], urgency_E, _IMPOSSIBLE).argmin(1)
-    full_M = holds_RE[ranks].sum(1) >= quota_R[ranks]
-    evictable_ME = holds_RE[ranks] & ~wanted_RE[ranks]
+    full_M = holds_RE[ranks].sum(1) >= state.quota_R[ranks]
+    evictable_ME = holds_RE[ranks] & ~state.wanted_RE[ranks]
     migrating_E = np.bincount(experts, minlength=len(score_E)) > 0
     by_score = np.argsort(score_E, kind="stable")
     rank_by_score_E = np.empty(len(by_score), np.int64)
     rank_by_score_E[by_score] = np.arange(len(by_score))
-    class_ME = np.where(spare_RE[ranks], 0, np.where(migrating_E, 1, 2))
+    class_ME = np.where(state.spare_RE[ranks], 0, np.where(migrating_E, 1, 2))
     victim_ME = np.where(evictable_ME, class_ME * len(score_E) + rank_by_score_E, _IMPOSSIBLE)
     evicted = np.where(full_M, victim_ME.argmin(1), -1)
     possible_M = ~full_M | evictable_ME.any(1)
@@ -133,4 +96,4 @@ def choose_migrations(
         return Migrations(ranks, experts, evicted, np.full(len(ranks), -1))
     keeps_RE, evicts = holds_RE.copy(), evicted >= 0
     keeps_RE[ranks[evicts], evicted[evicts]] = False
-    return Migrations(ranks, experts, evicted, nearest_sources(keeps_RE, ranks, experts, node_R))
+    return Migrations(ranks, experts, evicted, nearest_sources(keeps_RE, ranks, experts, state.node_R))

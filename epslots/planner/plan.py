@@ -1,13 +1,15 @@
-"""The dataclasses of one layer's step, in the order in which they come to be, and who fills each.
+"""The records of one layer's step, in the order in which they come to be, and who fills each.
 
+    Batch       ``MoELayer.prepare`` (moe_layer.py): a rank's tokens
+    Gathered    the peers (lockstep.py): all ranks' counts
     Assignment  the rule (assignment.py): how many pairs each rank computes, and the fetches that this takes
-    LayerPlan   ``LayerPlanner.decide``: its consequences for every rank's slots; the same on all ranks
-    RankPlan    ``LayerPlanner.plan``: one rank's part of it; ``ExpertCache`` adds the passes
+    Migrations  ``choose_migrations`` (migration.py): the fetches for the placement's sake
+    LayerPlan   ``LayerPlanner.decide``: the consequences for every rank's slots; the same on all ranks
+    RankPlan    ``LayerPlanner.plan``: one rank's part, with its ``TokenSplits`` (token_splits.py) and ``PeerCopies``;
+                ``ExpertCache`` adds each ``ExpertPass`` (expert_passes.py)
 
-``TokenSplits`` (token_splits.py), ``Migrations`` (migration.py) and ``ExpertPass`` (expert_passes.py) are in the files of
-the functions that make them.
-
-Legend of shape suffixes: R ranks, E experts of the layer, U those with tokens ("used"), F fetches, C experts on the CPU.
+Legend of shape suffixes: R ranks, E experts of the layer, U those with tokens ("used"), F fetches, M migrations,
+C experts on the CPU.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import msgspec
+import numpy as np
 
-from epslots.arrays import BoolArray, IntArray
+from epslots.arrays import NO_EXPERTS, BoolArray, IntArray
 from epslots.planner.expert_passes import ExpertPass
-from epslots.planner.migration import Migrations
 from epslots.planner.token_splits import TokenSplits
 
 
@@ -41,6 +43,27 @@ class Assignment(msgspec.Struct, frozen=True):
     fetch_experts: IntArray
     fetch_sources: IntArray
     cost_ns: int
+
+
+class Migrations(msgspec.Struct, frozen=True):
+    """The copies that are fetched for the placement, in the order of target ranks; all int64 [M]. The rule fills every field.
+
+    Attributes:
+        ranks, experts: the target rank and the expert that it gets.
+        evicted: the expert evicted there; -1 = an empty slot is filled.
+        sources: the rank that the expert is copied from; -1 = the target's host.
+    """
+
+    ranks: IntArray
+    experts: IntArray
+    evicted: IntArray
+    sources: IntArray
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+
+NO_MIGRATIONS = Migrations(NO_EXPERTS, NO_EXPERTS, NO_EXPERTS, NO_EXPERTS)
 
 
 class LayerPlan(msgspec.Struct, frozen=True):
@@ -114,3 +137,8 @@ class RankPlan(msgspec.Struct):
     migration_copies: PeerCopies | None
     passes: tuple[ExpertPass, ...] = ()
     begun: int = 0
+
+
+_NO_EVICTIONS = np.empty(0, bool)
+ALL_RESIDENT = RankPlan(None, NO_EXPERTS, NO_EXPERTS, NO_EXPERTS, NO_EXPERTS, _NO_EVICTIONS, 0, None, 0, 0, None, -1, -1, None)
+"""The plan of a rank that computes its own pairs, if it has any, by experts that are all in slots. It lists no expert."""

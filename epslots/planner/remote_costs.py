@@ -1,4 +1,4 @@
-"""Costs of experts that other ranks computed for a rank: when they exceed a fetch, a copy is worth it.
+"""Costs of experts that other ranks compute for a rank. A copy pays when they exceed a fetch.
 
 This is the rule of ski rental: rent until the rent has cost as much as the skis. ``assignment.py`` compares the figures.
 

@@ -250,7 +250,7 @@ def _verified(router: LinearRouter | None, recording: LayerRecording, name: str,
 def _fit_pair(
     pair: _TrainingPair, router: LinearRouter | None, settings: FitSettings, advance: Advance
 ) -> tuple[FittedEstimator, FitQuality]:
-    """Fit one estimator; a calibrated router instead, if the fit is no better than the router. Depends on the seed alone."""
+    """Fit one estimator; a calibrated router instead, if the fit is no better than the router. Depends only on the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         naive = None if router is None else pair.recall(router.scores, history=False)

@@ -141,7 +141,7 @@ class RouterEstimator:
 
     @property
     def unlikely_E(self) -> torch.Tensor:
-        """The same for all experts: their usual shares are unknown."""
+        """One value for all experts: their usual shares are unknown."""
         experts = len(self.router.weight_EH)
         return torch.log1p(torch.full((experts,), -self.top_k / experts, device=self.router.weight_EH.device))
 
@@ -347,7 +347,7 @@ def estimator_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 def guess_previous(last_SH: torch.Tensor, rows_TH: torch.Tensor) -> torch.Tensor:
-    """The hidden state before each row, [T, H], guessed from the numbers of rows alone.
+    """The hidden state before each row, [T, H], guessed only from the numbers of rows.
 
     As many rows as in the step before, or a whole fraction of them: each sequence goes on by a token, behind its last row.
     More rows: a sequence that begins, each row behind the one before. Else unknown: zeros.

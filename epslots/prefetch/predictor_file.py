@@ -84,7 +84,7 @@ def read_predictor(path: str | os.PathLike[str]) -> tuple[list[FittedEstimator |
 
 
 def file_bytes(path: str | os.PathLike[str], device: torch.device, dtype: torch.dtype) -> tuple[int, PredictorMetadata]:
-    """Device bytes of a predictor beside a model of ``dtype``, history included; and its metadata. Reads the header alone.
+    """Device bytes of a predictor beside a model of ``dtype``, history included; and its metadata. Reads only the header.
 
     Raises:
         ConfigError: no such file, or no predictor.

@@ -36,7 +36,7 @@ class LinearRouter:
     Attributes:
         weight_EH: float, on the model's device; inputs are converted to its dtype.
         bias_E: of the same dtype, part of the logits (gpt_oss); zeros where there is none.
-        correction_E: float32, added to the scores for the choice alone (DeepSeek-V3); None where there is none.
+        correction_E: float32, added to the scores only for the choice (DeepSeek-V3); None where there is none.
         scoring: from logits to the scores that the correction is added to, and by which groups are compared.
         groups: number of equal groups of experts, in order; the top k is taken from the best ``top_groups``.
     """
@@ -138,7 +138,7 @@ def _scoring(module: nn.Module) -> Scoring:
 
 
 def _correction(module: nn.Module, block: nn.Module) -> torch.Tensor | None:
-    """The bias for the choice alone, float32 [E]: of the router (mostly), below it (ernie) or beside it (lfm2_moe)."""
+    """The bias only for the choice, float32 [E]: of the router (mostly), below it (ernie) or beside it (lfm2_moe)."""
     named = [*module.named_parameters(), *module.named_buffers(), *block.named_buffers(recurse=False)]
     found = [tensor.detach().float().flatten() for name, tensor in named if name.rpartition(".")[2] in _CORRECTIONS]
     return found[0] if found else None

@@ -48,6 +48,6 @@ def usage_kernel_for(device: torch.device) -> UsageKernel:
     """The kernel for a device: Triton's on a GPU, if it is installed."""
     if device.type == "cpu" or importlib.util.find_spec("triton") is None:
         return usage_by_torch
-    from epslots.prefetch.usage_triton import usage_by_triton  # optional, and used on GPUs alone
+    from epslots.prefetch.usage_triton import usage_by_triton  # optional, and used only on GPUs
 
     return usage_by_triton

@@ -46,7 +46,7 @@ class GpuSpec(msgspec.Struct, frozen=True):
 
     @property
     def fast_grouped_mm(self) -> bool:
-        """Whether torch's grouped matrix multiplication in bf16 runs without the host: on majors 9 and 10 alone."""
+        """Whether torch's grouped matrix multiplication in bf16 runs without the host: only on majors 9 and 10."""
         return self.capability[0] in (9, 10)
 
 

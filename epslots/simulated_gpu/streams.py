@@ -90,6 +90,7 @@ class SimulatedEvent:
         self.enable_timing = enable_timing
         self.clock: dict[int, int] | None = None
         self.operation: Operation | None = None
+        self.recorded_s = 0.0
         self.capture: Any = None
         self.reached: frozenset[int] = frozenset()
 
@@ -99,7 +100,7 @@ class SimulatedEvent:
         machine = self.machine
         with machine.lock:
             self.clock = machine.ordering.snapshot(stream.stream_id)
-            self.operation = machine.timeline.last(stream.stream_id)
+            self.operation, self.recorded_s = machine.timeline.last(stream.stream_id), machine.now_s
             captures = machine.capture is not None and stream.stream_id in machine.capture.streams
             self.capture = machine.capture if captures else None
             if self.capture is not None:
@@ -127,9 +128,9 @@ class SimulatedEvent:
         (stream or current_stream()).wait_event(self)
 
     def elapsed_time(self, end: SimulatedEvent) -> float:
-        """Milliseconds from here to another event."""
-        times = [0.0 if e.operation is None else self.machine.timeline.end_of(e.operation) for e in (self, end)]
-        return 1000 * (times[1] - times[0])
+        """Milliseconds from here to another event. Neither is reached before it was recorded."""
+        ends = [0.0 if e.operation is None else self.machine.timeline.end_of(e.operation) for e in (self, end)]
+        return 1000 * (max(ends[1], end.recorded_s) - max(ends[0], self.recorded_s))
 
 
 def default_stream(device: Any = None) -> SimulatedStream:

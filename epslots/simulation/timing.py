@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from epslots.piece_sizes import PIECE_BYTES
 from epslots.planner.cost_model import Costs
 
 
@@ -23,7 +24,7 @@ class Device:
         host: from the node's host memory.
         peer: to and from another rank of the node, one way.
         network: to and from another node, one way, for each rank.
-        tflops: see above.
+        tflops: of the device's compute.
         latency_us: of an empty collective within a node.
         network_latency_us: added by other nodes.
     """
@@ -107,26 +108,45 @@ def timing_of(device: Device, expert_bytes: int, row_bytes: int, layer_ns: int =
     )
 
 
+HOST_COPY_BYTES_S = 10e9
+"""Bytes a second of a thread's copy within a host's memory, as servers have it."""
+
+
 @dataclass(frozen=True)
 class HandOverTiming:
-    """How long a request's cache takes from one rank to another.
+    """How long a request's cache takes from one rank to another, piece by piece.
+
+    A piece goes out of its device, is copied into a connection's memory, crosses the network between two nodes, is copied out
+    of that memory, and goes into the other device. While one is in a stage, another is in the next.
 
     Attributes:
         fixed_s: seconds of its messages.
         host_bytes_s, network_bytes_s: bytes a second between a device and its host's memory, and between two nodes.
+        copy_bytes_s: bytes a second of a copy within a host's memory.
     """
 
     fixed_s: float
     host_bytes_s: float
     network_bytes_s: float
+    copy_bytes_s: float = HOST_COPY_BYTES_S
+
+    def piece_s(self, nbytes: int, *, same_node: bool) -> float:
+        """Seconds of one piece: of all stages."""
+        return sum(self._stages_s(nbytes, same_node))
+
+    def busy_s(self, nbytes: int, *, same_node: bool) -> float:
+        """Seconds until the next piece can follow: of the longest stage."""
+        return max(self._stages_s(nbytes, same_node))
 
     def transfer_s(self, nbytes: int, *, same_node: bool) -> float:
-        """Seconds of the bytes: out of one device, and into the other. If they are apart, over the network in between.
+        """Seconds of so many bytes, in pieces that follow one another."""
+        first = min(nbytes, PIECE_BYTES)
+        return self.piece_s(first, same_node=same_node) + self.busy_s(nbytes - first, same_node=same_node)
 
-        The stages are taken to follow one another.
-        """
-        seconds = 2 * nbytes / self.host_bytes_s
-        return seconds if same_node else seconds + nbytes / self.network_bytes_s
+    def _stages_s(self, nbytes: int, same_node: bool) -> list[float]:
+        device_s, copy_s = nbytes / self.host_bytes_s, nbytes / self.copy_bytes_s
+        stages = [device_s, copy_s, copy_s, device_s]
+        return stages if same_node else [*stages, nbytes / self.network_bytes_s]
 
 
 HAND_OVER_FIXED_S = 0.02

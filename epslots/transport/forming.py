@@ -50,7 +50,7 @@ def form_group(
         rank, size: this rank, and the number of ranks.
         backend: "gloo", or "nccl" for the current CUDA device.
         deadline_s: seconds to wait for the other ranks.
-        secret: known to the group's ranks alone; empty where every process that reaches the store is trusted.
+        secret: known only to the group's ranks; empty where every process that reaches the store is trusted.
         stop: ends the attempt when it is done; its result is the reason.
 
     Raises:

@@ -18,9 +18,10 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from epslots.errors import PeerLost
+from epslots.piece_sizes import PIECE_BYTES
 from epslots.transport.forming import connect_gloo
 from epslots.transport.gloo_operations import WaitingThread
-from epslots.transport.pair_connection import MOST_MESSAGE_BYTES, PIECE_BYTES, prove
+from epslots.transport.pair_connection import MOST_MESSAGE_BYTES, prove
 from epslots.transport.torch_transport import cut
 
 _PROBE_EVERY_S = 0.1
@@ -75,6 +76,9 @@ class GlooConnection:
         self._wait(self._start(piece, outgoing=False))
         return piece
 
+    def release(self, pieces: int) -> None:
+        """Nothing: each piece has memory of its own, and the source sends one at a time."""
+
     def abort(self) -> None:
         if not self._aborted:
             self._aborted = True
@@ -127,7 +131,7 @@ def open_gloo_connection(
     Args:
         store: holds the two ends' addresses.
         number: of the hand-over.
-        secret: known to both ends alone.
+        secret: known only to both ends.
         form_s: seconds to wait for the other end.
         deadline_s: seconds that each call may take afterwards.
         source: this end is the source.

@@ -1,4 +1,4 @@
-"""Waiting for gloo's operations, so that a wait can be given up: what ``TorchTransport`` waits for on the CPU.
+"""Waiting for gloo's operations, so that a wait can be given up. ``TorchTransport`` waits so on the CPU.
 
 Torch's own waits block until the end or a deadline. A ``GlooOperation`` is waited for in short turns instead, between which
 the caller looks whether the transport was broken, and it is left behind if it was.

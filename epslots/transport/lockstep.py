@@ -4,8 +4,8 @@ Before a step all ranks gather each other's header; in each layer, each other's 
 int32 of one width, and a row names its kind: ranks that are out of step find out from rows that always match in size, before a
 byte of anything else moves. ``sync_ranks`` and the engine call ``begin`` and ``end``; MoE layers call the rest.
 
-    row       kind (-1 = header, else the layer), step, model, guard, top_k, whether the rank's link is busy and the parts that
-              it needs; then the words of the header, or the layer's counts; then, in a layer, bytes of predicted usage of the
+    row       kind (-1 = header, else the layer), step, model, guard, top_k, the state of the rank's link and the parts that it
+              needs; then the words of the header, or the layer's counts; then, in a layer, bytes of predicted usage of the
               next layer
     guard     a digest of all that the layer's plan depends on besides the counts: ranks that differ would plan differently
     header    epoch, digest of the residency table, has work, wants to stop, newest placement that has arrived, tokens of the
@@ -17,14 +17,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from epslots.arrays import IntArray
+from epslots.arrays import BoolArray, IntArray
 from epslots.compiled import compiled
 from epslots.device_copy import copy_to_device
 from epslots.errors import ConfigError, ExchangeError, StaleEpoch
@@ -37,6 +37,8 @@ _HEADER_WORDS = 2 * 8
 _USUAL_EXPERTS = 500
 _STEP_LIMIT = 2**31
 _WORD_BYTES = 4
+# Of the word that has it and the parts. More prefetches that no link has begun count as so many.
+_MOST_UNBEGUN = (1 << 10) - 1
 
 
 @dataclass(frozen=True)
@@ -60,22 +62,40 @@ class Header:
     levels_R: tuple[int, ...] = ()
 
 
+class LinkState(NamedTuple):
+    """A rank's link as a layer begins.
+
+    Attributes:
+        busy: whether it has something to do.
+        unbegun: how many of the rank's prefetches for the layer, counted from the last, it hasn't begun.
+    """
+
+    busy: bool
+    unbegun: int
+
+
+IDLE_LINK = LinkState(busy=False, unbegun=0)
+
+
 class Gathered(msgspec.Struct, frozen=True):
     """All ranks' counts of a layer.
 
     Attributes:
         counts_R: pairs of each rank's tokens, int64 [R, E + 1].
         top_k: K, the largest of all ranks.
-        busy_R: whether each rank's link is busy, bool [R].
+        busy_R, unbegun_R: each rank's ``LinkState``, bool and int64 [R].
         predicted_R: predicted usage of the next layer, 0 to 255, [R, as many as given]; undefined of ranks without one.
         parts: in how many the step is divided, the most that any rank needs.
+        arrived: the event after which ``predicted_R`` is on the host; None = it is.
     """
 
     counts_R: IntArray
     top_k: int
     busy_R: NDArray[np.bool_]
+    unbegun_R: IntArray
     predicted_R: NDArray[Any]
     parts: int = 1
+    arrived: torch.cuda.Event | None = None
 
 
 class LockStep:
@@ -83,9 +103,6 @@ class LockStep:
 
     Attributes:
         header: all ranks' headers of the latest step.
-        stopping: whether this rank wants to stop; set by the caller, sent with the next step's header.
-        load: this rank's tokens of the next step, and its prompts' in the one after it; sent with the header, and zero again.
-        levels: slots that each layer of this rank shall cede to its KV cache; set by the caller, sent with every header.
         steps: steps that this rank has begun.
         exchanging: whether this rank is in the header's exchange, or between a layer's first and last exchange: the others
             wait for it. Stays so after a failure there; ``note`` changes it.
@@ -133,15 +150,27 @@ class LockStep:
         self.steps = 0
         self.exchanging = self.computing = self.completes = False
         self._layer: int | None = None
-        self.stopping = False
-        self.load = (0, 0)
-        self.levels = 0
+        self._stopping = False
+        self._load = (0, 0)
+        self._levels = 0
         self.header = Header(work=False, stop=False)
 
     @property
     def agreed(self) -> bool:
         """Whether sizes derived from the same plan go unchecked: from the second step of an epoch on."""
         return self.steps > 1
+
+    def announce(self, load: tuple[int, int]) -> None:
+        """Send with the next header: this rank's tokens of that step, and its prompts' in the one after it."""
+        self._load = load
+
+    def cede(self, levels: int) -> None:
+        """Send with every header from now on: slots that each layer of this rank shall cede to its KV cache."""
+        self._levels = levels
+
+    def ask_to_stop(self) -> None:
+        """Send with every header from now on that this rank wants to stop."""
+        self._stopping = True
 
     def begin(self, *, work: bool = True) -> Header:
         """Exchange the header of the next step, which stays in ``header``.
@@ -153,8 +182,8 @@ class LockStep:
         """
         self.steps += 1
         self._layer, self.exchanging, self.computing = 0, True, False
-        words = self.transport.epoch, self._digest(), int(work), int(self.stopping), self._offered(), *self.load, self.levels
-        mine, self.load = np.array(words, np.int64), (0, 0)
+        words = self.transport.epoch, self._digest(), work, self._stopping, self._offered(), *self._load, self._levels
+        mine, self._load = np.array(words, np.int64), (0, 0)
         self._words_of_head[_PREFIX_WORDS:] = mine.view(np.int32)
         rows = self._gather(_HEADER_KIND, 0, 0, len(self._head))
         headers = np.ascontiguousarray(rows[:, _PREFIX_WORDS : _PREFIX_WORDS + _HEADER_WORDS]).view(np.int64)
@@ -207,7 +236,7 @@ class LockStep:
 
     @contextmanager
     def completing(self) -> Iterator[None]:
-        """Inside, a forward pass that fails between exchanges doesn't break the group: the rank goes on without tokens.
+        """Within the context, a forward pass may fail between exchanges: the rank goes on without tokens.
 
         For a caller that makes exactly one step inside, and makes further steps after a failure.
         """
@@ -236,7 +265,7 @@ class LockStep:
         guard: int,
         predicted: torch.Tensor | None = None,
         *,
-        busy: bool = False,
+        link: LinkState = IDLE_LINK,
         parts: int = 1,
     ) -> Gathered:
         """All ranks' counts of a layer.
@@ -246,7 +275,7 @@ class LockStep:
             top_k: K, or 0 without tokens.
             guard: a digest of all that the layer's plan depends on besides the counts.
             predicted: predicted usage of the next layer, 0 to 255, [at most experts of the largest layer].
-            busy: whether this rank's link is busy.
+            link: of this rank.
             parts: in how many this rank has to divide the step.
 
         Raises:
@@ -256,13 +285,13 @@ class LockStep:
         self._row[_PREFIX_WORDS : _PREFIX_WORDS + len(counts)] = counts
         if predicted is not None:
             self._predicted[: len(predicted)] = predicted
-        rows = self._gather(layer, top_k, guard & 0x7FFFFFFF, _PREFIX_WORDS, last_word=2 * parts + busy)
+        rows = self._gather(layer, top_k, guard & 0x7FFFFFFF, _PREFIX_WORDS, last_word=pack_link(link, parts))
         if not _alike(rows, 4):
             raise ExchangeError(f"ranks no longer agree: {self._explain_divergence()}")
         counts_R = rows[:, _PREFIX_WORDS : _PREFIX_WORDS + len(counts)].astype(np.int64)
         predicted_R = rows[:, self._words :].view(np.uint8)[:, : 0 if predicted is None else len(predicted)]
-        last_R = rows[:, 5]
-        return Gathered(counts_R, int(rows[:, 4].max()), last_R % 2 > 0, predicted_R, int(last_R.max()) // 2)
+        busy_R, unbegun_R, parts = unpack_links(rows[:, 5])
+        return Gathered(counts_R, int(rows[:, 4].max()), busy_R, unbegun_R, predicted_R, parts)
 
     def fail(self, error: BaseException) -> None:
         """Abort the group, because this rank's step failed and the others would wait for it."""
@@ -290,6 +319,17 @@ class LockStep:
             places = [f"rank {r} {_describe_place(*row[:3].tolist())}" for r, row in enumerate(rows)]
             raise ExchangeError(f"ranks are out of step: {', '.join(places)}")
         return rows
+
+
+def pack_link(link: LinkState, parts: int) -> int:
+    """A row's word for the state of a rank's link and the parts that the rank needs."""
+    return (parts * (_MOST_UNBEGUN + 1) + min(link.unbegun, _MOST_UNBEGUN)) * 2 + link.busy
+
+
+def unpack_links(words_R: NDArray[np.int32]) -> tuple[BoolArray, IntArray, int]:
+    """All ranks' ``LinkState``, bool and int64 [R], and the most parts that any needs, by ``pack_link``'s words."""
+    word_R: IntArray = words_R.astype(np.int64)
+    return word_R % 2 > 0, word_R // 2 % (_MOST_UNBEGUN + 1), int(word_R.max()) // (2 * (_MOST_UNBEGUN + 1))
 
 
 @compiled("b1(int32[:, ::1], int64)")

@@ -1,8 +1,8 @@
 """``MemoryConnection``: a ``PairConnection`` through shared memory, for two processes of one machine.
 
-Pieces are copied into an anonymous memory file, which has room for two; a socket carries messages, the file's descriptor, and
-the news that a piece is there or was read. Neither has a name on a disk: if either process is killed, the kernel frees both,
-and the other end's next call fails at once.
+Pieces are copied into an anonymous memory file, which has cells for several; a socket carries messages, the file's descriptor,
+and the news that a piece is in a cell, or that a cell is free. Neither has a name on a disk: if either process is killed, the
+kernel frees both, and the other end's next call fails at once.
 """
 
 from __future__ import annotations
@@ -13,16 +13,21 @@ import os
 import socket
 import struct
 import time
+from collections import deque
 from contextlib import suppress
+from heapq import heappop, heappush
 
 import torch
 
 from epslots.errors import PeerLost
+from epslots.piece_sizes import BYTES_IN_FLIGHT, PIECE_BYTES
 from epslots.transport.forming import seal
-from epslots.transport.pair_connection import BYTES_IN_FLIGHT, MOST_MESSAGE_BYTES, PIECE_BYTES, prove
+from epslots.transport.pair_connection import MOST_MESSAGE_BYTES, prove
 
-_HEAD = struct.Struct("<cI")
-_MESSAGE, _PIECE, _READ = b"m", b"p", b"r"
+_HEAD = struct.Struct("<cIB")
+"""Kind; bytes; the cell of a piece, or how many are free again."""
+_MESSAGE, _PIECE, _FREE = b"m", b"p", b"f"
+_CELLS = BYTES_IN_FLIGHT // PIECE_BYTES
 _RETRY_S = 0.002  # until the other end listens: a socket that nothing listens at has no event to wait for
 
 
@@ -37,60 +42,63 @@ class MemoryConnection:
     def __init__(self, sock: socket.socket, memory: mmap.mmap | None = None) -> None:
         self._sock = sock
         self._memory = torch.empty(0) if memory is None else torch.frombuffer(memory, dtype=torch.uint8)
-        self._sent = self._read = 0
-        """Pieces that were sent; pieces that the other end has read, or that this one has received."""
-        self._unread = False
-        """A piece was received, and is still in use."""
+        self._free = list(range(_CELLS))
+        """A heap: the first ones are used most, and what is never used is no memory."""
+        self._sent = deque[int]()
+        """Cells of pieces that the other end hasn't released."""
 
     def send(self, message: bytes) -> None:
-        self._write(_HEAD.pack(_MESSAGE, len(message)) + message)
+        self._write(_HEAD.pack(_MESSAGE, len(message), 0) + message)
 
     def receive(self) -> bytes:
-        self._release()
-        return self._await(_MESSAGE)
+        size, _ = self._await(_MESSAGE)
+        if size > MOST_MESSAGE_BYTES:
+            raise self._foreign(f"a message of {size} bytes", f"{MOST_MESSAGE_BYTES} are allowed")
+        return self._take(size)
 
     def send_piece(self, data: torch.Tensor) -> None:
         assert 0 < len(data) <= PIECE_BYTES
-        while self._sent - self._read >= BYTES_IN_FLIGHT // PIECE_BYTES:
-            self._await(_READ)
-            self._read += 1
-        self._half(self._sent)[: len(data)] = data
-        self._sent += 1
-        self._write(_HEAD.pack(_PIECE, len(data)))
+        while not self._free:
+            self._await(_FREE)
+        cell = heappop(self._free)
+        self._sent.append(cell)
+        self._memory[cell * PIECE_BYTES :][: len(data)] = data
+        self._write(_HEAD.pack(_PIECE, len(data), cell))
 
     def receive_piece(self, nbytes: int) -> torch.Tensor:
-        self._release()
-        self._await(_PIECE, nbytes)
-        self._unread = True
-        self._read += 1
-        return self._half(self._read - 1)[:nbytes]
+        size, cell = self._await(_PIECE)
+        if size != nbytes or cell >= _CELLS:
+            raise self._foreign(f"{size} bytes in cell {cell}", f"{nbytes} in one of {_CELLS} cells were due")
+        return self._memory[cell * PIECE_BYTES :][:nbytes]
+
+    def release(self, pieces: int) -> None:
+        self._write(_HEAD.pack(_FREE, 0, pieces))
 
     def abort(self) -> None:
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits in it
         self._sock.close()
 
-    def _half(self, number: int) -> torch.Tensor:
-        start = number % (BYTES_IN_FLIGHT // PIECE_BYTES) * PIECE_BYTES
-        return self._memory[start : start + PIECE_BYTES]
-
-    def _release(self) -> None:
-        """Tell the other end that the last piece was read."""
-        if self._unread:
-            self._unread = False
-            self._write(_HEAD.pack(_READ, 0))
-
-    def _await(self, kind: bytes, nbytes: int | None = None) -> bytes:
-        """The next message of a kind; news of pieces that were read may come before it."""
+    def _await(self, kind: bytes) -> tuple[int, int]:
+        """The size and the number in the next head of a kind; the news of free cells may come before it."""
         while True:
-            found, size = _HEAD.unpack(self._take(_HEAD.size))
-            if found == _READ and kind == _MESSAGE:
-                self._read += 1
-                continue
-            if found != kind or (size > MOST_MESSAGE_BYTES if nbytes is None else size != nbytes):
-                self.abort()
-                raise PeerLost(f"the other end of a connection sent {found!r} of {size} bytes, and {kind!r} was due")
-            return self._take(size) if kind == _MESSAGE else b""
+            found, size, number = _HEAD.unpack(self._take(_HEAD.size))
+            if found == _FREE:
+                self._note_free(number)
+            elif found != kind:
+                raise self._foreign(f"{found!r} of {size} bytes", f"{kind!r} was due")
+            if found == kind:
+                return size, number
+
+    def _note_free(self, cells: int) -> None:
+        if cells > len(self._sent):
+            raise self._foreign(f"the news that {cells} cells are free", f"{len(self._sent)} are in use")
+        for _ in range(cells):
+            heappush(self._free, self._sent.popleft())
+
+    def _foreign(self, sent: str, due: str) -> PeerLost:
+        self.abort()
+        return PeerLost(f"the other end of a connection sent {sent}, and {due}")
 
     def _write(self, data: bytes) -> None:
         try:
@@ -120,7 +128,7 @@ def open_source(number: int, secret: bytes, form_s: float, deadline_s: float) ->
 
     Args:
         number: of the hand-over.
-        secret: known to both ends alone.
+        secret: known only to both ends.
         form_s: seconds to wait for the other end.
         deadline_s: seconds that each call may take afterwards.
 

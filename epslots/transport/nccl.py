@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from epslots.errors import PeerLost, RankUnusable
 from epslots.transport import background
 
-# Read by torch when a group is made, from the environment alone.
+# Read by torch when a group is made, only from the environment.
 ENVIRONMENT = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # a lost peer would end the process
     "TORCH_NCCL_ENABLE_MONITORING": "0",  # the monitor ends the process minutes after a dump was asked for, by any rank
@@ -59,7 +59,7 @@ def error_of(group: dist.ProcessGroup, device: torch.device) -> str:
 
 
 def own_group(group: dist.ProcessGroup, device: torch.device, deadline_s: float) -> dist.ProcessGroup:
-    """A further NCCL group of the same ranks, for epslots alone. All of them call this together.
+    """A further NCCL group of the same ranks, only for epslots. All of them call this together.
 
     The watchdog of the user's group reads the environment that it was made in, its timeouts are the user's, and aborting the
     default group would abort all of his.

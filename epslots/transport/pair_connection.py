@@ -2,7 +2,7 @@
 
 ``MemoryConnection`` joins processes of one machine through shared memory, ``GlooConnection`` any two by torch.distributed.
 A connection serves one hand-over; a further one makes its own. At most ``BYTES_IN_FLIGHT`` of pieces are sent and not yet
-received.
+released.
 """
 
 from __future__ import annotations
@@ -16,11 +16,6 @@ import torch
 from epslots.errors import PeerLost
 from epslots.transport.forming import seal
 
-PIECE_BYTES = 16 << 20
-"""Bytes of a piece, at most. Each is read between two steps of its source, and written between two of its target: some
-milliseconds; smaller ones would wait for more steps."""
-BYTES_IN_FLIGHT = 2 * PIECE_BYTES
-"""Bytes of pieces that are on the way: one is written while another is read."""
 MOST_MESSAGE_BYTES = 4 << 20
 """A longer message is no message of ours."""
 
@@ -46,7 +41,11 @@ class PairConnection(Protocol):
         ...
 
     def receive_piece(self, nbytes: int) -> torch.Tensor:
-        """Wait for a piece of this size, uint8 [bytes] on the host. It is valid until the next call of any method."""
+        """Wait for a piece of this size, uint8 [bytes] on the host. It is valid until it is released."""
+        ...
+
+    def release(self, pieces: int) -> None:
+        """Free the memory of the oldest pieces that were received. The source may send as many more."""
         ...
 
     def abort(self) -> None:

@@ -127,8 +127,8 @@ def test_what_is_dropped_takes_no_time_unless_it_has_begun(clock: Clock, urgent:
     (begun,) = link.start(slots(1), records(9), copy, urgent=True)
     clock.now += 0.1
     (dropped,) = link.start(slots(1), records(1), copy, urgent=urgent)
-    assert link.cancel(begun), "it crosses all the same"
-    assert not link.cancel(dropped)
+    assert link.begun(begun) and link.cancel(begun), "it crosses all the same"
+    assert not link.begun(dropped) and not link.cancel(dropped)
     (last,) = link.start(slots(1), records(2), copy, urgent=False)
     assert due(clock, link, last) == 3.0
 
@@ -263,6 +263,7 @@ def test_fetches_that_can_wait_queue_a_few_and_drop_the_rest():
         cuda.here.work.append(lambda: copied.append(int(record[0])))
 
     transfers = link.start(slots(6), records(1, 2, 3, 4, 5, 6), put, urgent=False)
+    assert [link.begun(transfer) for transfer in transfers] == [True] * 2 + [False] * 4
     for transfer in transfers[4:]:
         link.cancel(transfer)
     cuda.finish()

@@ -88,7 +88,7 @@ def flip(store: HostStore, layer: int, expert: int) -> None:
 
 def test_every_record_passes_through_few_cells(store: DiskStore):
     read: list[tuple[int, int]] = []
-    store.on_read = lambda layer, nbytes: read.append((layer, nbytes))
+    store.report_reads(lambda layer, nbytes: read.append((layer, nbytes)))
     for _ in range(2):
         for layer, expert in store.shape.experts():
             assert torch.equal(store.record(layer, expert), named(layer, expert))
@@ -136,7 +136,8 @@ def test_every_fetch_brings_its_record(device: str, cells: int, cache_dir: Path)
         slot = choose.randrange(6)
         if choose.random() < 0.5:
             if slot in in_flight:
-                link.cancel(in_flight.pop(slot))
+                begun = link.begun(in_flight[slot])
+                assert link.cancel(in_flight.pop(slot)) or not begun
             names[slot] = choose.randrange(EXPERTS)
             key = store.request(0, names[slot])
             (in_flight[slot],) = link.start([there[slot]], [key], put, urgent=choose.random() < 0.4)

@@ -24,7 +24,6 @@ from epslots.layout import LayerSpec, PackedForm, PackedLayout, PackedMatrix, Re
 from epslots.models.checkpoint import Checkpoint
 from epslots.models.conversions import conversions_of
 from epslots.models.expert_reader import ExpertReader, pack_layers
-from epslots.models.memory_plan import plan_memory
 from epslots.models.memory_report import plan_items
 from epslots.models.model_shape import ModelShape
 from epslots.models.opening import load_dense, open_model
@@ -32,6 +31,7 @@ from epslots.models.packing import find_packing
 from epslots.progress import ProgressDisplay
 from epslots.units import parse_slots
 from tests.support import zoo
+from tests.support.memory_plans import plan_of
 from tests.support.quantised import E2M1
 
 CPU = torch.device("cpu")
@@ -295,7 +295,7 @@ def test_the_plan_counts_packed_slots_and_room_to_unpack():
     packed = packed_layer()
     plain = LayerSpec("l", 1, packed.weights)
     shapes = [ModelShape("m", "bfloat16", (layer,), 1, 1000, (), 32, 100) for layer in (packed, plain)]
-    ours, theirs = (plan_memory(shape, parse_slots(1), memory_bytes=10**9) for shape in shapes)
+    ours, theirs = (plan_of(shape, parse_slots(1), memory_bytes=10**9) for shape in shapes)
     for plan, layer in ((ours, packed), (theirs, plain)):
         assert plan.host_store_bytes == plan.slot_bytes == layer.layout.nbytes
         assert sum(size for _, size, _ in plan_items(plan)) == plan.total_bytes

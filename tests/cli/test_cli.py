@@ -31,7 +31,7 @@ from epslots.cli.generate import read_prompts
 from epslots.config import EngineConfig, LoadConfig
 from epslots.example import example_model
 from epslots.generation.end_tokens import end_tokens
-from epslots.models.known_shapes import known_shape
+from epslots.models.known_shapes import known_model
 from tests.support import ROOT, zoo
 from tests.support.entry_points import named_only
 from tests.support.fake_backend import FakeBackend, one_load_at_a_time
@@ -436,7 +436,7 @@ def test_plan_chooses_the_cache_by_the_given_sizes(run: Callable[..., Run], monk
 
     def find_model(model: str, device: str, config: LoadConfig, stored_format: str | None) -> FoundModel:
         seen.append(config)
-        return FoundModel(known_shape("mixtral-8x7b"))
+        return FoundModel(known_model("mixtral-8x7b")[0])
 
     monkeypatch.setattr(sys.modules["epslots.cli.plan"], "find_model", find_model)
     sizes = ("--kv-tokens", "77", "--max-requests", "5", "--max-batch-tokens", "9", "--cache", "rows")

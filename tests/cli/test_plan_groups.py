@@ -9,9 +9,10 @@ import pytest
 
 from cluster.config import cluster_config
 from epslots.errors import ConfigError
-from epslots.models.known_shapes import known_shape
+from epslots.models.known_shapes import known_model
+from epslots.piece_sizes import PIECE_BYTES
 from epslots.rank_groups import RankGroups, divide_ranks
-from epslots.simulation.timing import DEVICES, LINK_SHARE
+from epslots.simulation.timing import DEVICES, HAND_OVER_FIXED_S, HOST_COPY_BYTES_S, LINK_SHARE
 
 Run = Callable[..., tuple[int, str, str]]
 MODEL = ("--model", "qwen3-30b-a3b", "--slots", "25%", "--memory", "80GiB", "--device", "cuda")
@@ -31,8 +32,12 @@ def test_roles_and_hand_overs(run: Run):
     few, many = found["hand_overs"]
     assert (few["nbytes"], many["nbytes"]) == (500 * found["token_bytes"], 2000 * found["token_bytes"])
     assert many["network_s"] > many["node_s"] > few["node_s"]
-    h100 = DEVICES["h100"]
-    assert many["node_s"] - few["node_s"] == pytest.approx(2 * 1500 * found["token_bytes"] / (h100.host * LINK_SHARE * 1e9))
+    assert few["nbytes"] > PIECE_BYTES
+    assert many["node_s"] - few["node_s"] == pytest.approx(1500 * found["token_bytes"] / HOST_COPY_BYTES_S), (
+        "the longest stage"
+    )
+    first_s = 2 * PIECE_BYTES / (DEVICES["h100"].host * LINK_SHARE * 1e9) + 2 * PIECE_BYTES / HOST_COPY_BYTES_S
+    assert few["node_s"] - (few["nbytes"] - PIECE_BYTES) / HOST_COPY_BYTES_S - first_s == pytest.approx(HAND_OVER_FIXED_S)
 
 
 def test_groups_in_words(run: Run):
@@ -76,4 +81,4 @@ def test_a_cluster_divides_as_its_plan_does():
     assert divide_ranks(None, 2, 0, 0) is None
     with pytest.raises(ConfigError, match="decode_ranks=3; allowed with prefill_ranks"):
         divide_ranks(8, 1, 0, 3)
-    assert known_shape("qwen3-30b-a3b").token_bytes == 98_304
+    assert known_model("qwen3-30b-a3b")[0].token_bytes == 98_304

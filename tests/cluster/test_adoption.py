@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 import pytest
 
-import cluster.rank.cache_exchange
 import cluster.rank.rank_loop
 from cluster.api import Cluster, _check_model, _tokenizer_of
 from cluster.driver.hand_over_costs import HandOverCosts
@@ -22,6 +21,7 @@ from epslots.config import LoadConfig, load_config
 from epslots.errors import ConfigError
 from tests.support.fake_backend import WatchedConnection
 from tests.support.grouped_ranks import TOKENS_TRAVEL
+from tests.support.handed_over import small_transfers
 from tests.support.lasting_backend import LastingBackend, abandon
 from tests.support.rank_helpers import PATIENCE_S
 from tests.support.thread_cluster import PROMPTS, check_empty, expected, serve_again, tokens_of, until
@@ -426,7 +426,7 @@ def test_a_driver_may_die_amid_a_hand_over(
     drive: Drive, folder: Path, monkeypatch: pytest.MonkeyPatch, source: bool, adopted_first: bool
 ):
     """Its ranks are adopted, and keep nothing of it, in either order: their connection's end first, or the adoption."""
-    monkeypatch.setattr(cluster.rank.cache_exchange, "PIECE_BYTES", 9000)
+    small_transfers(monkeypatch)
     monkeypatch.setattr(HandOverCosts, "stays", lambda *_: False)
     first, backend = drive(prefill_ranks=1)
     reached, goes_on = threading.Event(), threading.Event()

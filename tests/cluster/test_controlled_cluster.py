@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from cluster.api import Cluster
-from cluster.controller.controller import Controller
-from cluster.controller.role_forecasts import MakeForecast
+from cluster.controller.controller import Controller, FindForecast
 from cluster.driver import controller_client
 from cluster.errors import ClusterError
 from cluster.messages.controller import Attach
@@ -56,7 +55,7 @@ class Restless:
         return Proposal(found, False, 1, 1, int(found.wanted_LRE.sum()), 0.5, 0.6, NO_REASONS)
 
 
-def restless(forecast: MakeForecast) -> Controller:
+def restless(forecast: FindForecast) -> Controller:
     return Controller(lambda: 0.0, planner=Restless(), share=1.0, forecast=forecast)
 
 

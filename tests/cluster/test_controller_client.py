@@ -11,8 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from cluster.controller.controller import Controller
-from cluster.controller.role_forecasts import MakeForecast
+from cluster.controller.controller import Controller, FindForecast
 from cluster.driver import controller_client as client_module
 from cluster.driver.backend import Backend, WorkerHandle
 from cluster.driver.controller_client import ControllerClient
@@ -256,7 +255,7 @@ class Gated(FakeController):
 
 
 class GatedBackend(FakeBackend):
-    def __init__(self, make: Callable[[MakeForecast], Controller]) -> None:
+    def __init__(self, make: Callable[[FindForecast], Controller]) -> None:
         super().__init__(make_controller=make)
         self.gate = asyncio.Event()
         self.gate.set()

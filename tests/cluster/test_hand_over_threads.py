@@ -111,7 +111,7 @@ def test_what_is_broken_off_while_ranks_meet_ends():
 
 def test_a_place_of_an_earlier_try_is_given_back(monkeypatch: pytest.MonkeyPatch):
     """Its request has failed to move, and comes again: two places would be held, and one never be freed."""
-    monkeypatch.setattr(hand_over_threads, "take_cache", lambda _connection, reserve, _between: reserve(None))
+    monkeypatch.setattr(hand_over_threads, "take_cache", lambda _connection, reserve, _between, _budget: reserve(None))
     rank = Rank(lambda _: connection())
     rank.take()
     assert rank.asked == ["release a", "reserve a"]

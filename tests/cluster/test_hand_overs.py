@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Hashable
 from contextlib import closing
+from dataclasses import replace
 from unittest.mock import Mock
 
 import msgspec
@@ -19,7 +20,6 @@ from cluster.driver.rank_loads import RankCapacity
 from cluster.driver.request_router import SOON_S, GroupRouter
 from cluster.driver.scheduler import Scheduler
 from cluster.messages.hand_over import (
-    BYTES_BETWEEN_STEPS,
     Forget,
     GoOn,
     HandedOver,
@@ -34,6 +34,7 @@ from cluster.messages.rank import Command, Outputs, Submit, decode_events, encod
 from cluster.rank.rank_loop import RankLoop
 from epslots.generation.batchers import batcher_for
 from epslots.generation.requests import Output, Request
+from epslots.piece_sizes import PIECE_BYTES
 from epslots.rank_groups import Role
 from tests.support import zoo
 from tests.support.clock_loop import ClockLoop
@@ -93,8 +94,9 @@ def test_both_ranks_get_one_secret(machines: tuple[str, str], kind: str):
 def test_after_a_success_the_target_goes_on():
     driver = Driver()
     driver.hand_overs.take("p", DONE)
-    assert driver.sent == [("d", Submit((REQUEST.after((7,)),))), ("p", Forget("a"))]
-    assert driver.scheduler.count("d", Output("a", (8,))) is not None
+    assert driver.sent == [("d", Submit((replace(REQUEST.after((7,)), assignment=1),))), ("p", Forget("a"))]
+    assert driver.scheduler.count("d", Output("a", (8,))) is None, "it is numbered as at the source"
+    assert driver.scheduler.count("d", Output("a", (8,), assignment=1)) is not None
     counts = driver.hand_overs.counts
     assert (counts.done, counts.failed, counts.nbytes, counts.seconds) == (1, 0, 1000, 0.1)
     assert driver.scheduler._ranks.costs.prompt_token_s == 0.001
@@ -207,7 +209,7 @@ def test_a_hand_over_begins_before_the_first_token():
     driver.hand_overs.consider("b")
     assert len(driver.sent) == 2
     driver.hand_overs.take("p", msgspec.structs.replace(DONE, number=1))
-    assert driver.sent[2:] == [("d", Submit((other.after((7,)),))), ("p", Forget("b"))]
+    assert driver.sent[2:] == [("d", Submit((replace(other.after((7,)), assignment=1),))), ("p", Forget("b"))]
     assert (driver.hand_overs.counts.done, driver.hand_overs.counts.early) == (1, 1)
     driver.end()
 
@@ -297,15 +299,17 @@ def test_addresses_go_to_the_other_rank():
     token_s=st.floats(0, 1e-3),
     fixed_s=st.floats(0, 0.1),
     token_bytes=st.integers(1, 2**20),
+    step_bytes=st.sampled_from([PIECE_BYTES, 4 * PIECE_BYTES]),
 )
 def test_hand_overs_begin_when_they_just_end_in_time(
-    prompt: int, chunk: int, prompt_token_s: float, token_s: float, fixed_s: float, token_bytes: int
+    prompt: int, chunk: int, prompt_token_s: float, token_s: float, fixed_s: float, token_bytes: int, step_bytes: int
 ):
     """The target's room isn't kept for longer than the copying takes, by the step. Where little is hidden, none begins."""
     costs = HandOverCosts()
     way, costs.prompt_token_s = costs.far, prompt_token_s
     way.fixed_s, way.token_s, way.token_bytes = fixed_s, token_s, token_bytes
-    steps = 1 + -(-prompt * token_bytes // BYTES_BETWEEN_STEPS)
+    costs.observe(0, 0.0, prompt_token_s=0.0, step_bytes=step_bytes, near=False)
+    steps = 1 + -(-prompt * token_bytes // step_bytes)
     seconds, begins = max(MEETING_S + way.seconds(prompt), steps * chunk * prompt_token_s), False
     for computed in range(chunk, prompt, chunk):
         left_s, before = (prompt - computed) * prompt_token_s, computed - chunk

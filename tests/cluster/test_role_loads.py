@@ -32,6 +32,19 @@ def test_a_prompt_stays_where_most_of_it_is_cached():
     assert loads.for_prompt(request, lambda _: 9 * FIRST_SHORT_TOKENS) is loads._decoding
 
 
+def test_a_prompt_waits_for_no_long_line():
+    """It stays where decoding is when the prompts before it, elsewhere, take longer than it would hold up others."""
+    loads = loads_of(p="prefill", d="decode")
+    loads.costs.observe(100, 0.03, prompt_token_s=0.001, near=False)
+    loads._decoding.add("d", MoveClaim(50, 60))
+    request = MoveClaim(100, 120)
+    found = []
+    for _ in range(3):
+        found.append(loads.for_prompt(request, lambda _: 0) is loads._prompts)
+        loads._prompts.add("p", MoveClaim(100, 100))
+    assert found == [True, True, False], "200 ms of two requests, against 30 ms and 100 of each prompt"
+
+
 def test_requests_are_handed_over_where_another_rank_decodes():
     loads = loads_of(p="prefill", d="decode", m="mixed")
     assert [loads.hands_over(worker) for worker in ("p", "d", "m", "gone")] == [True, False, False, False]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,17 @@ from cluster.config import cluster_config
 from cluster.driver import request_router
 from cluster.driver.hand_over_costs import HandOverCosts
 from cluster.driver.hand_overs import HandOvers
+from cluster.driver.request_router import RequestRouter
+from cluster.generation import Generation
 from cluster.messages.hand_over import PromptProgress
 from cluster.rank.cache_exchange import HandOverRefused
+from cluster.rank.copy_budget import FIRST_BYTES_S
 from cluster.rank.rank_loop import RankLoop
 from epslots.errors import ConfigError
+from epslots.generation.requests import Output
 from epslots.transport.pair_connection import PairConnection
 from tests.support.fake_backend import FakeBackend, WatchedConnection
+from tests.support.handed_over import small_transfers
 from tests.support.thread_cluster import PROMPTS, check_empty, expected, serve_again, tokens_of, until
 
 pytestmark = pytest.mark.usefixtures("one_load_at_a_time", "small_pieces")
@@ -37,8 +43,7 @@ Open = Callable[..., tuple[Cluster, FakeBackend]]
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches of these small models travel in several pieces; and no prompt is short."""
-    monkeypatch.setattr(cluster.rank.cache_exchange, "PIECE_BYTES", 9000)
-    monkeypatch.setattr(cluster.rank.cache_exchange, "BYTES_BETWEEN_STEPS", 2 * 9000)
+    small_transfers(monkeypatch)
     monkeypatch.setattr(HandOverCosts, "stays", lambda *_: False)
 
 
@@ -92,7 +97,7 @@ def counts(opened: Cluster) -> tuple[int, int]:
 
 @BOTH
 def test_prompts_and_decoding_run_apart(opened: tuple[Cluster, FakeBackend], folder: Path, early: bool):
-    cluster, _ = opened
+    cluster, backend = opened
     assert [cluster._supervisor.groups[number].role for number in (0, 1)] == ["prefill", "decode"]
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=NEW)) == expected(folder, PROMPTS, NEW)
     done, _ = counts(cluster)
@@ -103,6 +108,8 @@ def test_prompts_and_decoding_run_apart(opened: tuple[Cluster, FakeBackend], fol
     handed = cluster._supervisor.router.hand_overs.counts
     assert handed.nbytes > 0 and handed.seconds > 0
     assert bool(handed.early) == early
+    budgets = [worker.loop.hand_overs.budget for worker in backend.workers.values()]
+    assert all(budget._step_s > 0 and budget.bytes_s != FIRST_BYTES_S for budget in budgets), "what steps and copies take"
 
 
 def test_drawn_and_constrained_texts_go_on(opened: tuple[Cluster, FakeBackend], open_cluster: Open):
@@ -120,8 +127,9 @@ def test_drawn_and_constrained_texts_go_on(opened: tuple[Cluster, FakeBackend], 
 
 def test_short_prompts_are_computed_where_they_decode(open_cluster: Open, folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(HandOverCosts, "stays", lambda _self, to_compute, *_: to_compute <= 25)
-    cluster, backend = open_cluster(ranks=2, prefill_ranks=1)
+    cluster, backend = open_cluster(ranks=2, prefill_ranks=1, step_target_ms=1000)
     assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=NEW)) == expected(folder, PROMPTS, NEW)
+    assert {worker.loop.hand_overs.budget.target_s for worker in backend.workers.values()} == {1.0}
     prefill = cluster.stats().ranks[0].engine
     assert prefill.prompt_tokens + prefill.reused_tokens == sum(len(prompt) for prompt in PROMPTS if len(prompt) > 25)
     check_empty(cluster, backend)
@@ -141,16 +149,28 @@ class Trouble:
             self._do(connection)
 
 
+def meets(cluster: Cluster, trouble: Trouble, serve: Callable[[], object]) -> bool:
+    """Serve until a hand-over meets the trouble, or ends well. On a busy machine the request may end before either."""
+    before, tries = counts(cluster)[0], 0
+    while not trouble.done and counts(cluster)[0] == before:
+        tries += 1
+        assert tries < 100, "no hand-over ended"
+        serve()
+    return trouble.done
+
+
 @BOTH
 @pytest.mark.parametrize("source", [True, False])
 def test_a_cut_connection_costs_nothing(opened: tuple[Cluster, FakeBackend], folder: Path, source: bool):
     """At whichever message: the request goes on where it was, and moves later."""
     cluster, backend = opened
+
+    def serve() -> None:
+        assert tokens_of(cluster.generate(LONG[:1], max_new_tokens=40)) == expected(folder, LONG[:1], 40)
+
     for number in range(1, 40):
         before = counts(cluster)
-        trouble = Trouble(backend, number, source=source, do=lambda connection: connection.inner.abort())
-        assert tokens_of(cluster.generate(LONG[:1], max_new_tokens=40)) == expected(folder, LONG[:1], 40)
-        if not trouble.done:
+        if not meets(cluster, Trouble(backend, number, source=source, do=lambda connection: connection.inner.abort()), serve):
             break
         assert counts(cluster)[1] > before[1]
     assert number > 6, "an offer, an answer, several pieces, and an end"
@@ -161,19 +181,24 @@ def test_a_cut_connection_costs_nothing(opened: tuple[Cluster, FakeBackend], fol
 @pytest.mark.parametrize("source", [True, False])
 def test_a_cancelled_reader_leaves_nothing(opened: tuple[Cluster, FakeBackend], folder: Path, source: bool):
     cluster, backend = opened
+    running, reasons = list[Generation](), list[str]()
+
+    def leave(_: WatchedConnection) -> None:
+        running[-1].cancel()
+        cluster._thread.flush()  # the ranks are told
+
     for number in range(1, 40):
-        running = cluster.submit(LONG[0], max_new_tokens=40)
-
-        def leave(_: WatchedConnection, running: Any = running) -> None:
-            running.cancel()
-            cluster._thread.flush()  # the ranks are told
-
         trouble = Trouble(backend, number, source=source, do=leave)
-        reason = running.result().reason
-        assert reason == ("cancelled" if trouble.done else "length")
-        if not trouble.done:
+
+        def serve(trouble: Trouble = trouble) -> None:
+            running.append(cluster.submit(LONG[0], max_new_tokens=40))
+            reasons.append(running[-1].result().reason)
+            assert reasons[-1] == "length" or trouble.done
+
+        if not meets(cluster, trouble, serve):
             break
     assert number > 6
+    assert "cancelled" in reasons, "some readers left in time"
     assert tokens_of(cluster.generate(LONG, max_new_tokens=NEW)) == expected(folder, LONG, NEW)
 
 
@@ -182,17 +207,22 @@ def test_a_cancelled_reader_leaves_nothing(opened: tuple[Cluster, FakeBackend], 
 def test_a_lost_rank_costs_no_token(open_cluster: Open, folder: Path, source: bool, early: bool):
     """Before each message, if asked for: every time a rank has to load the model anew."""
     cluster, backend = open_cluster(ranks=2, prefill_ranks=1, **(SMALL_STEPS if early else {}))
+
+    def serve(new: int = 40) -> None:
+        assert tokens_of(cluster.generate(LONG[:1], max_new_tokens=new)) == expected(folder, LONG[:1], new)
+
+    met = False
     some = (4,) if early else (1, 4)
     for number in range(1, 60) if EVERY_MESSAGE else some:
         trouble = Trouble(backend, number, source=source, do=lambda connection: connection.worker._die(known=True))
-        assert tokens_of(cluster.generate(LONG[:1], max_new_tokens=40)) == expected(folder, LONG[:1], 40)
+        met = meets(cluster, trouble, serve)
         backend.on_connection = lambda _: None
-        if not trouble.done:
+        if not met:
             break
         serve_again(cluster, 2)
         if EVERY_MESSAGE:  # a rank that dies often, and never serves, is given up
-            assert tokens_of(cluster.generate(LONG[:1], max_new_tokens=NEW)) == expected(folder, LONG[:1], NEW)
-    assert not trouble.done if EVERY_MESSAGE else trouble.done
+            serve(NEW)
+    assert met != EVERY_MESSAGE
     assert number > 6 or not EVERY_MESSAGE
     check_empty(cluster, backend)
 
@@ -244,6 +274,36 @@ def test_a_target_lost_after_the_end_gives_back(opened: tuple[Cluster, FakeBacke
     pieces = [3]
     Trouble(backend, 1, source=True, do=die_soon)
     assert tokens_of(cluster.generate(LONG[:1], max_new_tokens=40)) == expected(folder, LONG[:1], 40)
+    serve_again(cluster, 2)
+
+
+def test_news_of_an_earlier_assignment_is_refused(
+    opened: tuple[Cluster, FakeBackend], folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A request comes back to its source when the target is lost, and so does, late, news from before the hand-over."""
+    cluster, backend = opened
+    take, early, again = RequestRouter.take, list[Output](), list[Output]()
+
+    def take_late(self: RequestRouter, worker: Any, outputs: Sequence[Output]) -> None:
+        if worker.bundle == 1:
+            backend.workers[1]._die(known=True)
+        elif early and any(output.assignment > early[0].assignment for output in outputs):
+            late = [*early, replace(early[0], tokens=(), finished=True, reason="error", error="says the test")]
+            again.extend(late)
+            take(self, worker, late)
+        else:
+            early.extend(outputs)
+        take(self, worker, outputs)
+
+    monkeypatch.setattr(RequestRouter, "take", take_late)
+    for _ in range(20):
+        assert tokens_of(cluster.generate(LONG[:1], max_new_tokens=40)) == expected(folder, LONG[:1], 40)
+        if again:  # else it ended before it moved, as it may on a busy machine
+            break
+        serve_again(cluster, 2)
+        early.clear()
+    assert again, "it came back"
+    monkeypatch.undo()
     serve_again(cluster, 2)
 
 

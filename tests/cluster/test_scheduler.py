@@ -15,7 +15,8 @@ from cluster.driver.idle_tracker import IdleTracker
 from cluster.driver.rank_loads import RankCapacity
 from cluster.driver.scheduled_request import MOST_SHARED_LOSSES, Move
 from cluster.driver.scheduler import MOST_LOSSES, RETRY_TOKENS, Scheduler
-from epslots.generation.requests import Output, Request, TokenLogprobs
+from cluster.messages.hand_over import PromptProgress
+from epslots.generation.requests import Output, Reason, Request, TokenLogprobs
 
 
 def request(id: str, prompt: int = 3, new: int = 5, priority: int = 0) -> Request:
@@ -122,6 +123,7 @@ def with_roles(**ranks: RankCapacity) -> Scheduler:
     """A scheduler for which no prompt is short."""
     scheduler = Scheduler()
     scheduler._ranks.costs.prompt_token_s = 1.0
+    scheduler._ranks.costs.stays = lambda *_: False  # type: ignore[method-assign]
     scheduler.serve(ranks)
     return scheduler
 
@@ -254,24 +256,24 @@ def test_an_early_hand_over_is_one_at_a_time():
     scheduler.add([request("a", 200, 20)])
     scheduler.assign()
     costs.far.token_s = 1.0
-    assert scheduler.begin_early_move("a", "x", 150, 50) is None, "another rank's"
-    assert scheduler.begin_early_move("nobody", "p", 150, 50) is None
-    move = scheduler.begin_early_move("a", "p", 150, 50)
+    assert scheduler.begin_early_move("x", PromptProgress("a", 150, 50)) is None, "another rank's"
+    assert scheduler.begin_early_move("p", PromptProgress("nobody", 150, 50)) is None
+    move = scheduler.begin_early_move("p", PromptProgress("a", 150, 50))
     assert move is not None and move.early and move.target == "x"
     assert scheduler.busy(["p"]), "it is computed meanwhile"
     costs.far.token_s = 0.0
     scheduler.add([request("b", 200, 20)])
     assert [worker for worker, _ in scheduler.assign()] == ["p"]
     costs.far.token_s = 1.0
-    assert scheduler.begin_early_move("a", "p", 170, 30) is None
-    assert scheduler.begin_early_move("b", "p", 150, 50) is None, "one at a time"
+    assert scheduler.begin_early_move("p", PromptProgress("a", 170, 30)) is None
+    assert scheduler.begin_early_move("p", PromptProgress("b", 150, 50)) is None, "one at a time"
     assert scheduler.end_move(move, done=False) == "stays"
-    assert scheduler.begin_early_move("a", "p", 180, 20) is None, "it has failed once"
+    assert scheduler.begin_early_move("p", PromptProgress("a", 180, 20)) is None, "it has failed once"
     scheduler.count("p", Output("a", (7,)))
     late = scheduler.begin_move("a")
     assert late is not None and not late.early, "it waits for no further token"
     scheduler.count("p", Output("b", (7,)))
-    assert scheduler.begin_early_move("b", "p", 200, 0) is None, "its prompt is done"
+    assert scheduler.begin_early_move("p", PromptProgress("b", 200, 0)) is None, "its prompt is done"
     scheduler.check()
 
 
@@ -283,15 +285,15 @@ def test_a_moved_request_goes_on_in_its_prompt():
     """Log-probabilities of the prompt that arrived aren't sent again."""
     scheduler = Scheduler()
     scheduler.add([replace(request("a", 9), prompt_logprobs=0)])
-    for arrived in ((), LOGPROBS[:2], LOGPROBS[2:5]):
+    for number, arrived in enumerate(((), LOGPROBS[:2], LOGPROBS[2:5])):
         scheduler.serve({"x": WIDE})
         scheduler.assign()
-        assert scheduler.count("x", Output("a", (), prompt_logprobs=arrived)) is not None
+        assert scheduler.count("x", Output("a", (), prompt_logprobs=arrived, assignment=number)) is not None
         scheduler.release("x", blame=False)
     scheduler.serve({"x": WIDE})
     ((_, moved),) = scheduler.assign()
     assert (moved.prompt_logprobs, moved.prompt_logprobs_delivered) == (0, 5)
-    scheduler.count("x", Output("a", (7,), prompt_logprobs=LOGPROBS[5:8]))
+    scheduler.count("x", Output("a", (7,), prompt_logprobs=LOGPROBS[5:8], assignment=3))
     scheduler.release("x")
     scheduler.serve({"x": WIDE})
     ((_, moved),) = scheduler.assign()
@@ -311,7 +313,7 @@ def test_a_lost_rank_gives_back_in_order_with_what_had_arrived():
     scheduler.serve({"y": WIDE})
     again = scheduler.assign()
     assert [r.id for _, r in again] == list("abcd")
-    assert again[0][1] == Request("a", (0, 1, 2, 7, 8), 3, resumed=2)
+    assert again[0][1] == Request("a", (0, 1, 2, 7, 8), 3, resumed=2, assignment=1)
 
 
 def test_a_suspect_is_tried_alone_and_in_the_end_given_up():
@@ -328,7 +330,7 @@ def test_a_suspect_is_tried_alone_and_in_the_end_given_up():
     assert assigned(scheduler, x=WIDE) == [("x", "bad")]
     assert [entry.request.id for entry in scheduler.release("x")[1]] == ["bad"]
     assert assigned(scheduler, x=WIDE) == [("x", "good")]
-    scheduler.count("x", Output("good", (1,), True, "stop"))
+    scheduler.count("x", Output("good", (1,), True, "stop", assignment=MOST_SHARED_LOSSES))
     assert assigned(scheduler, x=WIDE) == [("x", "new")]
 
 
@@ -337,7 +339,7 @@ def test_a_request_that_gets_on_is_no_suspect():
     scheduler.add([request("a", 3, 100)])
     for token in range(3 * MOST_LOSSES):
         assert assigned(scheduler, x=WIDE) == [("x", "a")]
-        assert scheduler.count("x", Output("a", (token,))) is not None
+        assert scheduler.count("x", Output("a", (token,), assignment=token)) is not None
         assert scheduler.release("x")[1] == []
 
 
@@ -427,7 +429,9 @@ class Books(RuleBasedStateMachine):
             whole = given.prompt_logprobs_delivered + len(portion) == len(given.prompt) - 1
             tokens = tokens if whole and data.draw(st.booleans()) else ()
         finished = len(tokens) == given.max_new_tokens
-        output = Output(id, tokens, finished, "length" if finished else None, prompt_logprobs=portion)
+        output = Output(
+            id, tokens, finished, "length" if finished else None, prompt_logprobs=portion, assignment=given.assignment
+        )
         entry = self.scheduler.count(worker, output)
         assert (entry is not None) == (id in self.waiting)
         self.logprobs[id] += len(portion) if id in self.waiting else 0
@@ -451,8 +455,20 @@ class Books(RuleBasedStateMachine):
         worker = self.scheduler.end(id)
         assert worker == next((w for w, has in self.has.items() if id in has), None)
         if worker is not None:
-            del self.has[worker][id]
-            assert self.scheduler.count(worker, Output(id, (), True, "cancelled")) is None
+            given = self.has[worker].pop(id)
+            assert self.scheduler.count(worker, Output(id, (), True, "cancelled", assignment=given.assignment)) is None
+
+    @precondition(lambda self: any(self.has.values()))
+    @rule(data=st.data(), output=st.sampled_from([((7,), None), ((), "cancelled"), ((), "error"), ((7,), "length")]))
+    def hear_late(self, data: st.DataObject, output: tuple[tuple[int, ...], Reason | None]) -> None:
+        """A rank's news of an assignment before its present one: nothing of it counts."""
+        worker = data.draw(st.sampled_from([w for w, has in self.has.items() if has]))
+        given = self.has[worker][data.draw(st.sampled_from(sorted(self.has[worker])))]
+        tokens, reason = output
+        for earlier in range(given.assignment):
+            late = Output(given.id, tokens, reason is not None, reason, assignment=earlier)
+            assert self.scheduler.count(worker, late) is None
+            assert self.scheduler.begin_early_move(worker, PromptProgress(given.id, 1, 1, earlier)) is None
 
     @precondition(lambda self: len(self.workers) > 1)
     @rule(data=st.data(), blame=st.booleans())
@@ -505,8 +521,7 @@ class Books(RuleBasedStateMachine):
                 self.has[worker][given.id] = given
             for worker, has in self.has.items():
                 for id in list(has):
-                    self.scheduler.count(worker, Output(id, (), True, "stop"))
-                    del has[id]
+                    self.scheduler.count(worker, Output(id, (), True, "stop", assignment=has.pop(id).assignment))
         assert len(self.scheduler) == 0
 
 
@@ -543,7 +558,7 @@ class BooksOfRoles(Books):
         for has in self.has.values():
             if id in has:
                 worker = self.scheduler._entries[id].worker
-                assert self.scheduler.count(worker, Output(id, (100,))) is not None
+                assert self.scheduler.count(worker, Output(id, (100,), assignment=has[id].assignment)) is not None
                 self.waiting[id] += (100,)
                 has[id] = has[id].after((100,))
         self.after_outputs()
@@ -566,7 +581,7 @@ class BooksOfRoles(Books):
         worker = data.draw(st.sampled_from(sorted(self.workers)))
         for id in sorted(self.waiting):
             entry = self.scheduler._entries[id]
-            move = self.scheduler.begin_early_move(id, worker, 1, 1)
+            move = self.scheduler.begin_early_move(worker, PromptProgress(id, 1, 1, entry.assignment))
             if move is not None:
                 assert id in self.has[worker] and not entry.began and self.workers[worker].role == "prefill"
                 assert move.early and self.workers[str(move.target)].role == "decode"

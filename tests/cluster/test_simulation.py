@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cluster.driver.hand_over_costs import HandOverCosts
+from cluster.rank import copy_budget
 from cluster.simulation.arrivals import arrivals_of
 from cluster.simulation.cache_transfers import CacheTransfers
 from cluster.simulation.counted_rows import CountedRows
@@ -22,6 +23,7 @@ from cluster.simulation.trace_counts import TraceCounts
 from epslots.config import EngineConfig
 from epslots.errors import ConfigError
 from epslots.generation.cell_table import CellTable
+from epslots.piece_sizes import BYTES_IN_FLIGHT, PIECE_BYTES
 from epslots.placement.rank_speeds import USUAL
 from epslots.planner.cache_policy import DEFAULT_POLICY, POLICIES
 from epslots.rank_groups import divide_ranks
@@ -29,7 +31,6 @@ from epslots.simulation.grouped_cluster import GroupedCluster
 from epslots.simulation.load import Workload
 from epslots.simulation.simulate import RecordedTraffic
 from epslots.simulation.timing import DEVICES, HandOverTiming, hand_over_of, timing_of
-from epslots.transport.pair_connection import PIECE_BYTES
 
 LOAD = Workload(rate=60.0, requests=60, prompt_tokens=(20, 90), new_tokens=(1, 40), shared_tokens=20, shared_prompts=3)
 
@@ -154,11 +155,13 @@ def test_hand_overs_begin_before_prompts_end(monkeypatch: pytest.MonkeyPatch):
     assert np.median(early.hand_over_s) < 0.4 * np.median(late.hand_over_s)
 
 
-def test_sources_read_and_targets_write_between_steps(monkeypatch: pytest.MonkeyPatch):
-    """Over a link that takes no time: two pieces before a source's step, and one before a target's."""
+@pytest.mark.parametrize("most", [1, 4])
+def test_sources_read_and_targets_write_between_steps(monkeypatch: pytest.MonkeyPatch, most: int):
+    """Over a link that takes no time: as many pieces before a step, of the source or the target, as its time allows."""
+    monkeypatch.setattr(copy_budget, "BYTES_IN_FLIGHT", most * PIECE_BYTES)
     cluster = cluster_of(ranks=4, groups=2, prefill_ranks=2, kv_tokens=2000)
-    free_connection, traffic = HandOverTiming(0.0, host_bytes_s=1e18, network_bytes_s=1e18), traffic_of()
-    simulation = RequestSimulation(replace(cluster, kv_token_bytes=PIECE_BYTES // 25, hand_over=free_connection), traffic)
+    free_link, traffic = HandOverTiming(0.0, 1e18, 1e18, 1e18), traffic_of()
+    simulation = RequestSimulation(replace(cluster, kv_token_bytes=PIECE_BYTES // 25, hand_over=free_link), traffic)
     calls: dict[str, list[tuple[int, int]]] = {"_read": [], "_write": []}
     """By a hand-over's number and its group's steps; of a group without work, which makes none, not all."""
 
@@ -169,8 +172,10 @@ def test_sources_read_and_targets_write_between_steps(monkeypatch: pytest.Monkey
             group = simulation.groups[getattr(one, end) // 2]
             if group._tokens_R.any():
                 calls[name].append((one.number, group.steps))
+            before = one.in_flight
             do(transfers, one)
-            assert one.in_flight <= 2
+            assert one.in_flight <= BYTES_IN_FLIGHT // PIECE_BYTES
+            assert before - one.in_flight <= most, "of a write"
 
         monkeypatch.setattr(CacheTransfers, name, noted)
 
@@ -181,8 +186,8 @@ def test_sources_read_and_targets_write_between_steps(monkeypatch: pytest.Monkey
     simulation.check()
     assert simulation.hand_overs.counts.done > 15
     for found in calls.values():
-        assert len(found) == len(set(found)) > 60
-    pieces = -(-200 // 25)
+        assert len(found) == len(set(found)) > 60 / most
+    pieces = -(-200 // 25) / most
     written = Counter(number for number, _ in calls["_write"])
     assert np.median([*written.values()]) >= pieces, "but for the first ones, whose targets had no texts to go on with"
     assert np.median(simulation.hand_over_s) > pieces * min(group.take().seconds / group.steps for group in simulation.groups)

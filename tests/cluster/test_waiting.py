@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from cluster.driver.hand_over_costs import FIRST_SHORT_TOKENS
 from cluster.driver.prefix_index import BLOCK
 from cluster.driver.rank_loads import RankCapacity
+from cluster.driver.scheduled_request import MoveClaim
 from cluster.driver.scheduler import Scheduler
+from cluster.messages.hand_over import HandedOver, PromptProgress
 from epslots.generation.requests import Output, Request
 
 PREFILL, DECODE = RankCapacity(10_000, 1, role="prefill"), RankCapacity(10_000, 16, role="decode")
@@ -129,6 +131,7 @@ def test_ways_are_judged_by_their_own_hand_overs():
     scheduler._ranks.costs = costs
     scheduler.serve({"p": RankCapacity(10_000, 1, role="prefill", machine="m"), "d": here})
     costs.observe(100, 0.01, prompt_token_s=1e-3, near=True)
+    scheduler._ranks._decoding.add("d", MoveClaim(1, 1))
     assert add(scheduler, *LONG[:3]) == [("p", "a"), ("p", "b")], "where no rank is free to hand it over, by the latest way"
 
 
@@ -143,10 +146,10 @@ def test_an_early_hand_over_is_judged_by_its_own_way():
         scheduler.serve({"p": RankCapacity(10_000, 1, role="prefill", machine="m"), "d": decode})
         costs.near.fixed_s = costs.far.fixed_s = 0.0
         add(scheduler, LONG[0])
-        move = scheduler.begin_early_move("a", "p", 400, 100)
+        move = scheduler.begin_early_move("p", PromptProgress("a", 400, 100))
         begun.append(move is not None)
         if move is not None:
-            scheduler.observe_move(move, 500, 5.0, 0.0, 1000)
+            scheduler.observe_move(move, HandedOver(number=0, failure=None, copying_s=5.0, nbytes=1000, tokens=500))
             assert costs.far.token_s == pytest.approx(0.01) and costs.near.token_s == 0.0
     assert begun == [False, True]
 

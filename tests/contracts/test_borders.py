@@ -19,7 +19,7 @@ PACKAGE = Path(epslots.__file__).parent
 LAYERS = (
     # records and errors
     ("_version", "arrays", "errors", "layout", "streams", "cpu_threads", "importing"),
-    ("private_files", "units", "rank_groups"),
+    ("private_files", "units", "rank_groups", "piece_sizes"),
     ("host_limits", "given_files", "progress"),
     ("compiled", "npz", "device_copy", "example"),
     # pure decisions
@@ -53,6 +53,7 @@ PURE = (
     "layout",
     "load_window",
     "rank_groups",
+    "piece_sizes",
     "cache.ram_tier",
     "cache.ram_cells",
     "models.cluster_plan",

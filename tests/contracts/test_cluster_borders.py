@@ -39,6 +39,7 @@ PURE = (
     "messages.controller",
     "messages.hand_over",
     "controller.controller",
+    "rank.copy_budget",
     "rank.event_pace",
     "lasting.lease",
     "lasting.descriptions",

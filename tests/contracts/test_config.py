@@ -34,12 +34,10 @@ MOST_PARAMETERS = 8
 # Functions with more, and why. Compiled kernels aside, which take arrays one by one.
 WIDE = {
     "epslots.loading.load": "users call it by keyword",
-    "epslots.models.memory_plan.plan_memory": "users call it by keyword",
     "epslots.cli.bench.bench": "typer: an option each",
     "epslots.cli.generate.generate": "typer: an option each",
     "epslots.cli.plan.plan": "typer: an option each",
     "epslots.planner.expert_passes.plan_passes": "hands arrays to a compiled kernel",
-    "epslots.planner.migration.choose_migrations": "hands arrays to a compiled kernel",
     "epslots.planner.prefetch_policy.plan": "hands arrays to a compiled kernel",
     "cluster.driver.worker_group.__init__": "one caller, by keyword: all that a group has of the cluster",
 }

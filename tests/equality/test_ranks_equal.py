@@ -95,6 +95,7 @@ def test_ranks_that_hold_everything_wait_for_fetches_in_flight(checkpoint: Check
             slots = loader.pool.slot_of[0, first].copy()
             loader.fetch(0, first, slots, first, urgent=False)
             assert loader.in_flight[slots].all()
+    grouped.form()
     compare(grouped, Reference(folder))
 
 
@@ -104,7 +105,7 @@ def test_ranks_divide_a_long_step_alike(slots: str, checkpoint: Checkpoints, cac
     folder = checkpoint("qwen3_moe")
     grouped = Grouped(folder, cache_dir, slots=[slots, slots])
     for runner in grouped.runtime(1).runners:
-        runner.room = TokenRoom(4, 1, lambda: 0)
+        runner.divide_by(TokenRoom(4, 1, lambda: 0))
     reference, ids = zoo.reference(folder), [zoo.random_ids(1, length, seed=length) for length in (5, 13)]
     before = [runner.steps for runner in grouped.runtime(0).runners]
 

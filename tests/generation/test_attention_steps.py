@@ -131,23 +131,23 @@ def test_a_step_looks_at_its_modules():
     """Hooks are called, and what was changed since is used: a weight, a module, or a module's forward pass."""
     attention, hidden = build("normed").model.layers[0].self_attn, torch.zeros(3, 1, 64)
     step = attention_step_of(attention)
-    first = step._weights(hidden)
-    assert first is not None and step._weights(hidden) is first
+    first = step.weights_for(hidden)
+    assert first is not None and step.weights_for(hidden) is first
     for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
         module = getattr(attention, name)
         for register in (module.register_forward_hook, module.register_forward_pre_hook):
             hook = register(lambda *_: None)
-            assert step._weights(hidden) is None
+            assert step.weights_for(hidden) is None
             hook.remove()
         module.forward, forward = (lambda rows: rows), module.forward
-        assert step._weights(hidden) is None
+        assert step.weights_for(hidden) is None
         module.forward = forward
-        found = step._weights(hidden)
+        found = step.weights_for(hidden)
         module.weight = torch.nn.Parameter(module.weight.clone())
-        again = step._weights(hidden)
+        again = step.weights_for(hidden)
         assert again is not None and again is not found
     attention.q_proj = torch.nn.Linear(64, 128, bias=False)
-    assert step._weights(hidden) is None
+    assert step.weights_for(hidden) is None
 
 
 def test_changed_weights_are_computed_with(monkeypatch: pytest.MonkeyPatch):
@@ -221,24 +221,24 @@ def test_a_step_looks_at_all_shapes():
         module, (rows, columns) = getattr(attention, name), wide
         weight = module.weight
         for strange in (torch.randn(wide), torch.randn(rows, 2 * columns), torch.randn(2 * columns, rows)):
-            assert step._weights(hidden) is not None
+            assert step.weights_for(hidden) is not None
             module.weight = torch.nn.Parameter(strange)
-            assert step._weights(hidden) is None
+            assert step.weights_for(hidden) is None
             module.weight = weight
     for norm in (attention.q_norm, attention.k_norm):
         numbers, weight = torch.randn(64), norm.weight.data
         for strange in (numbers[:16], numbers, numbers[::2]):
             norm.weight.data = numbers[:32]
-            assert step._weights(hidden) is not None
+            assert step.weights_for(hidden) is not None
             norm.weight.data = strange
-            assert step._weights(hidden) is None
+            assert step.weights_for(hidden) is None
         norm.weight.data = weight
     attention.k_proj.weight.data, attention.v_proj.weight.data = torch.randn(128, 64), torch.randn(128, 64)
     attention.scaling = 2.0
-    shape, _ = step._weights(hidden)
+    shape, _ = step.weights_for(hidden)
     assert (shape.groups, shape.scale) == (4, 2.0)
     del attention.k_proj
-    assert step._weights(hidden) is None
+    assert step.weights_for(hidden) is None
 
 
 class _Doubles(nn.Module):
@@ -252,15 +252,15 @@ def test_computed_weights_and_hooks_of_all_modules():
     attention, hidden = build("normed").model.layers[0].self_attn, torch.zeros(3, 1, 64)
     step = attention_step_of(attention)
     for name in ("q_proj", "o_proj", "k_norm"):
-        assert step._weights(hidden) is not None
+        assert step.weights_for(hidden) is not None
         module = getattr(attention, name)
         parametrize.register_parametrization(module, "weight", _Doubles())
-        assert step._weights(hidden) is None and attention_step_of(attention)._weights(hidden) is None
+        assert step.weights_for(hidden) is None and attention_step_of(attention).weights_for(hidden) is None
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
     for register in (hooks.register_module_forward_hook, hooks.register_module_forward_pre_hook):
-        assert step._weights(hidden) is not None
+        assert step.weights_for(hidden) is not None
         hook = register(lambda *_: None)
-        assert step._weights(hidden) is None and not is_plain_linear(attention.q_proj)
+        assert step.weights_for(hidden) is None and not is_plain_linear(attention.q_proj)
         hook.remove()
     assert is_plain_linear(attention.q_proj)
 
@@ -271,17 +271,17 @@ class _SharedStep(AttentionStep):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if hidden := self.__dict__.pop("hidden", None):
-            self.__dict__["seen"] = self._weights(*hidden)
+            self.__dict__["seen"] = self.weights_for(*hidden)
 
 
 @torch.no_grad()
 def test_threads_never_get_the_weights_before():
     attention, hidden = build("normed").model.layers[0].self_attn, torch.zeros(3, 1, 64)
     step = _SharedStep(attention, normed=True)
-    before = step._weights(hidden)
+    before = step.weights_for(hidden)
     attention.q_proj.weight = torch.nn.Parameter(attention.q_proj.weight.clone())
     step.__dict__["hidden"] = (hidden,)
-    after = step._weights(hidden)
+    after = step.weights_for(hidden)
     assert None not in (before, after) and before is not after and step.__dict__["seen"] is not before
 
 

@@ -156,12 +156,12 @@ def test_an_oversubscribed_cache_loses_nothing(name: str):
     requests = requests_of(sizes, seed=3)
     expected = expected_of(model, requests)
     batcher = PagedBatcher(model, kv_tokens=96, max_batch_tokens=32)
-    memory = batcher._processor.cache.cache_tensor.data_ptr()
+    memory = batcher.processor.cache.cache_tensor.data_ptr()
     assert finish(batcher, requests).tokens == expected
     # Where windows share the cache, its last pages are never given away before they are needed.
     assert batcher.stats().preempted > 0 or name in ("gpt_oss", "gemma4"), "the cache was really too small"
     assert pages_are_free(batcher)
-    assert batcher._processor.cache.cache_tensor.data_ptr() == memory, "allocated once"
+    assert batcher.processor.cache.cache_tensor.data_ptr() == memory, "allocated once"
     batcher.close()
 
 
@@ -181,7 +181,7 @@ def test_scattered_pages_are_put_in_order():
     scattered, begin_again = [], batcher._start_over
 
     def seen() -> None:
-        scattered.append(batcher._processor.cache.pool.num_free_sectors)
+        scattered.append(batcher.processor.cache.pool.num_free_sectors)
         begin_again()
         batcher.add(requests["e"])
         batcher.cancel("c")
@@ -324,13 +324,13 @@ def test_cancelling_after_a_preemption_lets_the_next_ones_in(built: Callable[[st
     batcher.add(Request("long", prompt_of(3), 46))
     batcher.add(Request("late", prompt_of(4), 45))
     collected = Collected(batcher)
-    while not batcher._processor.scheduler.block_new_requests:
+    while not batcher.processor.scheduler.block_new_requests:
         assert batcher.has_work
         collected.run(1)
     batcher.cancel("long")
     batcher.add(Request("last", prompt_of(5), 3))
     collected.run(1)
-    assert len(batcher._processor.scheduler.active_requests) == 2, "both at once"
+    assert len(batcher.processor.scheduler.active_requests) == 2, "both at once"
     collected.run()
     assert collected.reasons == {"long": "cancelled", "late": "length", "last": "length"}
     assert collected.tokens["late"] == generated(model, Request("late", prompt_of(4), 45))
@@ -387,9 +387,9 @@ def test_what_fails_within_transformers_is_an_output(built: Callable[[str], PreT
         batcher.prepare()
         batcher.step()
     batcher.outputs()
-    broken = batcher._processor.scheduler.active_requests["0"]
-    batcher._processor._handle_request_error(ValueError("no such thing"), broken)
-    batcher._processor.scheduler.finish_request("0")
+    broken = batcher.processor.scheduler.active_requests["0"]
+    batcher.processor._handle_request_error(ValueError("no such thing"), broken)
+    batcher.processor.scheduler.finish_request("0")
     batcher.prepare()
     batcher.step()
     first, second = batcher.outputs()
@@ -639,7 +639,7 @@ def test_contract_a_manager_makes_a_processor_stepped_by_hand(built: Callable[[s
     assert parameters(ContinuousBatchingManager._create_batch_processor) == ["self"]
     assert parameters(ContinuousBatchProcessor._generation_step) == ["self", "model"]
     batcher = PagedBatcher(built("mixtral"), kv_tokens=64)
-    manager, processor = batcher._manager, batcher._processor
+    manager, processor = batcher._manager, batcher.processor
     assert manager.model is built("mixtral")
     assert isinstance(processor, ContinuousBatchProcessor)
     assert processor.inputs_and_outputs.compute_stream is None, "on the CPU"
@@ -666,7 +666,7 @@ def test_contract_a_manager_makes_a_processor_stepped_by_hand(built: Callable[[s
 
 def test_contract_a_preempted_request_keeps_tokens_blocks_others(built: Callable[[str], PreTrainedModel]):
     batcher = PagedBatcher(built("mixtral"), kv_tokens=64)
-    scheduler = batcher._processor.scheduler
+    scheduler = batcher.processor.scheduler
     for id in ("a", "b"):
         batcher.add(Request(id, prompt_of(3, seed=ord(id)), 46))
     while not scheduler.block_new_requests:
@@ -675,7 +675,7 @@ def test_contract_a_preempted_request_keeps_tokens_blocks_others(built: Callable
     (waiting,) = scheduler.waiting_requests.values()
     assert waiting.initial_tokens[:3] == list(prompt_of(3, seed=ord("b")))
     assert len(waiting.initial_tokens) == 3 + (46 - waiting.max_new_tokens)
-    batcher._processor.reset()
+    batcher.processor.reset()
     assert not scheduler.has_pending_requests()
     assert scheduler.block_new_requests is False
     assert pages_are_free(batcher)
@@ -689,14 +689,14 @@ def test_contract_tokens_are_chosen_by_a_replaceable_method(built: Callable[[str
     """Row i of the scores is that of the i-th request of the batch that gets a token: where sampling by request plugs in."""
     assert parameters(ModelRunner._sample) == ["self", "scores", "output_ids"]
     batcher = PagedBatcher(built("mixtral"), kv_tokens=256, max_batch_tokens=32)
-    own, seen = batcher._processor.model_runner._sample, list[tuple[torch.dtype, bool]]()
+    own, seen = batcher.processor.model_runner._sample, list[tuple[torch.dtype, bool]]()
 
     def choose(scores: torch.Tensor, output_ids: torch.Tensor) -> None:
-        batch = batcher._processor.inputs_and_outputs.requests_in_batch
+        batch = batcher.processor.inputs_and_outputs.requests_in_batch
         seen.append((scores.dtype, scores.shape[1] >= sum(entry.has_new_token for entry in batch)))
         own(scores, output_ids)
 
-    batcher._processor.model_runner._sample = choose
+    batcher.processor.model_runner._sample = choose
     requests = requests_of(((5, 3), (60, 2), (4, 3)))
     assert finish(batcher, requests).tokens == {r.id: generated(built("mixtral"), r) for r in requests}
     assert set(seen) == {(torch.float32, True)}
@@ -705,7 +705,7 @@ def test_contract_tokens_are_chosen_by_a_replaceable_method(built: Callable[[str
 def test_contract_attention_gives_keys_and_values_to_the_cache(built: Callable[[str], PreTrainedModel]):
     assert parameters(PagedAttentionCache.update) == ["self", "key_states", "value_states", "layer_idx", "kwargs"]
     batcher = PagedBatcher(built("deepseek_v3"), kv_tokens=64)
-    cache = batcher._processor.cache
+    cache = batcher.processor.cache
     assert isinstance(cache, PagedAttentionCache)
     assert {allocator.head_dim for allocator in cache.layer_to_allocator.values()} == {4 * 24}
     assert cache.cache_allocators["full_attention"].num_key_value_heads == 1
@@ -726,7 +726,7 @@ def test_contract_attention_gives_keys_and_values_to_the_cache(built: Callable[[
 def test_contract_windows_are_rings_of_blocks(built: Callable[[str], PreTrainedModel]):
     model = zoo.ZOO["gpt_oss"].build()
     batcher = PagedBatcher(model, kv_tokens=64, max_batch_tokens=8)
-    cache = batcher._processor.cache
+    cache = batcher.processor.cache
     window = cache.cache_allocators["sliding_attention"]
     assert window.sliding_window == 16
     assert not hasattr(cache.cache_allocators["full_attention"], "sliding_window")
@@ -753,4 +753,4 @@ def test_contract_what_a_model_says_of_its_layers(built: Callable[[str], PreTrai
     assert [type(layer) for layer in DynamicCache(config=config).layers] == kinds
     with pytest.raises(ValueError, match="chunked_attention"):
         group_layers_by_attn_type(built("llama4").config)
-    assert infer_max_single_request_tokens(PagedBatcher(built("mixtral"), kv_tokens=64)._processor.cache) == 64
+    assert infer_max_single_request_tokens(PagedBatcher(built("mixtral"), kv_tokens=64).processor.cache) == 64

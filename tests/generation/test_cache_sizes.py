@@ -98,7 +98,7 @@ def test_the_plan_grants_what_rows_allocate(name: str, monkeypatch: pytest.Monke
     batcher = RowBatcher(built(name), **SIZES)
     sizes = ENGINE.kv_tokens, ENGINE.max_requests, shape.step_tokens(ENGINE)
     own = sum(tensor.nbytes(*sizes) for tensor in shape.cache if not tensor.pooled)
-    assert allocated(batcher._cache) == batcher._cache.nbytes == shape.kv_bytes(ENGINE) - own
+    assert allocated(batcher.cache) == batcher.cache.nbytes == shape.kv_bytes(ENGINE) - own
     assert (own > 0) == (name == "deepseek_v4")
     batcher.close()
 
@@ -115,7 +115,7 @@ def test_the_plan_grants_what_pages_allocate(name: str):
             kv_tokens=sizes["kv_tokens"], max_requests=sizes["max_requests"], max_batch_tokens=sizes["max_batch_tokens"]
         )
         batcher = PagedBatcher(built(name), **sizes)
-        processor = batcher._processor
+        processor = batcher.processor
         held = processor.cache, processor.inputs_and_outputs, batcher._decoding._mask
         assert allocated(*held) == planned(name, "pages").kv_bytes(engine)
         batcher.close()
@@ -126,7 +126,7 @@ def test_batch_invariant_pages_have_no_masks():
     record_unknown_functions(model)
     record_unknown_functions(skeleton)
     batcher = PagedBatcher(model, **SIZES)
-    processor = batcher._processor
+    processor = batcher.processor
     found = allocated(processor.cache, processor.inputs_and_outputs)
     assert (
         found
@@ -145,8 +145,8 @@ def test_rows_of_their_own_stay_below_the_plan():
     while batcher.prepare():
         batcher.step()
         batcher.outputs()
-        found.append(allocated(batcher._cache, batcher._admission.running))
-    assert batcher._cache.nbytes < max(found) <= shape.kv_bytes(ENGINE)
+        found.append(allocated(batcher.cache, batcher.admission.running))
+    assert batcher.cache.nbytes < max(found) <= shape.kv_bytes(ENGINE)
     batcher.close()
 
 
@@ -182,7 +182,7 @@ def test_a_loaded_models_engine_allocates_its_plan(name: str, checkpoint: Callab
     plan = runtime_of(model).plan
     batcher: Any = Engine(model).batcher
     assert plan.shape.cache_kind == ("pages" if pages else "rows")
-    processor = batcher._processor if pages else None
-    parts = (processor.cache, processor.inputs_and_outputs, batcher._decoding._mask) if processor else (batcher._cache,)
+    processor = batcher.processor if pages else None
+    parts = (processor.cache, processor.inputs_and_outputs, batcher._decoding._mask) if processor else (batcher.cache,)
     assert allocated(*parts) == plan.kv_bytes
     batcher.close()

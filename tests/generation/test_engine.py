@@ -85,7 +85,8 @@ def test_a_rank_that_wants_to_stop_tells_all(checkpoint: Checkpoints, cache_dir:
         if transport.rank:
             engine.batcher.add(requests_of(1)[0])
         seen = [engine.step().stop]
-        group.lockstep.stopping = transport.rank == 0
+        if transport.rank == 0:
+            group.lockstep.ask_to_stop()
         return [*seen, engine.step().stop]
 
     assert run_threads(work, 2, hub=grouped.hub) == [[False, True], [False, True]]

@@ -23,7 +23,7 @@ Checkpoints = Callable[[str], Path]
 def test_kept_beginnings_go_before_slots_and_for_nothing_in_vain(checkpoint: Checkpoints, cache_dir: Path, monkeypatch):
     """Cells that rows share count once; kept rows make way for foreseen tokens, and for slots that can go back now."""
     engine = Engine(load(checkpoint("qwen3_moe"), cache_dir, max_batch_tokens=64))
-    exchange, admission, sizes = exchange_of(engine), rows_of(engine)._admission, exchange_of(engine).sizes
+    exchange, admission, sizes = exchange_of(engine), rows_of(engine).admission, exchange_of(engine).sizes
     assert not exchange.grow(sizes.most_tokens + 1) and not exchange.levels, "for what can never fit, none is ceded"
     serve(engine, [Request("kept", prompt_of(20), 2)])
     assert [kept.row.length for kept in admission.kept] == [21]
@@ -45,7 +45,7 @@ def test_kept_beginnings_go_before_slots_and_for_nothing_in_vain(checkpoint: Che
     assert first in admission.kept and exchange.levels == levels, "a running row is in the way"
     monkeypatch.setattr(SlotExchange, "due", False)
     serve(engine, [])
-    rows_of(engine)._cache.cut(admission.kept[0].row, 16)
+    rows_of(engine).cache.cut(admission.kept[0].row, 16)
     levels, rows = exchange.levels, [kept.row.number for kept in admission.kept]
     reaches = [row for row in rows if exchange.is_in_the_way(row, -1)]
     assert reaches == rows[1:] != []
@@ -75,7 +75,7 @@ def test_a_slot_that_cannot_be_filled_stays_the_caches(checkpoint: Checkpoints, 
         exchange.change(-1)
     loader.wait = wait  # type: ignore[method-assign]
     assert exchange.levels == exchange._cells.open_levels == exchange._target == 1
-    assert runtime.runners[0]._resident is None and runtime.runners[0].planner.state.quota_R[0] == loader.pool.quotas[0]
+    assert not runtime.runners[0].complete and runtime.runners[0].planner.state.quota_R[0] == loader.pool.quotas[0]
     check(engine)
     serve(engine, [Request("any", prompt_of(3), 6)])
     engine.batcher.close()

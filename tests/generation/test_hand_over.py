@@ -102,7 +102,7 @@ def test_a_cache_travels_while_it_is_computed(name: str, kind: str):
         here.run(1)
     if LONG.id in here.tokens:
         assert isinstance(source, RowBatcher)
-        assert source._cache.keeps_objects or source._support.whole_prompts, "no others wait for the end"
+        assert source.cache.keeps_objects or source._support.whole_prompts, "no others wait for the end"
         return
     image = source.hold(LONG.id)
     assert image is not None and not source._entries[LONG.id].held
@@ -286,7 +286,7 @@ class TestRoom:
         assert source.hold(LONG.id) is None and not source.prompts(), "its batch is prepared"
         source.step()
         image = source.hold(LONG.id)
-        assert image is not None and source.prompts() == [(LONG.id, 32, 28)]
+        assert image is not None and source.prompts() == [(LONG.id, 32, 28, 0)]
         assert (image.advance(), image.layout.tokens) == (32, 60)
         assert source.prepare()
         assert image.advance() == 32

@@ -54,7 +54,7 @@ def without(token: int, requests: list[Request]) -> list[Request]:
 
 def nothing_is_spoilt(batcher: PagedBatcher) -> bool:
     """Whether all that the pages hold are numbers."""
-    return all(bool(a.cache_tensor.isfinite().all()) for a in batcher._processor.cache.cache_allocators.values())
+    return all(bool(a.cache_tensor.isfinite().all()) for a in batcher.processor.cache.cache_allocators.values())
 
 
 # --- the decision ------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class Watched:
 
     def __init__(self, model: PreTrainedModel, **settings: Any) -> None:
         self.batcher = PagedBatcher(model, **settings)
-        self.scheduler = self.batcher._processor.scheduler
+        self.scheduler = self.batcher.processor.scheduler
         self.steps: list[list[tuple[str, int]]] = []
         """The requests of each step, by our ids, with their tokens."""
         self.order: list[str] = []
@@ -57,7 +57,7 @@ class Watched:
         if not self.batcher.prepare():
             self._take()
             return False
-        batch = self.batcher._processor.inputs_and_outputs.requests_in_batch
+        batch = self.batcher.processor.inputs_and_outputs.requests_in_batch
         numbers = [entry.state.request_id for entry in batch]
         if preempted == self.batcher.stats().preempted:
             stays = set(deciding) & set(self.scheduler.active_requests)
@@ -76,7 +76,7 @@ class Watched:
         return self
 
     def _is_full(self) -> bool:
-        cache = self.batcher._processor.cache
+        cache = self.batcher.processor.cache
         reads = sum(state.current_len() for state in self.scheduler.active_requests.values())
         return cache.pool.num_free_sectors == 0 or reads >= cache.max_tokens_read
 
@@ -84,7 +84,7 @@ class Watched:
         scheduler, running = self.scheduler, self.batcher._running
         numbers = [int(entry.state.request_id) for entry in batch]
         active, waiting = [int(n) for n in scheduler.active_requests], [int(n) for n in scheduler.waiting_requests_order]
-        cache = self.batcher._processor.cache
+        cache = self.batcher.processor.cache
         assert sum(entry.query_length for entry in batch) <= cache.max_batch_tokens
         before = [reads_of(cache, entry.state.current_len() - entry.query_length) for entry in batch]
         assert sum(before) <= cache.max_tokens_read, "what is read by indices has room"
@@ -109,7 +109,7 @@ class Watched:
 
     def _check_pages(self) -> None:
         """Each page is free, unused, or of running requests, as often as it is referred to."""
-        cache = self.batcher._processor.cache
+        cache = self.batcher.processor.cache
         free_sectors = set(cache.pool.free_sectors)
         for allocator in cache.cache_allocators.values():
             ledger, tables = allocator.ledger, list(allocator.block_table.values())
@@ -226,7 +226,7 @@ def test_no_more_than_max_requests_run(name: str, built: Callable[[str], PreTrai
     assert (batcher.stats().running, batcher.stats().waiting) == (0, 6)
     collected, most, ends = Collected(batcher), 0, []
     while batcher.prepare():
-        most = max(most, len(batcher._processor.inputs_and_outputs.requests_in_batch))
+        most = max(most, len(batcher.processor.inputs_and_outputs.requests_in_batch))
         assert batcher.stats().running + batcher.stats().waiting == 6 - len(ends)
         batcher.step()
         ends += [output.id for output in collected.take() if output.finished]
@@ -356,7 +356,7 @@ def test_a_random_order_of_ends_frees_all(built: Callable[[str], PreTrainedModel
 def test_contract_a_scheduler_is_found_by_its_name(built: Callable[[str], PreTrainedModel]):
     assert SCHEDULER_MAPPING[SCHEDULER] is PageScheduler
     batcher = PagedBatcher(built("mixtral"), kv_tokens=64, max_requests=5)
-    processor = batcher._processor
+    processor = batcher.processor
     assert type(processor.scheduler) is PageScheduler
     assert isinstance(processor, ContinuousBatchProcessor)
     assert processor.scheduler.max_requests_per_batch == 5
@@ -371,7 +371,7 @@ def test_contract_a_scheduler_is_found_by_its_name(built: Callable[[str], PreTra
 @pytest.mark.parametrize(("name", "shares"), [("mixtral", True), ("mixtral", False), ("gpt_oss", True)])
 def test_contract_pages_are_shared_without_windows(name: str, shares: bool, built: Callable[[str], PreTrainedModel]):
     batcher = PagedBatcher(built(name), kv_tokens=64, prefix_cache=shares)
-    cache = batcher._processor.cache
+    cache = batcher.processor.cache
     assert isinstance(cache, PagedAttentionCache)
     assert cache.use_prefix_sharing is (shares and name == "mixtral")
     assert cache.read_cache_limit is None

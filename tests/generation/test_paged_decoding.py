@@ -65,7 +65,7 @@ def test_logits_are_those_of_packed_steps(name: str, monkeypatch: pytest.MonkeyP
             for module in (paged_cache, paged_decoding):
                 monkeypatch.setattr(module, "reads_by_request", lambda model: False)
         batcher, collected = decoding(model, requests)
-        assert (batcher._processor.inputs_and_outputs.attention_mask is not None) == packed
+        assert (batcher.processor.inputs_and_outputs.attention_mask is not None) == packed
         logits: list[torch.Tensor] = []
         hook = model.get_output_embeddings().register_forward_hook(lambda _, __, out, kept=logits: kept.append(out.clone()))
         collected.run(8)
@@ -171,7 +171,7 @@ def test_contract_place_0_of_a_cache_stays_empty():
     model = zoo.ZOO["gemma4"].build()
     batcher, collected = decoding(model, requests_of(SIZES))
     collected.run()
-    for layer, allocator in batcher._processor.cache.layer_to_allocator.items():
+    for layer, allocator in batcher.processor.cache.layer_to_allocator.items():
         keys, values = allocator._kv_token_views[layer]
         assert allocator.read_trash_index == 0 and not keys[0].any() and not values[0].any()
     batcher.close()
@@ -180,7 +180,7 @@ def test_contract_place_0_of_a_cache_stays_empty():
 def test_contract_a_batch_without_masks_can_be_prepared():
     """transformers makes none for attention functions that it doesn't know, and passes none on."""
     batcher = PagedBatcher(zoo.ZOO["mixtral"].build(), kv_tokens=64, max_batch_tokens=16)
-    batch = batcher._processor.inputs_and_outputs
+    batch = batcher.processor.inputs_and_outputs
     assert list(inspect.signature(type(batch).prepare_batch_tensors).parameters) == [
         *("self", "requests_in_batch", "logits_processors", "use_decode_fast_path"),
         *("num_q_tokens", "max_kv_read", "use_padding"),

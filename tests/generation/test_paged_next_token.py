@@ -220,7 +220,7 @@ def test_a_preempted_request_gives_nothing_twice(plain: Plain):
     ]
     expected = Plain(plain.model, requests)
     batcher, got = opened(plain.model, kv_tokens=112, chunk=16, rows=4), Got()
-    scheduler, again = batcher._processor.scheduler, []
+    scheduler, again = batcher.processor.scheduler, []
     wait = scheduler.add_waiting_request
     scheduler.add_waiting_request = lambda state: (again.append(state.request_id), wait(state))
     for request in requests:

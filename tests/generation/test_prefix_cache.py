@@ -38,7 +38,7 @@ class LogitsError:
     def _take(self, _module: object, _inputs: object, logits: torch.Tensor) -> None:
         if self._batcher._part is None:
             return  # a call of the model itself
-        batch = self._batcher._processor.inputs_and_outputs.requests_in_batch
+        batch = self._batcher.processor.inputs_and_outputs.requests_in_batch
         gets_token = [entry for entry in batch if entry.has_new_token]
         for row, entry in zip(logits[0], gets_token, strict=False):
             request = self._batcher._running[entry.state.request_id][0].request
@@ -146,7 +146,7 @@ def test_a_request_that_ends_by_an_error_shares_nothing():
                 ends[output.id] = output.reason
                 tokens += output.tokens
             if "guilty" in ends and batcher.stats().running == 0:
-                assert not batcher._processor.cache.cache_allocators["full_attention"].ledger.block_to_hash or len(ends) == 2
+                assert not batcher.processor.cache.cache_allocators["full_attention"].ledger.block_to_hash or len(ends) == 2
         assert ends["guilty"] == "error"
     guilt.remove()
     assert ends["sibling"] == "length"
@@ -211,7 +211,7 @@ def test_pages_of_a_preempted_request_are_used_again(built: Callable[[str], PreT
 def test_switched_off_nothing_is_kept(built: Callable[[str], PreTrainedModel]):
     batcher = PagedBatcher(built("mixtral"), kv_tokens=256, prefix_cache=False)
     finish(batcher, [replace(request, max_new_tokens=2) for request in twins(3)])
-    cache = batcher._processor.cache
+    cache = batcher.processor.cache
     assert batcher.stats().reused_tokens == 0
     assert batcher.stats().prompt_tokens == 3 * 53
     assert cache.compute_free_capacity() == 1

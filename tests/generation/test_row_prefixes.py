@@ -43,8 +43,8 @@ def test_shared_beginnings_change_no_token(name: str):
     assert stats.reused_tokens >= 5 * len(COMMON), "all but the first share, with states, too"
     assert stats.prompt_tokens <= prompt_tokens - stats.reused_tokens
     assert sum(computed) <= prompt_tokens - stats.reused_tokens
-    assert batcher._admission.make_room(512, 8), "nothing but rows of finished requests is left"
-    batcher._cache.check()
+    assert batcher.admission.make_room(512, 8), "nothing but rows of finished requests is left"
+    batcher.cache.check()
     batcher.close()
 
 
@@ -58,8 +58,8 @@ def test_a_row_that_went_on_lends_what_it_still_has(name: str):
     collected = Collected(batcher).run(4)
     batcher.add(late)
     assert collected.run().tokens == {request.id: generated(model, request) for request in (first, late)}
-    assert batcher.stats().reused_tokens == (0 if batcher._cache.keeps_states else len(COMMON))
-    assert batcher._cache.keeps_states == ("latents" not in KINDS[name])
+    assert batcher.stats().reused_tokens == (0 if batcher.cache.keeps_states else len(COMMON))
+    assert batcher.cache.keeps_states == ("latents" not in KINDS[name])
     batcher.close()
 
 
@@ -149,7 +149,7 @@ def test_kept_rows_give_way_to_requests():
     for request in requests:
         batcher.add(request)
     assert Collected(batcher).run().tokens == {request.id: generated(model, request) for request in requests}
-    assert batcher._admission.kept, "the last ones are still there"
+    assert batcher.admission.kept, "the last ones are still there"
     batcher.close()
 
 
@@ -164,13 +164,13 @@ def test_a_kept_row_is_cut_where_tokens_are_short():
     collected = Collected(batcher).run(3)
     batcher.add(requests[2])
     collected.run(1)
-    assert len(batcher._admission.running) == 2
-    assert not batcher._admission.kept
-    batcher._cache.check()
+    assert len(batcher.admission.running) == 2
+    assert not batcher.admission.kept
+    batcher.cache.check()
     found |= collected.run().tokens
     assert batcher.stats().reused_tokens == len(COMMON)
     assert found == {request.id: generated(model, request) for request in requests}
-    batcher._cache.check()
+    batcher.cache.check()
     batcher.close()
 
 
@@ -180,9 +180,7 @@ def test_the_longest_unused_row_gives_way_first():
     for id, prompt in prompts.items():
         finish(batcher, [Request(id, prompt, 2)])
     assert batcher.stats().reused_tokens == len(COMMON)
-    assert [running.entry.request.id for running in batcher._admission.kept] == ["a", "like a", "d", "e"], (
-        "there are four rows"
-    )
+    assert [running.entry.request.id for running in batcher.admission.kept] == ["a", "like a", "d", "e"], "there are four rows"
     batcher.close()
 
 

@@ -108,7 +108,7 @@ def positions(batcher: Batcher) -> list[tuple[str, int]]:
     assert isinstance(batcher, PagedBatcher)
     return [
         (batcher._running[future.state.request_id][0].request.id, future.state.position_offset - future.query_length + row)
-        for future in batcher._processor.inputs_and_outputs.requests_in_batch
+        for future in batcher.processor.inputs_and_outputs.requests_in_batch
         for row in range(future.query_length)
     ]
 

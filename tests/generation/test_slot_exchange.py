@@ -49,7 +49,7 @@ def many(sizes: Iterable[tuple[int, int]]) -> list[Request]:
 
 
 def places_of(engine: Engine) -> list[tuple[str, TensorPlace]]:
-    cache = rows_of(engine)._cache
+    cache = rows_of(engine).cache
     row = cache.open()
     places = list(cache.places(row))
     cache.close(row)
@@ -70,7 +70,7 @@ class Mover:
         exchange, change = self._exchange, self._random.choice((-1, 1, 1))
         if 0 <= exchange._target + change <= exchange.sizes.most_levels:
             exchange.change(change)
-        open_levels = rows_of(self._engine)._cache.cells.open_levels
+        open_levels = rows_of(self._engine).cache.cells.open_levels
         assert open_levels <= exchange.levels, "cells are used once their slots are ceded, and not before"
         self.levels.append(exchange.levels)
 
@@ -82,7 +82,7 @@ def test_tokens_stay_while_levels_change(name: str, checkpoint: Checkpoints, cac
     memory = [(loader.pool.memory.data_ptr(), loader.pool.memory.nbytes) for loader in runtime.loaders]
     engine, plan = Engine(model), runtime.plan
     sizes = exchange_of(engine).sizes
-    assert rows_of(engine)._cache.nbytes + sizes.own_bytes == plan.kv_bytes
+    assert rows_of(engine).cache.nbytes + sizes.own_bytes == plan.kv_bytes
     assert sum(nbytes for _, nbytes in memory) == plan.slot_bytes + sizes.own_bytes
     cells = [place.memory.untyped_storage().data_ptr() for name, place in places_of(engine) if name.endswith("keys")]
     assert cells and set(cells) == {runtime.ceding_loader.pool.memory.data_ptr()}
@@ -200,7 +200,7 @@ def test_the_cache_grows_under_load_and_shrinks_after(checkpoint: Checkpoints, c
     clock = StepClock()
     model.get_decoder().register_forward_hook(lambda _, __, output: clock.step(output[0].shape[:2].numel()))
     batcher = RowBatcher(model, clock=clock, **asdict(runtime.engine))
-    exchange = batcher._admission.exchange
+    exchange = batcher.admission.exchange
     assert exchange is not None
     exchange._fetch_s = 1e-6
     collected, levels = Collected(batcher), list[int]()
@@ -263,12 +263,12 @@ def test_a_rank_with_all_experts_plans_only_while_it_lacks_some(checkpoint: Chec
     model = load(checkpoint("qwen3_moe"), cache_dir, slots="100%")
     engine, requests = Engine(model), requests_of()
     exchange, runner = exchange_of(engine), runtime_of(model).runners[0]
-    assert runner._resident is not None
+    assert runner.complete
     exchange.change(1)
-    assert runner._resident is None
+    assert not runner.complete
     serve(engine, requests[:1])
     engine.batcher.close()
-    assert runner._resident is not None and runner.cache.resident_E.all()
+    assert runner.complete and runner.cache.resident_E.all()
     runtime_of(model).check_integrity()
 
 
@@ -278,7 +278,7 @@ def test_one_engine_at_a_time_is_in_the_slots(checkpoint: Checkpoints, cache_dir
     with pytest.raises(ConfigError, match="another engine keeps its requests in this model's slots"):
         Engine(model)
     beside = Engine(model, kv_tokens=64)
-    assert rows_of(beside)._admission.exchange is None
+    assert rows_of(beside).admission.exchange is None
     first.batcher.close()
     Engine(model).batcher.close()
     fixed = epslots.load(checkpoint("qwen3_moe"), slots=2, device="cpu", cache_dir=cache_dir, progress=False)

@@ -213,7 +213,7 @@ def drive(transport: LocalTransport, episode: Episode) -> tuple[int, ...]:
         rank.lockstep.end()
         rank.check(transport.rank)
     layers = rank.telemetry.snapshot().layers
-    names = ("hits", "misses", "pairs_sent", "peer_bytes", "migrations", "prefetches", "late")
+    names = ("hits", "misses", "pairs_sent", "peer_bytes", "migrations", "prefetches", "late", "dropped")
     return *(sum(getattr(x, name) for x in layers) for name in names), rank.reached
 
 
@@ -240,8 +240,10 @@ EPISODES = [
 @pytest.mark.parametrize("episode", EPISODES, ids=lambda e: f"{e.seed}")
 def test_random_steps(episode: Episode):
     counts = run_threads(drive, len(episode.quotas), episode)
-    hits, misses, sent, copied, moves, prefetches, late, reached = (sum(column) for column in zip(*counts, strict=True))
+    hits, misses, sent, copied, moves, prefetches, late, dropped, reached = (
+        sum(column) for column in zip(*counts, strict=True)
+    )
     assert hits and misses and moves and reached, "nothing happened"
-    assert bool(prefetches and late) == (episode.predictions is not None)
+    assert bool(prefetches and late and dropped) == (episode.predictions is not None)
     assert bool(sent) == (episode.costs not in (ALL_COSTS["nothing travels"], ALL_COSTS["copies travel"]))
     assert copied or episode.costs is not ALL_COSTS["copies travel"]

@@ -8,8 +8,8 @@ import pytest
 from epslots.config import EngineConfig
 from epslots.errors import ConfigError
 from epslots.models.cache_slots import in_cells
-from epslots.models.known_shapes import known_shape
-from epslots.models.memory_plan import MemoryPlan, plan_memory
+from epslots.models.known_shapes import known_model
+from epslots.models.memory_plan import MemoryPlan, PlannedDevice, plan_memory
 from epslots.models.memory_report import describe_cache
 from epslots.models.model_shape import row_bytes
 from epslots.units import parse_slots
@@ -19,7 +19,7 @@ GIB = 1024**3
 
 
 def plan_of(slots: str, engine: EngineConfig = AUTO, memory: int = 40 * GIB) -> MemoryPlan:
-    return plan_memory(known_shape("qwen3-30b-a3b"), parse_slots(slots), memory_bytes=memory, engine=engine)
+    return plan_memory(known_model("qwen3-30b-a3b")[0], parse_slots(slots), PlannedDevice(memory_bytes=memory), engine=engine)
 
 
 def test_ceded_slots_count_as_slots_alone():
@@ -49,8 +49,8 @@ def test_slots_take_what_the_least_cache_leaves():
 
 
 def test_a_model_without_an_exchange_is_refused_unloaded():
-    shape = msgspec.structs.replace(known_shape("qwen3-30b-a3b"), whole_prompts=True)
+    shape = msgspec.structs.replace(known_model("qwen3-30b-a3b")[0], whole_prompts=True)
     with pytest.raises(
         ConfigError, match=r"kv_tokens='auto': .* can't exchange memory, because its prompts are computed whole"
     ):
-        plan_memory(shape, parse_slots("25%"), memory_bytes=None, engine=AUTO)
+        plan_memory(shape, parse_slots("25%"), PlannedDevice(), engine=AUTO)

@@ -12,9 +12,10 @@ from epslots.cache.ram_cells import least_ram
 from epslots.cli.plan import plan as plan_command
 from epslots.errors import ConfigError
 from epslots.models.host_memory import plan_host_memory
-from epslots.models.known_shapes import known_shape
-from epslots.models.memory_plan import MemoryPlan, plan_memory
+from epslots.models.known_shapes import known_model
+from epslots.models.memory_plan import MemoryPlan
 from epslots.units import SlotsSetting
+from tests.support.memory_plans import plan_of
 
 GIB = 1 << 30
 RECORD = 3 * 6144 * 32768 * 2
@@ -25,7 +26,7 @@ USED = 64 * 2 * RECORD
 @pytest.fixture(scope="module")
 def quarter() -> MemoryPlan:
     """Grok-1 with a quarter of its slots."""
-    return plan_memory(known_shape("grok-1"), SlotsSetting(share=0.25), memory_bytes=None)
+    return plan_of(known_model("grok-1")[0], SlotsSetting(share=0.25))
 
 
 def test_all_experts_are_in_ram_or_on_disk(quarter: MemoryPlan):
@@ -40,7 +41,7 @@ def test_reads_follow_what_neither_slots_nor_ram_hold(quarter: MemoryPlan):
     """A quarter of the experts has slots; half of the others' fetches find RAM."""
     assert plan_host_memory(quarter, 288 * GIB, 1).read_bytes_per_token == USED * 0.75 * 0.5
     assert plan_host_memory(quarter, 576 * GIB, 1).read_bytes_per_token == 0
-    two = plan_memory(quarter.shape, SlotsSetting(share=0.5), memory_bytes=None, ranks=2)
+    two = plan_of(quarter.shape, SlotsSetting(share=0.5), ranks=2)
     assert plan_host_memory(two, 27 * GIB, 2).read_bytes_per_token == 0, "every expert has a slot somewhere"
 
 

@@ -10,7 +10,7 @@ from epslots.cli.find_model import find_model
 from epslots.config import EngineConfig, LoadConfig
 from epslots.errors import ConfigError
 from epslots.generation.planned_cache import with_cache
-from epslots.models.known_shapes import KNOWN_SHAPES, known_model, known_shape
+from epslots.models.known_shapes import KNOWN_SHAPES, known_model
 from epslots.models.model_shape import ModelShape
 
 BILLION = 10**9
@@ -60,7 +60,7 @@ def row_bytes(shape: ModelShape, kv_tokens: int) -> int:
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_sizes_are_the_published_ones(name: str) -> None:
     total, tolerance, layers, experts, top_k, hidden, width, kv_per_token = EXPECTED[name]
-    shape = known_shape(name)
+    shape = known_model(name)[0]
     assert shape.parameters == pytest.approx(total, rel=tolerance)
     assert (shape.name, shape.dtype, len(shape.layers), shape.top_k) == (name, "bfloat16", layers, top_k)
     assert {layer.num_experts for layer in shape.layers} == {experts}
@@ -70,7 +70,7 @@ def test_sizes_are_the_published_ones(name: str) -> None:
 
 
 def test_gemmas_windows_stop_growing() -> None:
-    shape = known_shape("gemma-4-26b-a4b")
+    shape = known_model("gemma-4-26b-a4b")[0]
     windows = [tensor for tensor in shape.cache if tensor.kind == "window"]
     assert {(tensor.window, tensor.entry_bytes) for tensor in windows} == {(1024, 8 * 256 * BF16)}
     assert len(windows) == 2 * 25
@@ -97,7 +97,7 @@ def test_kimis_weights_add_up_by_hand() -> None:
     moe = 60 * ((384 + 1) * expert + 384 * hidden)
     total = moe + 61 * attention + 3 * hidden * 18432 + 2 * 163840 * hidden
     # Left out: norms and routing biases.
-    assert known_shape("kimi-k2").parameters == pytest.approx(total, rel=1e-5)
+    assert known_model("kimi-k2")[0].parameters == pytest.approx(total, rel=1e-5)
 
 
 def test_groks_weights_add_up_by_hand() -> None:
@@ -105,19 +105,19 @@ def test_groks_weights_add_up_by_hand() -> None:
     attention = 2 * hidden * hidden + 2 * hidden * 1024
     total = 64 * (8 * 3 * hidden * 32768 + attention + 8 * hidden + 4 * hidden) + 131072 * hidden + hidden
     # And the angles of its rotary embedding.
-    assert known_shape("grok-1").parameters == pytest.approx(total, rel=1e-8)
+    assert known_model("grok-1")[0].parameters == pytest.approx(total, rel=1e-8)
     hidden = 8192
     attention = 2 * hidden * hidden + 2 * hidden * 1024
     layer = 8 * 3 * hidden * 16384 + 3 * hidden * 32768 + attention + 8 * hidden + 4 * hidden
-    assert known_shape("grok-2").parameters == pytest.approx(64 * layer + 2 * 131072 * hidden + hidden, rel=1e-8)
+    assert known_model("grok-2")[0].parameters == pytest.approx(64 * layer + 2 * 131072 * hidden + hidden, rel=1e-8)
 
 
 def test_the_dtype_scales_everything() -> None:
-    half, full = known_shape("mixtral-8x7b"), known_shape("mixtral-8x7b", "float32")
+    half, full = known_model("mixtral-8x7b")[0], known_model("mixtral-8x7b", "float32")[0]
     assert full.expert_bytes == 2 * half.expert_bytes
     assert row_bytes(full, 10) == 2 * row_bytes(half, 10)
     assert full.dense_bytes == pytest.approx(2 * half.dense_bytes, rel=1e-6)
-    assert known_shape("grok-1", "float32").dense_bytes == pytest.approx(2 * known_shape("grok-1").dense_bytes, rel=1e-6)
+    assert known_model("grok-1", "float32")[0].dense_bytes == pytest.approx(2 * known_model("grok-1")[0].dense_bytes, rel=1e-6)
 
 
 def test_a_known_model_is_planned_as_its_checkpoint_is_stored(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_known_model_is_planned_as_its_checkpoint_is_stored(tmp_path: Path) ->
     assert {layer.layout.nbytes for layer in fp8.layers} == {weights + weights // 128**2 * 4}
     int4 = find_model("kimi-k2", "cuda", config, "int4-groups").shape
     assert {layer.layout.nbytes for layer in int4.layers} == {weights // 2 + weights // 32 * 2}
-    assert "int4-groups checkpoints" in int4.slot_note and int4.dense_bytes == known_shape("kimi-k2").dense_bytes
+    assert "int4-groups checkpoints" in int4.slot_note and int4.dense_bytes == known_model("kimi-k2")[0].dense_bytes
     mxfp4 = find_model("gpt-oss-120b", "cuda", config, "mxfp4").shape.layers[0].layout
     assert mxfp4.nbytes == pytest.approx(3 * 2880**2 * 17 / 32 + 3 * 2880 * BF16, rel=1e-4)
     for given, formats, said in (
@@ -141,6 +141,6 @@ def test_a_known_model_is_planned_as_its_checkpoint_is_stored(tmp_path: Path) ->
 
 def test_unknown_names_and_dtypes_are_refused_with_what_there_is() -> None:
     with pytest.raises(ConfigError, match="kimi-k2"):
-        known_shape("kimi-k3")
+        known_model("kimi-k3")
     with pytest.raises(ConfigError, match="bfloat16"):
-        known_shape("grok-1", "int4")
+        known_model("grok-1", "int4")

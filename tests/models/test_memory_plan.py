@@ -34,7 +34,6 @@ from epslots.models.memory_plan import (
     MemoryPlan,
     default_reserve,
     moe_workspace_bytes,
-    plan_memory,
 )
 from epslots.models.memory_report import alternatives, check_fits, largest_fit, plan_items
 from epslots.models.model_shape import OF_THE_CACHE, CacheTensor, ModelShape
@@ -44,6 +43,7 @@ from epslots.models.quotas import describe_quotas, pool_bytes, resolve_quotas
 from epslots.moe.packed_gemm import KERNELS
 from epslots.prefetch.predictor_file import PREDICTOR_FILE_NAME, file_bytes
 from epslots.units import SlotsSetting, format_bytes, parse_slots
+from tests.support.memory_plans import plan_of
 from tests.support.zoo import make_checkpoint, make_fp8, make_mxfp4
 
 MIB = 1024**2
@@ -215,7 +215,7 @@ def test_rows_of_their_own_are_counted_with_their_next_state() -> None:
 
 def test_every_term_is_what_its_definition_says() -> None:
     engine = EngineConfig(kv_tokens=100, max_requests=5, max_batch_tokens=10)
-    result = plan_memory(tiny_shape(), SlotsSetting(per_layer=3), memory_bytes=100 * MIB, engine=engine, reserve_bytes=1234)
+    result = plan_of(tiny_shape(), SlotsSetting(per_layer=3), memory_bytes=100 * MIB, engine=engine, reserve_bytes=1234)
     assert result.quotas == (3, 3)
     assert result.slot_bytes == 6 * 36_864
     tables = 2 * 5 * 100 * 4  # the cell of each position of each row: of all tokens, and of the window
@@ -234,7 +234,7 @@ def test_every_term_is_what_its_definition_says() -> None:
 
 def test_ranks_on_gpus_need_room_for_communication() -> None:
     plans = {
-        (ranks, device): plan_memory(tiny_shape(), AUTO, memory_bytes=8 * 1024 * MIB, ranks=ranks, device=device)
+        (ranks, device): plan_of(tiny_shape(), AUTO, memory_bytes=8 * 1024 * MIB, ranks=ranks, kind=device)
         for ranks in (1, 2)
         for device in ("cpu", "cuda")
     }
@@ -249,27 +249,27 @@ def test_ranks_on_gpus_need_room_for_communication() -> None:
 def test_graphs_of_decoding_steps_need_room() -> None:
     """One for 1, 2, 4 and 5 rows, and for 64 to 512 positions; each with its logits. States and activations stand once."""
     engine = EngineConfig(kv_tokens=500, max_requests=5, max_batch_tokens=10)
-    arguments: dict[str, Any] = {"memory_bytes": 8 * 1024 * MIB, "device": "cuda", "engine": engine}
-    plan = plan_memory(tiny_shape(), AUTO, **arguments)
+    arguments: dict[str, Any] = {"memory_bytes": 8 * 1024 * MIB, "kind": "cuda", "engine": engine}
+    plan = plan_of(tiny_shape(), AUTO, **arguments)
     logits, activations = (1 + 2 + 4 + 5) * 4 * 320 * 2, moe_workspace_bytes(tiny_shape(), 5, 1)
     kept = logits + activations + 4 * 4 * GRAPH_BYTES
     assert plan.captured_bytes == kept + 5 * 512 * (256 + 2 * 32) + 5 * 5000
     assert ("captured steps", plan.captured_bytes) in [item[:2] for item in plan_items(plan)]
     assert sum(size for _, size, _ in plan_items(plan)) == plan.total_bytes
     paged = tiny_shape(pages=PageSizes(layers=(2,), layer_bytes=256, page_tokens=16, mask_bytes=2))
-    assert plan_memory(paged, AUTO, **arguments).captured_bytes == kept + 5 * 512 * (256 + 32)
+    assert plan_of(paged, AUTO, **arguments).captured_bytes == kept + 5 * 512 * (256 + 32)
     unwanted, uncaptured = EngineConfig(capture=False), tiny_shape(capture_obstacle="it asks the host")
-    for changes in ({"device": "cpu"}, {"ranks": 2}, {"capturable": False}, {"engine": unwanted}, {"shape": uncaptured}):
-        other = plan_memory(**{"shape": tiny_shape(), "setting": AUTO} | arguments | changes)
+    for changes in ({"kind": "cpu"}, {"ranks": 2}, {"captures": False}, {"engine": unwanted}, {"shape": uncaptured}):
+        other = plan_of(**{"shape": tiny_shape(), "setting": AUTO} | arguments | changes)
         assert other.captured_bytes == 0 and other.fixed_bytes > 0
 
 
 def test_graphs_serve_as_many_rows_as_there_are_slots_for() -> None:
     """With 2 experts a token, 5 of 8 slots serve 2 rows; 1 slot serves none. A GPU that can't fetch needs all of them."""
     engine = EngineConfig(kv_tokens=500, max_requests=5, max_batch_tokens=10)
-    arguments: dict[str, Any] = {"memory_bytes": 8 * 1024 * MIB, "device": "cuda", "engine": engine}
+    arguments: dict[str, Any] = {"memory_bytes": 8 * 1024 * MIB, "kind": "cuda", "engine": engine}
     found = {
-        (slots, fetches): plan_memory(tiny_shape(), SlotsSetting(per_layer=slots), gpu_fetches=fetches, **arguments)
+        (slots, fetches): plan_of(tiny_shape(), SlotsSetting(per_layer=slots), fetches=fetches, **arguments)
         for slots in (1, 5, 8)
         for fetches in (True, False)
     }
@@ -283,9 +283,9 @@ def test_graphs_serve_as_many_rows_as_there_are_slots_for() -> None:
 def test_automatic_slots_leave_room_for_their_graphs(spare_slots: int) -> None:
     """Graphs take as much as 1,800 slots here: the most slots are taken that fit together with their graphs."""
     engine = EngineConfig(kv_tokens=500, max_requests=5, max_batch_tokens=10)
-    arguments: dict[str, Any] = {"device": "cuda", "engine": engine, "reserve_bytes": 1000}
-    least = plan_memory(tiny_shape(), SlotsSetting(per_layer=1), memory_bytes=None, **arguments).total_bytes
-    plan = plan_memory(tiny_shape(), AUTO, memory_bytes=least + spare_slots * 36_864, **arguments)
+    arguments: dict[str, Any] = {"kind": "cuda", "engine": engine, "reserve_bytes": 1000}
+    least = plan_of(tiny_shape(), SlotsSetting(per_layer=1), **arguments).total_bytes
+    plan = plan_of(tiny_shape(), AUTO, memory_bytes=least + spare_slots * 36_864, **arguments)
     assert plan.fits and plan.resident_share >= (1 if spare_slots == 9000 else 0.1)
     larger = plan.with_slots(SlotsSetting(per_layer=min(8, min(plan.quotas) + 1)))
     assert plan.all_resident or not larger.fits
@@ -297,16 +297,16 @@ def test_a_step_has_a_token_of_every_request() -> None:
     assert tiny_shape().step_tokens(engine) == 32
     whole = tiny_shape(whole_prompts=True)
     assert whole.step_tokens(engine) == 1000
-    plan = plan_memory(whole, AUTO, memory_bytes=None, engine=engine)
+    plan = plan_of(whole, AUTO, engine=engine)
     assert plan.workspace_bytes == moe_workspace_bytes(whole, 1000, 1) + plan.logits_bytes + plan.choice_bytes
 
 
 def test_tokens_are_chosen_in_parts() -> None:
     """The planned room is of as many logits as are in work at a time, and of one row of the largest vocabulary."""
     assert CHOICE_LOGITS == PART_LOGITS
-    plan = plan_memory(tiny_shape(vocab_size=150_000), AUTO, memory_bytes=None, engine=EngineConfig(max_requests=100))
+    plan = plan_of(tiny_shape(vocab_size=150_000), AUTO, engine=EngineConfig(max_requests=100))
     assert plan.choice_bytes == 50 * PART_LOGITS
-    plan = plan_memory(tiny_shape(vocab_size=2 * PART_LOGITS), AUTO, memory_bytes=None)
+    plan = plan_of(tiny_shape(vocab_size=2 * PART_LOGITS), AUTO)
     assert plan.choice_bytes == 50 * 2 * PART_LOGITS
 
 
@@ -349,7 +349,7 @@ def test_workspace_is_that_of_the_widest_layer() -> None:
 def test_the_reserve_is_a_share_with_a_floor() -> None:
     assert default_reserve(None) == default_reserve(0) == default_reserve(2 * 1024 * MIB) == 512 * MIB
     assert default_reserve(80_000 * MIB) == 4_000 * MIB
-    assert plan_memory(tiny_shape(), AUTO, memory_bytes=80_000 * MIB).reserve_bytes == 4_000 * MIB
+    assert plan_of(tiny_shape(), AUTO, memory_bytes=80_000 * MIB).reserve_bytes == 4_000 * MIB
 
 
 def test_parameters_count_dense_and_expert_weights() -> None:
@@ -358,16 +358,16 @@ def test_parameters_count_dense_and_expert_weights() -> None:
 
 
 def test_residency_counts_slots_of_one_rank_and_of_all() -> None:
-    alone = plan_memory(tiny_shape(), parse_slots("25%"), memory_bytes=None)
+    alone = plan_of(tiny_shape(), parse_slots("25%"))
     assert (alone.resident_share, alone.slots_per_expert, alone.all_resident) == (0.25, 0.25, False)
-    four = plan_memory(tiny_shape(), parse_slots("25%"), memory_bytes=None, ranks=4)
+    four = plan_of(tiny_shape(), parse_slots("25%"), ranks=4)
     assert (four.resident_share, four.slots_per_expert, four.all_resident) == (0.25, 1.0, True)
     # Slots enough in sum, but one layer lacks some.
     uneven = tiny_shape(layers=moe_layers((2, 256), (32, 256)))
-    plenty = plan_memory(uneven, SlotsSetting(per_layer=9), memory_bytes=None, ranks=4)
+    plenty = plan_of(uneven, SlotsSetting(per_layer=9), ranks=4)
     assert plenty.quotas == (2, 9)
     assert plenty.all_resident
-    short = plan_memory(uneven, SlotsSetting(per_layer=7), memory_bytes=None, ranks=4)
+    short = plan_of(uneven, SlotsSetting(per_layer=7), ranks=4)
     assert short.slots_per_expert > 1
     assert not short.all_resident
 
@@ -377,11 +377,11 @@ def test_residency_counts_slots_of_one_rank_and_of_all() -> None:
 
 def test_a_plan_fits_to_the_byte() -> None:
     shape, setting = tiny_shape(), SlotsSetting(per_layer=2)
-    need = plan_memory(shape, setting, memory_bytes=None, reserve_bytes=1000).total_bytes
-    exact = plan_memory(shape, setting, memory_bytes=need, reserve_bytes=1000)
+    need = plan_of(shape, setting, reserve_bytes=1000).total_bytes
+    exact = plan_of(shape, setting, memory_bytes=need, reserve_bytes=1000)
     assert (exact.fits, exact.free_bytes) == (True, 0)
     check_fits(exact)
-    over = plan_memory(shape, setting, memory_bytes=need - 1, reserve_bytes=1000)
+    over = plan_of(shape, setting, memory_bytes=need - 1, reserve_bytes=1000)
     assert (over.fits, over.free_bytes) == (False, -1)
     with pytest.raises(DoesNotFitError):
         check_fits(over)
@@ -391,7 +391,7 @@ def test_a_plan_fits_to_the_byte() -> None:
 def test_auto_takes_all_that_is_left_and_no_more(memory: int, batch: int, ranks: int) -> None:
     shape = tiny_shape()
     engine = EngineConfig(kv_tokens=64, max_requests=2, max_batch_tokens=batch)
-    result = plan_memory(shape, AUTO, memory_bytes=memory, engine=engine, ranks=ranks, reserve_bytes=10_000)
+    result = plan_of(shape, AUTO, memory_bytes=memory, engine=engine, ranks=ranks, reserve_bytes=10_000)
     least = result.fixed_bytes + 2 * 36_864
     assert result.fits == (memory >= least)
     if not result.fits:
@@ -402,7 +402,7 @@ def test_auto_takes_all_that_is_left_and_no_more(memory: int, batch: int, ranks:
 
 
 def test_unknown_memory_fits_everything() -> None:
-    result = plan_memory(tiny_shape(), AUTO, memory_bytes=None)
+    result = plan_of(tiny_shape(), AUTO)
     assert result.quotas == (8, 8)
     assert result.fits
     assert result.free_bytes is None
@@ -419,11 +419,11 @@ def test_alternatives_are_the_plans_of_those_settings() -> None:
         "ranks": 2,
         "reserve_bytes": 1000,
     }
-    arguments["memory_bytes"] = plan_memory(tiny_shape(), AUTO, **arguments).fixed_bytes + 9 * 36_864
-    result = plan_memory(tiny_shape(), SlotsSetting(per_layer=5), **arguments)
+    arguments["memory_bytes"] = plan_of(tiny_shape(), AUTO, **arguments).fixed_bytes + 9 * 36_864
+    result = plan_of(tiny_shape(), SlotsSetting(per_layer=5), **arguments)
     assert [str(other.setting) for other in alternatives(result)] == ["1 per layer", "12.5%", "25%", "50%", "75%", "100%"]
     for other in alternatives(result):
-        alone = plan_memory(tiny_shape(), other.setting, **arguments)
+        alone = plan_of(tiny_shape(), other.setting, **arguments)
         assert (other.quotas, other.total_bytes, other.fits) == (alone.quotas, alone.total_bytes, alone.fits)
         assert other.resident_share == alone.resident_share
     assert [other.fits for other in alternatives(result)] == [True, True, True, True, False, False]
@@ -433,12 +433,12 @@ def test_alternatives_are_the_plans_of_those_settings() -> None:
 def test_the_largest_fit_is_the_last_that_fits(memory: int) -> None:
     engine = EngineConfig(kv_tokens=100, max_requests=2, max_batch_tokens=2)
 
-    def planned(per_layer: int) -> MemoryPlan:
+    def with_slots(per_layer: int) -> MemoryPlan:
         setting = SlotsSetting(per_layer=per_layer)
-        return plan_memory(tiny_shape(), setting, memory_bytes=memory, engine=engine, reserve_bytes=1000)
+        return plan_of(tiny_shape(), setting, memory_bytes=memory, engine=engine, reserve_bytes=1000)
 
-    plan = planned(8)
-    most = max((n for n in range(1, 9) if planned(n).fits), default=None)
+    plan = with_slots(8)
+    most = max((n for n in range(1, 9) if with_slots(n).fits), default=None)
     assert (largest_fit(plan).setting.per_layer if largest_fit(plan) else None) == most
 
 
@@ -446,8 +446,8 @@ def test_a_refusal_shows_the_sum_and_what_would_fit() -> None:
     shape = tiny_shape(name="mixtral-mini", dense_bytes=600 * MIB)
     engine = EngineConfig(max_requests=3, max_batch_tokens=7)
     arguments: dict[str, Any] = {"engine": engine, "reserve_bytes": 2 * MIB}
-    base = plan_memory(shape, SlotsSetting(per_layer=1), memory_bytes=None, **arguments).fixed_bytes
-    over = plan_memory(shape, parse_slots("75%"), memory_bytes=base + 4 * 2 * 36_864 + 5, **arguments)
+    base = plan_of(shape, SlotsSetting(per_layer=1), **arguments).fixed_bytes
+    over = plan_of(shape, parse_slots("75%"), memory_bytes=base + 4 * 2 * 36_864 + 5, **arguments)
     with pytest.raises(DoesNotFitError) as refused:
         check_fits(over)
     message = str(refused.value)
@@ -464,9 +464,9 @@ def test_a_refusal_shows_the_sum_and_what_would_fit() -> None:
 
 
 def test_a_refusal_says_when_nothing_fits() -> None:
-    hopeless = plan_memory(tiny_shape(), SlotsSetting(per_layer=4), memory_bytes=100_000, reserve_bytes=0)
+    hopeless = plan_of(tiny_shape(), SlotsSetting(per_layer=4), memory_bytes=100_000, reserve_bytes=0)
     assert largest_fit(hopeless) is None
-    least = plan_memory(tiny_shape(), SlotsSetting(per_layer=1), memory_bytes=None, reserve_bytes=0).total_bytes
+    least = plan_of(tiny_shape(), SlotsSetting(per_layer=1), reserve_bytes=0).total_bytes
     with pytest.raises(DoesNotFitError, match=f"Not even one slot per layer fits, which needs {format_bytes(least)}"):
         check_fits(hopeless)
 
@@ -476,7 +476,7 @@ def test_numbers_out_of_range_are_refused_by_name(setting: str, value: int) -> N
     """Those of the engine are refused by ``EngineConfig``."""
     arguments: dict[str, Any] = {"memory_bytes": MIB, setting: value}
     with pytest.raises(ConfigError, match=f"{setting}={value}"):
-        plan_memory(tiny_shape(), AUTO, **arguments)
+        plan_of(tiny_shape(), AUTO, **arguments)
 
 
 def test_quotas_are_described_by_their_range() -> None:
@@ -570,11 +570,10 @@ def test_the_command_plans_from_configuration_and_headers(tmp_path: Path) -> Non
 def test_slots_leave_room_for_the_predictor() -> None:
     """Fourteen slots fit; what tells of the next layer takes the place of two, and of a byte more."""
     shape, record = tiny_shape(), 36_864
-    rest = plan_memory(shape, AUTO, memory_bytes=None, reserve_bytes=0).fixed_bytes
+    rest = plan_of(shape, AUTO, reserve_bytes=0).fixed_bytes
     memory = rest + 14 * record
     plain, less = (
-        plan_memory(shape, AUTO, memory_bytes=memory, reserve_bytes=0, predictor_bytes=nbytes)
-        for nbytes in (0, 2 * record + 1)
+        plan_of(shape, AUTO, memory_bytes=memory, reserve_bytes=0, predictor_bytes=nbytes) for nbytes in (0, 2 * record + 1)
     )
     assert (sum(plain.quotas), sum(less.quotas)) == (14, 11)
     assert less.total_bytes == less.slot_bytes + rest + 2 * record + 1 <= memory
@@ -584,7 +583,7 @@ def test_slots_leave_room_for_the_predictor() -> None:
         name for name, *_ in plan_items(plain)
     ]
     with pytest.raises(DoesNotFitError, match=r"predictor +72 KiB  predicts the next layer's experts"):
-        check_fits(plan_memory(shape, SlotsSetting(per_layer=7), memory_bytes=memory, reserve_bytes=0, predictor_bytes=73_729))
+        check_fits(plan_of(shape, SlotsSetting(per_layer=7), memory_bytes=memory, reserve_bytes=0, predictor_bytes=73_729))
 
 
 @pytest.mark.parametrize(("name", "quantise"), [("gpt_oss", make_mxfp4), ("qwen3_moe", make_fp8)])

@@ -23,8 +23,10 @@ from epslots.moe.vector_code import host_has
 from epslots.moe.vector_gemm import product
 
 # Rows of each slot: none, a few, and many, for which whole chunks are unpacked.
-COUNTS = [2, 0, 9]
+COUNTS = [2, 0, 8, 9]
 SLOTS, ENDS = len(COUNTS), torch.tensor(COUNTS).cumsum(0).int()
+# Whether codes become numbers in registers.
+TILES = host_has("avx512bf16") and host_has("avx512vbmi")
 SCALES = (None, "float32", "bfloat16", "float16", "float8_e4m3fn", "uint8")
 # Blocks of formats: NVFP4's, MXFP4's, GPTQ's, DeepSeek's FP8 (cut short), and a row.
 BLOCKS = ((1, 16), (1, 32), (1, 128), (128, 128), (1, 10**6))
@@ -44,16 +46,27 @@ def assert_equal_products(*forms: PackedForm, dtype: torch.dtype = torch.float32
     result = PackedProduct(weight, bias, activation, exact=True)(rows, ENDS)
     assert result.dtype is dtype and torch.isfinite(result).all() and result.any()
     wanted = product(rows, dense, ENDS, bias, activation)
-    if activation is None and dtype is torch.bfloat16 and forms[0].columns % 32 == 0:
-        few, exact = PackedProduct(weight, bias)(rows, ENDS), unpacked(replace(weight, dtype=torch.float32)).double()
-        assert torch.equal(few[-9:], result[-9:]), "many rows have the bits of unpacked slots"
-        sums = torch.einsum("nk,mk->nm", rows[:2].double(), exact[0]) + bias[0]
-        assert (few[:2] - sums).abs().max() <= 2**-8 * sums.abs().max()
-        assert (few[:2] == sums.bfloat16()).float().mean() > 0.95, "a few rows are multiplied with weights that aren't rounded"
+    if activation is None and dtype is torch.bfloat16 and forms[0].columns % 32 == 0 and TILES:
+        assert_few_rows(weight, bias, rows, result)
     if forms[0].perm:  # a row's products are summed in another order
         torch.testing.assert_close(result, wanted, rtol=2**-7 if dtype is torch.bfloat16 else 1e-6, atol=1e-3)
     else:
         assert torch.equal(result, wanted)
+
+
+def assert_few_rows(weight: PackedWeight, bias: torch.Tensor, rows: torch.Tensor, exact: torch.Tensor) -> None:
+    """Up to eight rows of codes of 8 bits, and two of others, are multiplied with weights that aren't rounded."""
+    found = PackedProduct(weight, bias)(rows, ENDS)
+    unrounded = 8 if weight.matrix.forms[0].kind in ("e4m3", "int8") else 2
+    dense = unpacked(replace(weight, dtype=torch.float32)).double()
+    for slot, (count, end) in enumerate(zip(COUNTS, ENDS.tolist(), strict=True)):
+        own = slice(end - count, end)
+        if count > unrounded:
+            assert torch.equal(found[own], exact[own]), "more rows have the bits of unpacked slots"
+        elif count:
+            sums = rows[own].double() @ dense[slot].T + bias[slot]
+            assert (found[own] - sums).abs().max() <= 2**-8 * sums.abs().max()
+            assert (found[own] == sums.bfloat16()).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -65,6 +78,21 @@ def test_packed_slots_have_the_bits_of_unpacked_ones(kind: str, dtype: torch.dty
         block = (1, 1) if scales is None else block
         form = PackedForm(kind, 48, 288, scales, block, zero=zero, row=row)  # 288: the last block of 128 is cut short
         assert_equal_products(*[form] * (1 + row), dtype=dtype, activation="silu" if row else None)
+
+
+@pytest.mark.parametrize("kind", ["e4m3", "int8"])
+def test_each_code_of_8_bits_is_its_number(kind: str):
+    """For one row and for eight: an input that is one in a column yields the column."""
+    form = PackedForm(kind, 64, 256)
+    codes = (torch.arange(64)[:, None] + torch.arange(256)).to(torch.uint8)
+    stored = codes.view(torch.int8)
+    if kind == "e4m3":
+        stored = torch.where(codes & 127 == 127, 0, codes).view(torch.float8_e4m3fn)  # which are NaN
+    multiply = PackedProduct(PackedWeight(PackedMatrix("w", (form,)), ({"codes": stored[None]},), torch.bfloat16))
+    columns = torch.eye(256, dtype=torch.bfloat16)
+    for rows in (1, 8):
+        found = torch.cat([multiply(block) for block in columns.split(rows)])
+        assert torch.equal(found.t().float(), stored.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -113,7 +141,9 @@ def test_nan_stays_nan_in_its_output():
     weight.parts[0]["codes"].view(torch.uint8)[0, 5, 7] = 0xFF
     weight.parts[0]["group"][0, 9, 0] = torch.nan
     for dtype in (torch.float32, torch.bfloat16):
-        result = PackedProduct(replace(weight, dtype=dtype))(torch.ones(1, 64, dtype=dtype), torch.ones(3, dtype=torch.int32))
+        result = PackedProduct(replace(weight, dtype=dtype))(
+            torch.ones(1, 64, dtype=dtype), torch.ones(SLOTS, dtype=torch.int32)
+        )
         assert torch.isnan(result[0]).nonzero().flatten().tolist() == [5, 9]
 
 

@@ -56,6 +56,27 @@ def test_wrong_predictions_change_no_result(slots: int | str, checkpoint: Checkp
     runtime_of(model).check_integrity()
 
 
+def test_prefetches_for_nothing_end_with_their_step(checkpoint: Callable[[str], Path], cache_dir: Path):
+    """Those that the link hasn't begun: else those of a long prompt would keep it busy for many steps."""
+
+    class Idle(LateLink):
+        def begun(self, transfer: Any) -> bool:
+            return False
+
+    model = load(checkpoint("qwen3_moe"), cache_dir, slots="50%")
+    runtime = runtime_of(model)
+    mislead(runtime)
+    for loader in runtime.loaders:
+        loader.link = Idle()
+    for seed in range(3):
+        with torch.no_grad():
+            model(input_ids=zoo.random_ids(1, 9, seed=seed))
+        assert not any(loader.any_in_flight for loader in runtime.loaders)
+    prefetches, dropped = sums(model, "prefetches", "dropped")
+    assert 0 < dropped < prefetches
+    runtime.check_integrity()
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "mixtral"])
 def test_the_next_layers_router_predicts_by_default(name: str, checkpoint: Checkpoints, cache_dir: Path):
     folder = checkpoint(name)

@@ -40,11 +40,6 @@ def test_a_live_split_fills_the_least_loaded_holder_first():
     assert live_loads(table("110", "011", "010"), np.array([[6, 1, 2]]))[0] == pytest.approx([6, 2, 1])
 
 
-def test_a_live_split_is_level_per_speed():
-    found = live_loads(table("1", "1"), np.array([[30]]), np.array([1000, 2000]))
-    assert found[0] == pytest.approx([10, 20])
-
-
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_a_live_split_is_the_best_there_is(data: st.DataObject):

@@ -313,7 +313,7 @@ def test_windows_add_up_to_the_counters(checkpoint: Checkpoints, cache_dir: Path
         ({"tokens": b"123"}, "tokens has 3 bytes; allowed: 48"),
         ({"tokens": np.array([[1, -1, 0], [0, 0, 0]]).tobytes()}, "tokens has -1"),
         ({"uses": np.array([[9, 0, 0], [0, 0, 0]]).tobytes()}, "uses exceed the 4 steps"),
-        ({"uses": np.array([[1, 0, 0], [0, 0, 1]]).tobytes()}, "experts that there are not"),
+        ({"uses": np.array([[1, 0, 0], [0, 0, 1]]).tobytes()}, "experts that don't exist"),
         ({"hits": (1,)}, "hits has 1 layers"),
         ({"misses": (1, 2**60)}, "misses has 1152921504606846976"),
         ({"compute_s": (0.1, float("nan"))}, "compute_s is"),

@@ -10,14 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from epslots.arrays import BoolArray, IntArray
 from epslots.errors import ConfigError, StaleEpoch
 from epslots.placement.model_planner import ModelPlanner, next_shift
 from epslots.placement.placement import carry_over, default_placement
 from epslots.planner.cost_model import Costs
-from epslots.planner.evictions import spare_replicas
 from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
 from epslots.planner.layer_state import LayerState
-from epslots.planner.migration import NO_MIGRATIONS, MigrationBudget, choose_migrations
+from epslots.planner.migration import MigrationBudget, choose_migrations
+from epslots.planner.plan import NO_MIGRATIONS, Migrations
 from epslots.planner.prefetch_policy import PrefetchBudget
 from tests.support.plan_strategies import random_placement, random_quotas
 
@@ -207,11 +208,9 @@ def test_which_copy_gives_way():
         holds_RE, wanted_RE = np.zeros((2, 5), bool), np.zeros((2, 5), bool)
         for rank in range(2):
             holds_RE[rank, holds[rank]] = wanted_RE[rank, wanted[rank]] = True
-        spare_RE = spare_replicas(holds_RE, np.array(home), wanted_RE)
-        score_E = np.array([9, 1, 5, 3, 7])
-        moves = choose_migrations(
-            wanted_RE & ~holds_RE, holds_RE, wanted_RE, spare_RE, np.array([2, 2]), score_E, np.array(able), from_peers=True
-        )
+        state = LayerState(holds_RE, np.array([2, 2]), np.array(home))
+        state.follow(np.array(home), wanted_RE)
+        moves = choose_migrations(state, np.array([9, 1, 5, 3, 7]), np.array(able), from_peers=True)
         return moves.evicted.tolist() if len(moves) else []
 
     assert evicted([[1, 2], [2, 3]], [[4], []], [1, 1, 1, 1, 0], [True, False]) == [2], "spare, though it scores more"
@@ -224,13 +223,17 @@ def test_where_a_move_comes_from():
     holds_RE = np.array([[1, 0], [1, 0], [1, 0], [0, 1]], bool)
     wanted_RE = holds_RE.copy()
     wanted_RE[3] = True, False
-    arguments = (wanted_RE & ~holds_RE, holds_RE, wanted_RE, np.zeros((4, 2), bool), np.ones(4, int), np.zeros(2, int))
-    able = np.ones(4, bool)
-    assert choose_migrations(*arguments, able, from_peers=True).sources.tolist() == [0], "the next one, going round"
-    nodes = np.array([0, 0, 1, 1])
-    assert choose_migrations(*arguments, able, from_peers=True, node_R=nodes).sources.tolist() == [2], "of the same node"
-    assert choose_migrations(*arguments, able, from_peers=False).sources.tolist() == [-1]
-    assert choose_migrations(*arguments, ~able, from_peers=True) == NO_MIGRATIONS
+    able, home_E, score_E = np.ones(4, bool), np.array([3, 3]), np.zeros(2, int)
+
+    def moves(able: BoolArray, *, from_peers: bool = True, node_R: IntArray | None = None) -> Migrations:
+        state = LayerState(holds_RE, np.ones(4, int), home_E, node_R)
+        state.follow(home_E, wanted_RE)
+        return choose_migrations(state, score_E, able, from_peers=from_peers)
+
+    assert moves(able).sources.tolist() == [0], "the next one, going round"
+    assert moves(able, node_R=np.array([0, 0, 1, 1])).sources.tolist() == [2], "of the same node"
+    assert moves(able, from_peers=False).sources.tolist() == [-1]
+    assert moves(~able) is NO_MIGRATIONS
 
 
 @settings(max_examples=60)
@@ -290,11 +293,11 @@ def test_a_placement_for_ceded_slots_is_reached_where_it_fits(seed: int):
             5 * BYTES,
             lambda layer: np.arange(layers[layer].state.holds_RE.shape[1]),
         )
-    for step in range(60):
+    for step in range(120):
         rank = int(world.generator.integers(ranks))
-        change = int(world.generator.choice((-1, 1)))
+        change = int(world.generator.choice((-1, 1))) if step < 20 else -1
         levels = int(world.models[0].levels_R[rank]) + change  # type: ignore[index]
-        if step < 20 and 0 <= levels < room_LR[:, rank].min():
+        if step < 80 and 0 <= levels < room_LR[:, rank].min():
             score = {i: world.generator.permutation(layer.state.holds_RE.shape[1]) for i, layer in enumerate(layers)}
             evicted = [model.change_level(rank, change, lambda layer, score=score: score[layer]) for model in world.models]
             assert all(each == evicted[0] for each in evicted)
@@ -302,13 +305,59 @@ def test_a_placement_for_ceded_slots_is_reached_where_it_fits(seed: int):
         now_LR = np.stack([layer.state.quota_R for layer in layers])
         assert (now_LR == room_LR - world.models[0].levels_R).all()
         assert all((layer.state.wanted_RE.sum(1) <= layer.state.quota_R).all() for layer in layers)
+    assert not world.models[0].levels_R.any()  # type: ignore[union-attr]
     assert {model.pending_migrations for model in world.models} == {0}
+    for index, layer in enumerate(layers):
+        experts = layer.state.holds_RE.shape[1]
+        assert (layer.state.wanted_RE == wanted_LRE[index, :, :experts]).all(), "all copies are wanted again"
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**9))
+def test_copies_come_back_with_their_slots(seed: int):
+    """They are migrated, without a new placement, once the cache has given the slots back."""
+    world = World.random(seed)
+    (model, *_), layers = world.models, world.models[0].layers
+    room_LR = np.stack([layer.state.quota_R for layer in layers])
+    rank = int(room_LR.min(0).argmax())
+    target = random_placement(world.generator, model.placement)
+    wanted_LRE = target.wanted_LRE & (target.wanted_LRE.cumsum(2) <= room_LR[:, :, None])
+    target, score_E = replace(target, wanted_LRE=wanted_LRE, quota_LR=room_LR), np.arange(wanted_LRE.shape[2])
+
+    def scores(layer: int) -> np.ndarray:
+        return score_E[: layers[layer].state.holds_RE.shape[1]]
+
+    def settle() -> int:
+        """Migrate all that is wanted; returns the copies that ranks hold of it."""
+        while model.budgets.migration is not None:
+            world.step(0)
+        wanted = [layer.state.wanted_RE for layer in layers]
+        assert all(layer.state.holds_RE[those].all() for layer, those in zip(layers, wanted, strict=True))
+        return sum(int(those.sum()) for those in wanted)
+
+    for each in world.models:
+        each.levels_R, each._ceding = np.zeros(len(world.models), np.int64), tuple(range(len(layers)))
+        each.follow(target, 5 * BYTES, scores)
+    held, levels = settle(), int(room_LR[:, rank].min()) - 1
+    for change in (1, -1):
+        for _ in range(levels):
+            for each in world.models:
+                each.change_level(rank, change, scores)
+        now = settle()
+        assert now == held if change < 0 else now <= held
+    assert held == int(wanted_LRE.sum())
 
 
 def test_the_dearest_copies_stay_wanted():
     """Of those that no longer fit; the others are the cache's to keep or not."""
     state = LayerState(np.zeros((2, 5), bool), np.array([2, 3]), np.zeros(5, np.int64))
     state.follow(np.zeros(5, np.int64), np.array([[1, 1, 0, 1, 1], [1, 1, 1, 0, 0]], bool))
-    state.drop_wanted(np.array([5, 9, 7, 8, 5]))
+    state.fit_wanted(np.array([5, 9, 7, 8, 5]))
     assert state.wanted_RE.tolist() == [[False, True, False, True, False], [True, True, True, False, False]]
     assert state.pending_migrations == 5
+    state.replace(state.wanted_RE)
+    state.quota_R[0] = 3
+    state.update_pending()
+    state.fit_wanted(np.array([9, 1, 7, 1, 5]))
+    assert state.wanted_RE[0].tolist() == [True, True, False, True, False], "the dearest of the others"
+    assert state.pending_RE.sum() == state.pending_RE[0, 0] == state.pending_migrations == 1

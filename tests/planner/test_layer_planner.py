@@ -58,6 +58,32 @@ def test_the_digest_tells_tables_homes_and_pasts_apart():
     assert first.state.digest != second.state.digest
 
 
+def test_prefetches_that_no_link_has_begun_are_taken_back():
+    """Of each rank's as many as it tells, from the last, less those that the step uses; on all ranks alike."""
+    home_E = np.array([0, 0, 0, 1, 1, 1])
+    budgets = [FetchBudgets(prefetch=PrefetchBudget(2, 30)) for _ in range(2)]
+    layers = [
+        LayerPlanner(
+            rank, LayerState(holds(2, 6), np.array([6, 6]), home_E.copy()), COSTS, expert_bytes=10, budgets=budgets[rank]
+        )
+        for rank in range(2)
+    ]
+    usage_RE = np.array([[250, 240, 230, 250, 240, 230], [0] * 6])
+    for layer in layers:
+        assert layer.prefetch(usage_RE, lambda: home_E, np.array([False, False])) is not None
+    assert [layer.own_prefetches.tolist() for layer in layers] == [[0, 1, 2], [3, 4, 5]]
+    assert [budget.prefetch.experts(10).tolist() for budget in budgets if budget.prefetch is not None] == [[0, 0]] * 2
+    before, used_E = layers[0].state.digest, np.array([True, True, False, False, False, True])
+    taken = [layer.take_back(np.array([2, 3]), used_E).tolist() for layer in layers]
+    assert taken == [[2], [3, 4]]
+    for layer, budget in zip(layers, budgets, strict=True):
+        assert layer.state.holds_RE.tolist() == holds(2, 6, (0, 0), (0, 1), (1, 5)).tolist()
+        assert budget.prefetch is not None and budget.prefetch.experts(10).tolist() == [1, 2]
+        assert not len(layer.own_prefetches), "they are judged once"
+        assert layer.take_back(np.array([3, 3]), ~used_E).tolist() == []
+    assert layers[0].state.digest == layers[1].state.digest != before
+
+
 def test_a_wanted_copy_that_demand_brings_needs_no_budget():
     state, budget = LayerState(holds(1, 2), np.array([2]), np.array([0, 0])), MigrationBudget(1, granted=1, largest=10)
     layer = LayerPlanner(0, state, COSTS, expert_bytes=10, budgets=FetchBudgets(migration=budget))

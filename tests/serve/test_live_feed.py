@@ -38,6 +38,9 @@ class Shown:
         self.sampler = Sampler(ask, fresh_s=sampled)
         self.bug: Exception | None = None
 
+    def view(self, layers: frozenset[int]) -> None:
+        self.viewed = layers
+
     def known(self) -> Known:
         if self.bug is not None:
             raise self.bug

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 import epslots
 from epslots.cuda_graph import torch_kernels
+from epslots.generation import capture_pause
 from epslots.generation.batcher import Batcher
 from epslots.generation.engine import Engine
 from epslots.generation.paged_batcher import PagedBatcher
@@ -328,6 +330,52 @@ def test_a_failed_capture_is_named_and_not_tried_again(
         assert batcher._captured.obstacle == "a decoding step can't be captured (operation not permitted)"
         assert len(tried) == 1 and "decodes uncaptured" in caplog.text
         runtime_of(model).check_integrity()
+
+
+def test_a_capture_without_memory_is_tried_again(
+    checkpoint: Callable[[str], Path], shared_stores: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """After pauses that grow; meanwhile steps take the usual way, but for those of a size that has its graph."""
+    monkeypatch.setattr(capture_pause, "FIRST_PAUSE", 2)
+    with simulated_gpus("h100") as gpu:
+        model = qwen(checkpoint("qwen3_moe"), shared_stores)
+        requests = [request(0, 30), request(1, 3)]
+        expected = run(RowBatcher(model, kv_tokens=256, max_requests=2, capture=False), requests)
+        tried: list[int] = []
+        batcher, memory_bytes, graph = RowBatcher(model, kv_tokens=256, max_requests=2), gpu.memory_bytes, torch.cuda.graph
+
+        @contextmanager
+        def crowded(*args: Any, **settings: Any) -> Iterator[None]:
+            """As ``torch.cuda.graph``; the first three find a device that is full but for some KiB."""
+            tried.append(batcher.stats().steps)
+            try:
+                with graph(*args, **settings):
+                    gpu.memory_bytes = gpu.allocated[0] + 4096 if len(tried) <= 3 else memory_bytes
+                    yield
+            finally:
+                gpu.memory_bytes = memory_bytes
+
+        monkeypatch.setattr(torch.cuda, "graph", crowded)
+        batcher.add(requests[0])
+        tokens: dict[str, list[int]] = {"0": [], "1": []}
+        reasons = []
+        while batcher.prepare():
+            if batcher.stats().steps == 22:  # as the graph of one row is there
+                batcher.add(requests[1])
+            batcher.step()
+            reasons.append(batcher.stats().capture_obstacle)
+            for output in batcher.outputs():
+                assert output.error is None
+                tokens[output.id] += output.tokens
+        assert tokens == expected
+        # After the prompt and one step that isn't captured, and then with 2, 4 and 8 steps between.
+        assert tried[:4] == [2, 2 + 3, 5 + 5, 10 + 9]
+        assert [reason is not None for reason in reasons[:20]] == [False] * 2 + [True] * 17 + [False]
+        stats = batcher.stats()
+        assert (stats.failed_captures, stats.capture_obstacle) == (3, None) and stats.replayed_steps > 5
+        assert "decodes uncaptured for now" in caplog.text and gpu.races == []
+        runtime_of(model).check_integrity()
+        batcher.close()
 
 
 def test_a_broken_pass_is_repeated(checkpoint: Callable[[str], Path], shared_stores: Path, monkeypatch: pytest.MonkeyPatch):

@@ -29,7 +29,7 @@ def test_steps_on_a_gpu_follow_each_change_of_level(
         settings = {"slots": 12, "dtype": "float32", "host_compute": "off"}
         model = load_gpu(checkpoint(name), shared_stores, kv_tokens="auto", max_requests=2, max_batch_tokens=16, **settings)
         batcher = RowBatcher(model, kv_tokens="auto", max_requests=2, max_batch_tokens=16, capture=capture)
-        exchange = batcher._admission.exchange
+        exchange = batcher.admission.exchange
         assert exchange is not None and (batcher._captured.obstacle is None) is capture
         for request in requests:
             batcher.add(request)

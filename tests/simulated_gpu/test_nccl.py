@@ -192,7 +192,7 @@ def test_no_wait_outlives_an_abort(gpus: SimulatedMachine):
             return
         transport.all_gather(torch.zeros(2, device=transport.device))
         engine = CudaEngine(transport.device)
-        engine.host_wait = transport.wait_until
+        engine.wait_by(transport.wait_until)
         looks = iter([False] * 3)
 
         def done() -> bool:
@@ -202,7 +202,7 @@ def test_no_wait_outlives_an_abort(gpus: SimulatedMachine):
             return False
 
         with pytest.raises(PeerLost, match="a rank is gone"):
-            engine.host_wait(done)
+            engine._host_wait(done)
 
     on_ranks(hub, work)
     assert aborted.is_set()

@@ -108,7 +108,7 @@ def finish(batcher: Batcher, requests: list[Request]) -> Collected:
 
 
 def pages_are_free(batcher: PagedBatcher) -> bool:
-    cache = batcher._processor.cache
+    cache = batcher.processor.cache
     cache.evict_cached_blocks()
     cache.pool.try_to_free_sectors()
     return bool(cache.pool.num_free_sectors == cache.num_sectors)
@@ -119,9 +119,9 @@ def is_empty(batcher: Batcher) -> bool:
     if isinstance(batcher, PagedBatcher):
         return pages_are_free(batcher)
     assert isinstance(batcher, RowBatcher)
-    batcher._admission.make_room(batcher.capacity, batcher.max_requests)  # rows are kept for prompts that begin alike
-    batcher._cache.check()
-    return batcher._cache.free_rows == batcher.max_requests and batcher._cache.free_tokens == batcher.stats().kv_tokens
+    batcher.admission.make_room(batcher.capacity, batcher.max_requests)  # rows are kept for prompts that begin alike
+    batcher.cache.check()
+    return batcher.cache.free_rows == batcher.max_requests and batcher.cache.free_tokens == batcher.stats().kv_tokens
 
 
 class ModelFree:
@@ -132,7 +132,7 @@ class ModelFree:
     """
 
     def __init__(self, batcher: PagedBatcher, step: Callable[[list[FutureRequestState]], None] = lambda _: None) -> None:
-        self._processor, self._step = batcher._processor, step
+        self._processor, self._step = batcher.processor, step
         self._processor._generation_step = self._generate
 
     def _generate(self, _model: PreTrainedModel) -> None:

@@ -21,9 +21,8 @@ import pytest
 import torch
 
 import cluster.rank.rank_loop
-from cluster.controller.controller import Controller
+from cluster.controller.controller import Controller, FindForecast
 from cluster.controller.group_controllers import GroupControllers
-from cluster.controller.role_forecasts import MakeForecast
 from cluster.driver.backend import WorkerDied
 from cluster.errors import ClusterError
 from cluster.messages.controller import Order, decode_addressed, decode_order
@@ -278,7 +277,7 @@ class FakeBackend:
     def __init__(
         self,
         room: int = 8,
-        make_controller: Callable[[MakeForecast], Controller] = lambda forecast: Controller(lambda: 0.0, forecast=forecast),
+        make_controller: Callable[[FindForecast], Controller] = lambda forecast: Controller(lambda: 0.0, forecast=forecast),
     ) -> None:
         self.room = room
         self.make_controller = make_controller

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
+import cluster.rank.cache_exchange
+import cluster.rank.copy_budget
 from epslots.generation.batcher import Batcher
 from epslots.generation.cache_image import CacheImage
 from epslots.generation.requests import Request
 from tests.support.batches import Collected
+
+
+def small_transfers(monkeypatch: pytest.MonkeyPatch, piece_bytes: int = 9000) -> None:
+    """Caches of small models travel in several pieces, of which two are copied between two steps."""
+    for module in (cluster.rank.cache_exchange, cluster.rank.copy_budget):
+        monkeypatch.setattr(module, "PIECE_BYTES", piece_bytes)
+        monkeypatch.setattr(module, "BYTES_IN_FLIGHT", 2 * piece_bytes)
 
 
 def copy_image(source: CacheImage, target: CacheImage, most_bytes: int) -> list[int]:

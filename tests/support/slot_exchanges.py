@@ -29,7 +29,7 @@ def rows_of(engine: Engine) -> RowBatcher:
 
 
 def exchange_of(engine: Engine) -> SlotExchange:
-    exchange = rows_of(engine)._admission.exchange
+    exchange = rows_of(engine).admission.exchange
     assert exchange is not None
     return exchange
 
@@ -56,6 +56,6 @@ def step(engine: Engine, tokens: dict[str, list[int]], before_step: Callable[[],
 
 
 def check(engine: Engine) -> None:
-    rows_of(engine)._cache.check()
+    rows_of(engine).cache.check()
     for loader in runtime_of(engine.model).loaders:
         loader.pool.check_integrity()

@@ -11,7 +11,14 @@ import epslots
 from epslots.transport.host_wait import wait_until
 
 # Where a wait may block in the driver: after the last copy, in a thread of its own, before the first step, in benchmarks.
-MAY_BLOCK = {"cache/pinning.py", "cache/staging.py", "group/cost_probe.py", "bench/gpu_costs.py", "bench/report.py"}
+MAY_BLOCK = {
+    "cache/pinning.py",
+    "cache/staging.py",
+    "generation/piece_copies.py",
+    "group/cost_probe.py",
+    "bench/gpu_costs.py",
+    "bench/report.py",
+}
 
 
 class Clock:

@@ -18,7 +18,7 @@ from epslots.group.join import announce_failure, join
 from epslots.group.rank_group import group_of
 from epslots.runtime import runtime_of
 from epslots.transport.local_transport import LocalHub, LocalTransport
-from epslots.transport.lockstep import Header, LockStep
+from epslots.transport.lockstep import Header, LinkState, LockStep, pack_link, unpack_links
 from tests.support import zoo
 from tests.support.grouped_ranks import COPIES_TRAVEL, TOKENS_TRAVEL, Grouped
 from tests.support.rank_helpers import run_threads
@@ -47,6 +47,13 @@ def errors_of(size: int, work: Callable[[LocalTransport], Any], hub: LocalHub | 
 def forward(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=zoo.random_ids(1, 4, seed=1)).logits
+
+
+def test_a_word_has_the_links_state_and_the_parts():
+    links, parts = [LinkState(False, 0), LinkState(True, 3), LinkState(False, 1023), LinkState(True, 5000)], [1, 7, 2, 100]
+    words = np.array([pack_link(*each) for each in zip(links, parts, strict=True)], np.int32)
+    busy_R, unbegun_R, most_parts = unpack_links(words)
+    assert (busy_R.tolist(), unbegun_R.tolist(), most_parts) == ([False, True, False, True], [0, 3, 1023, 1023], 100)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,12 @@ import torch
 from torch.distributed import HashStore
 
 from epslots.errors import PeerLost
+from epslots.piece_sizes import PIECE_BYTES
 from epslots.transport import memory_connection, pair_connection
 from epslots.transport.gloo_connection import open_gloo_connection
+from epslots.transport.memory_connection import _CELLS as CELLS
 from epslots.transport.memory_connection import open_source, open_target
-from epslots.transport.pair_connection import PIECE_BYTES, PairConnection, machine_of_this
+from epslots.transport.pair_connection import PairConnection, machine_of_this
 
 SECRET, OTHER = b"s" * 16, b"o" * 16
 LONG_S = 100.0
@@ -82,7 +84,9 @@ def test_messages_and_pieces_arrive_as_they_were_sent(kind: str):
     def receive() -> list[bool]:
         assert target.receive() == b"layout" * 5000
         target.send(b"yes, ")
-        found = [bool((target.receive_piece(len(piece)) == piece).all()) for piece in pieces]
+        held = [target.receive_piece(len(piece)) for piece in pieces]
+        found = [bool((one == piece).all()) for one, piece in zip(held, pieces, strict=True)]
+        target.release(len(pieces))
         assert target.receive() == b""
         target.send(b"all")
         return found
@@ -95,25 +99,44 @@ def test_messages_and_pieces_arrive_as_they_were_sent(kind: str):
             end.receive()
 
 
-def test_no_more_than_two_pieces_are_in_flight():
-    """A source that is faster than its target waits for it."""
+@pytest.mark.parametrize("together_count", [1, 3, CELLS])
+def test_pieces_are_held_until_they_are_released(together_count: int):
+    """A source that is faster than its target waits for it, and writes over nothing that is still being read."""
     source, target = together(*ends_of("memory", 2))
-    sent: list[int] = []
+    sent, total = list[int](), 3 * CELLS
 
     def send() -> None:
-        for number in range(5):
+        for number in range(total):
             source.send_piece(torch.full((100,), number, dtype=torch.uint8))
             sent.append(number)
 
     thread = threading.Thread(target=send)
     thread.start()
-    for number in range(5):
-        piece = target.receive_piece(100)
-        assert len(sent) <= number + 2
-        assert piece.tolist() == [number] * 100
+    held: list[tuple[int, torch.Tensor]] = []
+    for number in range(total):
+        held.append((number, target.receive_piece(100)))
+        if len(held) == together_count:
+            assert len(sent) <= number + 1 - len(held) + CELLS
+            assert all(piece.tolist() == [earlier] * 100 for earlier, piece in held)
+            target.release(len(held))
+            held.clear()
     target.send(b"done")
     thread.join()
     assert source.receive() == b"done"
+    source.abort()
+    target.abort()
+
+
+def test_a_piece_takes_the_first_free_cell():
+    """Cells that were never used are no memory."""
+    source, target = together(*ends_of("memory", 10))
+    for number in range(2 * CELLS):
+        source.send_piece(torch.full((100,), number, dtype=torch.uint8))
+        piece = target.receive_piece(100)
+        target.release(1)
+        assert piece.data_ptr() - target._memory.data_ptr() <= PIECE_BYTES
+        target.send(b"")
+        assert source.receive() == b"", "it knows that the cell is free"
     source.abort()
     target.abort()
 
@@ -176,6 +199,13 @@ def test_foreign_messages_end_a_connection():
     with pytest.raises(PeerLost, match="was due"):
         target.receive_piece(9)
     source.abort()
+    source, target = together(*ends_of("memory", 8))
+    source.send_piece(torch.zeros(9, dtype=torch.uint8))
+    target.release(2)
+    with pytest.raises(PeerLost, match="2 cells are free, and 1 are in use"):
+        source.receive()
+    with pytest.raises(PeerLost, match="9 bytes in cell 0, and 8"):
+        target.receive_piece(8)
 
 
 def test_memory_is_gone_with_its_connection():
