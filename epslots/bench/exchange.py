@@ -58,6 +58,9 @@ class _NoCompute:
     def __init__(self, kernel: Any) -> None:
         self.dtype, self.hidden_size = kernel.dtype, kernel.hidden_size
 
+    def ready_products(self, pairs: int) -> None:
+        return None
+
     def __call__(self, rows_NH: torch.Tensor, *_: object) -> torch.Tensor:
         return rows_NH
 
