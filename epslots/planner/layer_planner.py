@@ -214,8 +214,9 @@ class LayerPlanner:
             This rank's: experts, int64 [any number].
         """
         ranks, experts = self.prefetch_policy.take_back(unbegun_R, used_E)
-        unwanted_F = ~self.state.wanted_RE[ranks, experts]
-        ranks, experts = ranks[unwanted_F], experts[unwanted_F]
+        if len(ranks):
+            unwanted_F = ~self.state.wanted_RE[ranks, experts]
+            ranks, experts = ranks[unwanted_F], experts[unwanted_F]
         if not len(ranks):
             return NO_EXPERTS
         self.state.holds_RE[ranks, experts] = False
