@@ -319,7 +319,7 @@ class RankReport(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         engine: counters of its requests.
         layers: those that were asked for, in their order in the model.
         placement: version of the placement that the ranks follow.
-        pending_migrations: copies of it that have yet to be fetched, over all ranks.
+        pending_migrations: copies and slots that have yet to be moved for it, over all ranks.
         memory_bytes, descriptors, threads: of the process.
     """
 

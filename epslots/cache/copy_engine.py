@@ -39,7 +39,7 @@ WriteSlot = Callable[[torch.Tensor, torch.Tensor], object]
 
 
 def put_record(slot: torch.Tensor, record: torch.Tensor) -> None:
-    """Copy a record into a slot, byte for byte: the ``WriteSlot`` of all fetches."""
+    """Copy a record into a slot, byte for byte: the ``WriteSlot`` of the loader's fetches."""
     slot.copy_(record, non_blocking=True)
 
 

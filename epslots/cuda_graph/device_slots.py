@@ -278,7 +278,7 @@ class DeviceSlots:
         """Let the device decide from now on.
 
         Args:
-            histories: each layer's row, on the host.
+            histories: of each layer, on the host.
             steps: the steps that each of them counts.
             verdicts: on each layer's predictions; None = they are good.
         """

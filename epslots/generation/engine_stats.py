@@ -96,7 +96,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
         return self.ceded_slots > 0 or self.kv_most_tokens > self.kv_tokens
 
     @property
-    def imbalance(self) -> float:
+    def step_skew(self) -> float:
         """Tokens of a step's most loaded rank over the mean of those that have some; of the ranks' sums. 0 = no tokens."""
         return self.longest_tokens / self.step_tokens if self.step_tokens else 0.0
 

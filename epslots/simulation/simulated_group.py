@@ -208,9 +208,9 @@ class SimulatedGroup:
 
     def _note_uses(self, layer: int, counts_RE: IntArray, used_E: BoolArray) -> None:
         self._steps_L[layer] += 1
-        row, experts = self._history.layer(layer, len(used_E)), len(used_E)
-        count_distances(self._reuse_LD[layer], stack_distances(row.last_use, used_E, self._score(layer)))
-        note_use(row, used_E, self._steps_L[layer], int(self.model.layers[layer].state.quota_R.sum()))
+        history, experts = self._history.layer(layer, len(used_E)), len(used_E)
+        count_distances(self._reuse_LD[layer], stack_distances(history.last_use, used_E, self._score(layer)))
+        note_use(history, used_E, self._steps_L[layer], int(self.model.layers[layer].state.quota_R.sum()))
         self._tokens_LE[layer, :experts] += counts_RE.sum(0)
         self._uses_LE[layer, :experts] += used_E
 

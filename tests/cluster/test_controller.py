@@ -389,6 +389,6 @@ def test_the_explanation_is_text_too():
     there.answer(meeting(placement_of(2)))
     there.answer(told(1, 2))
     text = str(explained(there))
-    assert "moving: placement 1, followed by all ranks: 0, copies to move: 5" in text
+    assert "moving: placement 1, followed by all ranks: 0, copies and slots to move: 5" in text
     assert "published: by itself: placement 1; balance 0.750 -> 0.875, saves 3e+06 us" in text
     assert "for 1e+06 us of moving 5 copies" in text

@@ -62,5 +62,5 @@ def test_ranks_on_gloo_wait_less_for_each_other(checkpoint: Checkpoints, cache_d
     engines = [sum_engines([found[case][1] for found in results]) for case in range(4)]
     computed = sum(map(sum, LENGTHS)) + sum(map(len, LENGTHS)) * (NEW - 1)
     assert [engine.step_tokens for engine in engines] == [computed] * 4
-    rows, rows_balanced, pages, pages_balanced = (engine.imbalance for engine in engines)
+    rows, rows_balanced, pages, pages_balanced = (engine.step_skew for engine in engines)
     assert rows_balanced < rows and pages_balanced < pages
