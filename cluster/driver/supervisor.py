@@ -134,7 +134,7 @@ class Supervisor:
             ranks: None for one on every GPU.
             groups: into which they are divided.
             prefill_ranks: ranks of the groups that compute prompts for the others; 0 = each computes its own.
-            check: raises an error if the model can't be served; called, in a thread, unless ranks are adopted that have it.
+            check: raises an error if the model can't be served; called, in a thread, unless the ranks are adopted.
 
         Raises:
             ClusterError: the first failure of the start, which ends it.

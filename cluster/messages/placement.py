@@ -4,7 +4,7 @@
     driver -> rank    GetGroupState   answered by GroupState
     rank -> driver    LoadReport      after every window of steps; the driver passes it on to the controller
 
-They stand apart from ``rank.py`` because the controller's process imports them, and nothing of the engine.
+They aren't in ``rank.py`` because the controller's process imports them, and nothing of the engine.
 """
 
 from __future__ import annotations

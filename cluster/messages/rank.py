@@ -202,7 +202,7 @@ class Loaded(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     Attributes:
         limits: the requests that can be served.
         max_requests: requests that run at a time.
-        shares_prefixes: what was computed of a prompt is kept for others that begin alike.
+        shares_prefixes: the computed cache of a prompt is kept for others that begin alike.
         seconds: duration of each stage of loading, by name.
         machine: equal for ranks that can share memory; "" = this one can't.
     """

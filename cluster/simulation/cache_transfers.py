@@ -146,7 +146,7 @@ class CacheTransfers:
         self._put(one.source, partial(self._read, one))
 
     def _read(self, one: _Transfer) -> None:
-        """Read the next pieces, between two steps; of a prompt, what is computed of it. If that was read, wait."""
+        """Read the next pieces, between two steps; of a prompt, only its computed tokens. If these were read, wait."""
         if one.ended:
             return
         if one.image.gone:

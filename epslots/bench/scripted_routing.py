@@ -133,7 +133,7 @@ class ScriptedRouting:
         return usage
 
     def usage_after(self, layer: int) -> torch.Tensor:
-        """How likely the next layer uses each expert, as the script has it."""
+        """How likely the next layer uses each expert, by the script."""
         return self._usage[layer]
 
 

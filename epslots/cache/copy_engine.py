@@ -89,7 +89,7 @@ class CopyEngine(Protocol):
         ...
 
     def begun(self, transfer: Any) -> bool:
-        """Whether the record crosses the link whatever comes, or has: ``cancel`` would be too late."""
+        """Whether the record crosses the link now, or has crossed it: ``cancel`` would be too late."""
         ...
 
     def cancel(self, transfer: Any) -> bool:

@@ -62,7 +62,7 @@ class DevicePrefetches:
     Attributes:
         expected_E: int64 [E], the predicted usage of experts that were absent when the layer was predicted last.
         verdict_3: int64 [3], a ``PrefetchVerdict``.
-        expert_F, slot_F: int64 [F], what is fetched, the likeliest first, and the slot of the pool that it goes to.
+        expert_F, slot_F: int64 [F], the fetched experts, the likeliest first, and the slot of the pool that it goes to.
         count: int64 [1], number of valid entries.
         arrived_F: int64 [F], ``Kernels.chunks`` of them have arrived; counted while they are copied.
         dropped_F: int64 [F], 1 = not wanted any more: read while they are copied.

@@ -106,8 +106,8 @@ class LentSlots:
         """Let the device decide from now on; a no-op if it does.
 
         Returns:
-            Whether the layers' ranges have changed since the last time, also to and fro, or were unknown: what was captured
-            is then void.
+            Whether the layers' ranges have changed since the last time, also to and fro, or were unknown: captured steps are
+            then void.
 
         Raises:
             ConfigError: somebody else has taken them.

@@ -108,7 +108,7 @@ class CapturedDecoding(Generic[Step]):
     def reason(self) -> str | None:
         """Why steps aren't captured, as a sentence's end; None if they may be.
 
-        Besides ``obstacle``, what was so when a step was asked for last: layers have moved slots, a group has formed, or a
+        Besides ``obstacle``, the state when a step was last asked for: layers have moved slots, a group has formed, or a
         capture ran out of memory.
         """
         return self.obstacle or self._present_obstacle or self._pause.reason

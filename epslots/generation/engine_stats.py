@@ -44,7 +44,7 @@ class Usage(NamedTuple):
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """An engine's counters since it was made, and its requests now.
 
-    The counters beside which a name stands mean what vLLM's metric of this name means.
+    A name in brackets is that of the vLLM metric with the same meaning.
 
     Attributes:
         steps: forward passes over requests; several parts of a step that failed as a whole count one by one.

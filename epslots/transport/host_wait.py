@@ -12,7 +12,7 @@ from collections.abc import Callable
 HostWait = Callable[[Callable[[], bool]], None]
 """Waits until a question is answered with yes, such as ``event.query``; raises where that is given up."""
 
-# A sleep of 20 us takes about 80: what comes within the first millisecond is waited for awake.
+# A sleep of 20 us takes about 80: in the first millisecond a wait stays awake.
 _AWAKE_S = 1e-3
 _NAP_S = 20e-6
 

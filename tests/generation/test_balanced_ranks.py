@@ -34,7 +34,7 @@ def serve_on_gloo(rank: Rank, folder: Path, cache_dir: Path) -> list[tuple[dict[
     model = epslots.load(
         folder, slots=3, device="cpu", dtype="float32", progress=False, cache_dir=cache_dir, group=rank.transport()
     )
-    ChunkSize._least_worth = lambda *_: 8  # type: ignore[method-assign]  # whatever this machine's steps take
+    ChunkSize._least_worth = lambda *_: 8  # type: ignore[method-assign]  # at any speed of this machine
     found = []
     for cache in ("rows", "pages"):
         for decide in (lambda _: None, balanced_chunk):

@@ -154,7 +154,7 @@ def test_kept_rows_give_way_to_requests():
 
 
 def test_a_kept_row_is_cut_where_tokens_are_short():
-    """The end of "first" gives way to "second", while "beside" holds the other row; its beginning is shared."""
+    """The end of "first" is evicted for "second", while "beside" holds the other row; its beginning is shared."""
     model = MODELS["deepseek_v3"].build()
     requests = [Request("first", (*COMMON, *prompt_of(20, seed=1)), 2), Request("beside", prompt_of(6), 30)]
     requests.append(Request("second", (*COMMON, *prompt_of(30, seed=2)), 5))

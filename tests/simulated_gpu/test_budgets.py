@@ -1,4 +1,4 @@
-"""What a decoded layer may cost: kernels of ours, host synchronisations, uploads, and what its computing waits for.
+"""The budget of a decoded layer: kernels of ours, host synchronisations, uploads, and the waits of its computing.
 
 The model has the operations of Qwen3-MoE on an H100 in bf16. The figures are today's: they may only be lowered.
 """
@@ -72,7 +72,7 @@ def test_misses_wait_for_the_counts_alone(checkpoint: Callable[[str], Path], sha
 
 @pytest.mark.parametrize(("slots", "most"), [("100%", 11), ("50%", 18)])
 def test_a_layer_of_a_captured_step(slots: str, most: int, checkpoint: Callable[[str], Path], shared_stores: Path):
-    """What a layer more costs an engine: four kernels are the row cache's, for keys and values, the others the experts'."""
+    """The cost of a further layer: four kernels are the row cache's, for keys and values, the others the experts'."""
     kernels = []
     for name in ("qwen3_moe_short", "qwen3_moe"):
         with simulated_gpus("h100") as gpu:
