@@ -2,7 +2,7 @@
 
 A *transfer* is one record in flight into one slot. Before a slot is read, its transfer is waited for (``wait``); before it is
 overwritten, its transfer is cancelled (``cancel``). Urgent transfers, which a step needs, go first. Of the others the newest
-goes first: a guess that has waited for long is probably out of date.
+goes first: a prefetch that has waited for long is probably out of date.
 
     SynchronousEngine   the CPU copies; the slot is complete on return
     CudaEngine          CUDA copies beside the kernels; events order the two (cuda_engine.py)

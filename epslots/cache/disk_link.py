@@ -5,7 +5,7 @@
     crossing   the device's copy engine has it; the cell stays leased until the copy has ended
 
 Reads proceed by themselves; every call of the engine moves transfers on. Where the device's engine copies at once (a CPU's), a
-transfer that nothing waits for stays in RAM until it is waited for: a guess then costs no time of the CPU.
+transfer that nothing waits for stays in RAM until it is waited for: a dropped prefetch costs no time of the CPU.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def stats_table(stats: Stats, *, link: str | None = None) -> Table:
         f"zero-miss steps, in which a rank missed in no layer: {_zero_miss(stats)}"
     )
     if read := stats.total("disk_bytes"):
-        table.caption += f"\nread from the disk, for fetches and guesses: {format_bytes(read)}"
+        table.caption += f"\nread from the disk, for fetches and prefetches: {format_bytes(read)}"
     if link is not None:
         table.caption += f"\nthe link was emulated: {link}"
     return table

@@ -340,7 +340,7 @@ class MoELayer:
 
     def migrate(self, plan: RankPlan, gathered: Gathered) -> None:
         """Begin fetches that no step waits for: late ones for the next layer, and migrations. The step's last exchange."""
-        # Predictions mostly arrive while the layer's kernels are queued. A guess isn't worth a wait.
+        # Predictions mostly arrive while the layer's kernels are queued. A prediction isn't worth a wait.
         if gathered.arrived is not None and gathered.arrived.query():
             self._prefetch(gathered)
         self.cache.migrate(plan, agreed=self._peers.agreed)

@@ -31,7 +31,7 @@ __all__ = ["ExpectedLoad", "Proposal", "RankHardware", "Reasons", "propose"]
 NODE_WEIGHT = 0.5
 # Without windows to learn from, the variance of an expert's load is taken as so many times that of independent choices.
 OVERDISPERSION = 30.0
-# The weight of that guess, in windows; and the factor by which the windows' covariances are shrunk.
+# The weight of that prior, in windows; and the factor by which the windows' covariances are shrunk.
 PRIOR_WINDOWS = 2.0
 SHRINKAGE = 0.3
 _MOST_ENTRIES = 2**22  # entries of the tables of candidate moves, for the layers that are searched together
