@@ -178,7 +178,7 @@ class CacheTransfers:
         one.tokens = tokens
 
     def _send(self, one: _Transfer, now_s: float) -> None:
-        """Send what was read, as far as it may be on the way; then have the source read on."""
+        """Send the pieces that were read, up to the bytes in flight that are allowed; then have the source read on."""
         if one.ended:
             return
         while one.read and one.in_flight < _IN_FLIGHT:

@@ -69,7 +69,7 @@ def _own(kit: GpuKit, folder: Path, share: float) -> Tables:
         max_requests=max(BATCHES),
         progress=False,
     )
-    kit.facts.setdefault("store", runtime_of(model).store)  # in memory it lives as long as somebody holds it
+    kit.facts.setdefault("store", runtime_of(model).store)  # in memory it lives as long as it is held
     skew_routers(model)
     rows = [_own_row(kit, model, share, batch) for batch in BATCHES]
     _rows(kit).extend(rows)

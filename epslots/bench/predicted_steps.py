@@ -102,7 +102,7 @@ class PredictedSteps:
     record_bytes: int
     top_k: int
     steps: int
-    _kept: list[HostStore] = field(default_factory=list)  # in memory it lives as long as somebody holds it
+    _kept: list[HostStore] = field(default_factory=list)  # in memory it lives as long as it is held
 
     def __call__(
         self, spec: GpuSpec, share: float, *, hit_rate: float = 1.0, record_bits: float = 16, **settings: Any

@@ -110,7 +110,7 @@ class LentSlots:
             then void.
 
         Raises:
-            ConfigError: somebody else has taken them.
+            ConfigError: another engine has taken them.
         """
         if self.taken:
             return False

@@ -88,7 +88,7 @@ class Batcher(ABC):
     @property
     @abstractmethod
     def shares_prefixes(self) -> bool:
-        """Whether what was computed of a prompt is kept for others that begin alike."""
+        """Whether the cache of a prompt's tokens is kept for others that begin alike."""
 
     @abstractmethod
     def _queue(self, entry: TrackedRequest) -> None:

@@ -230,7 +230,7 @@ class MoELayer:
         return 1 if self._room is None or approximate else self._room.parts(tokens)
 
     def _in_parts(self, parts: int, *given: torch.Tensor) -> torch.Tensor:
-        """So many steps, one after the other; some may have no token."""
+        """A batch in parts: one step after the other; some may have no token."""
         if parts == 1:
             return self._step(*given)
         results = []

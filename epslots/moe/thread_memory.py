@@ -21,7 +21,7 @@ _LINE = 64
 
 
 class ThreadMemory:
-    """One thread's memory. What a call leaves there lasts until the thread's next one.
+    """One thread's memory. A call's contents stay there until the thread's next call.
 
     Attributes:
         job: address of a job's fields, at the start of a cache line.

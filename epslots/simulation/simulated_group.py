@@ -98,12 +98,12 @@ class SimulatedGroup:
     """The ranks of one expert-parallel group.
 
     Args:
-        placement: where experts live at the start, and each rank's slots. Slots hold what ranks would fill them with.
+        placement: the placement at the start, and each rank's slots. Slots hold the experts that ranks would fill them with.
         policy: the eviction policy.
         expert_bytes: of any layer's expert.
         node_R: the node of each rank, if there are several.
-        holds_LRE: who holds what at the start, if it is otherwise.
-        speed_R: float64, how fast each rank computes; 1 = usual, by which all plan. None = all are usual.
+        holds_LRE: other residents at the start.
+        speed_R: float64, how fast each rank computes; 1 = usual, the speed that plans assume. None = all are usual.
 
     Attributes:
         model: the planners that real ranks have.
