@@ -100,7 +100,7 @@ def plan(
     slots: SlotsOption = "auto",
     memory: Annotated[
         Optional[str],
-        typer.Option("--memory", help="Memory of one rank, such as 80GiB. Default: what this machine's device has free."),
+        typer.Option("--memory", help="Memory of one rank, such as 80GiB. Default: the free memory of this machine's device."),
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",

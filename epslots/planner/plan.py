@@ -1,4 +1,4 @@
-"""The records of one layer's step, in the order in which they come to be, and who fills each.
+"""The structs of one layer's step, in the order in which they come to be, and where each is filled.
 
     Batch       ``MoELayer.prepare`` (moe_layer.py): a rank's tokens
     Gathered    the peers (lockstep.py): all ranks' counts

@@ -1,4 +1,4 @@
-"""Records of a load on a simulated cluster: the ``Workload``, and the ``LoadFigures`` under it. Pure.
+"""A load on a simulated cluster: the ``Workload``, and the ``LoadFigures`` under it. Pure.
 
 ``cluster/simulation`` serves the one and measures the others; ``epslots simulate`` makes and prints them.
 """
