@@ -58,7 +58,7 @@ class LayerStats(msgspec.Struct, frozen=True):
     """Pairs of other ranks' tokens that this rank computed."""
     prefetches: int
     """Experts fetched before the layer's router had asked for them. Their bytes count above."""
-    dropped: int
+    taken_back: int
     """Of these, how many were taken back: the layer's step didn't need them, and the link hadn't begun with them."""
     late: int
     """Hits on prefetched experts whose fetch was still in flight."""

@@ -25,7 +25,7 @@ class CopyBudget:
     """The budget of one rank, for all its hand-overs together.
 
     Args:
-        target_s: seconds that a step may take (``step_target_ms``); None = as long as it takes.
+        target_s: seconds that a step may take (``step_target_ms``); None = as long as it takes. Also an attribute.
 
     Attributes:
         bytes_s: bytes a second, lately.
@@ -33,7 +33,7 @@ class CopyBudget:
 
     def __init__(self, target_s: float | None = None) -> None:
         self.bytes_s = FIRST_BYTES_S
-        self._target_s = target_s
+        self.target_s = target_s
         self._step_s = 0.0
         self._measured = False
         self._taken = 0
@@ -41,12 +41,12 @@ class CopyBudget:
 
     def aim_at(self, target_s: float | None) -> None:
         """Take the target of the engine that the rank has loaded. Measured speeds stay."""
-        self._target_s = target_s
+        self.target_s = target_s
 
     @property
     def step_bytes(self) -> int:
         """Bytes between two steps: from one piece to ``BYTES_IN_FLIGHT``."""
-        step_s = self._step_s if self._target_s is None else self._target_s
+        step_s = self._step_s if self.target_s is None else self.target_s
         return max(PIECE_BYTES, min(BYTES_IN_FLIGHT, int(STEP_SHARE * step_s * self.bytes_s)))
 
     def pieces(self) -> int:

@@ -40,7 +40,7 @@ _LAYER_COUNTERS = {
     "expert_passes": ("passes", "Passes over part of a layer's experts."),
     "expert_cpu_misses": ("cpu_misses", "Misses that the host's CPU computed."),
     "expert_prefetches": ("prefetches", "Experts fetched before the layer's router had asked for them."),
-    "expert_prefetches_dropped": ("dropped", "Those taken back: their step didn't need them, and no link had begun them."),
+    "expert_prefetches_taken_back": ("taken_back", "Those taken back: their step needed others, and no link had begun them."),
     "expert_prefetches_late": ("late", "Hits on prefetched experts whose fetch was still in flight."),
     "expert_migrations": ("migrations", "Experts fetched by migrations."),
     "expert_disk_bytes": ("disk_bytes", "Bytes of experts read from the disk, where host_memory bounds RAM."),

@@ -55,7 +55,7 @@ def release() -> None:
 def use_sums(model: PreTrainedModel, since: Mapping[str, float] | None = None) -> dict[str, float]:
     """A model's counters, summed over layers, less those of ``since``; "uses" are hits and misses together."""
     layers = epslots.stats(model).layers
-    names = ("hits", "misses", "late", "prefetches", "dropped", "stall_s", "host_bytes", "disk_bytes", "bytes_fetched")
+    names = ("hits", "misses", "late", "prefetches", "taken_back", "stall_s", "host_bytes", "disk_bytes", "bytes_fetched")
     found = {name: float(sum(getattr(layer, name) for layer in layers)) for name in names}
     found["uses"] = found["hits"] + found["misses"]
     return found if since is None else {name: value - since[name] for name, value in found.items()}

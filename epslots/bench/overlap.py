@@ -100,7 +100,7 @@ class Setup:
 
     def _row(self, name: str, seconds: dict[str, list[float]], used: dict[str, float], tokens: int) -> dict[str, Any]:
         speed = parse_link(self.link)
-        fetches = used["misses"] + used["prefetches"] - used["dropped"]
+        fetches = used["misses"] + used["prefetches"] - used["taken_back"]
         crossing_s = (fetches * speed.latency_s + used["host_bytes"] / speed.bytes_per_s) / tokens
         bound = [max(compute_s, crossing_s) for compute_s in seconds[RESIDENT]]
         reference = next(one for one in (ON_DEMAND, OVERLAP) if one in seconds)

@@ -225,7 +225,7 @@ def hits_of(uses: Mapping[str, float]) -> dict[str, Any]:
     """``use_sums`` of a step as fields of ``StepTimes``."""
     return {
         "hit_rate": uses["hits"] / uses["uses"] if uses["uses"] else 1.0,
-        "fetches": uses["misses"] + uses["prefetches"] - uses["dropped"],
+        "fetches": uses["misses"] + uses["prefetches"] - uses["taken_back"],
     }
 
 

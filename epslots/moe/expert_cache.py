@@ -164,7 +164,7 @@ class ExpertCache:
     def take_back(self, experts: IntArray) -> None:
         """Empty the slots of prefetches: experts, int64 [any number]."""
         self._loader.take_back(self.pool_layer, experts)
-        self._telemetry.count(self._index, dropped=len(experts))
+        self._telemetry.count(self._index, taken_back=len(experts))
 
     def migrate(self, plan: RankPlan, *, agreed: bool) -> None:
         """Do this rank's part of the step's migrations, behind its demand.

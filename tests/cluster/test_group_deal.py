@@ -76,9 +76,19 @@ def test_groups_are_of_one_size_whatever_comes_and_goes(groups: int, size: int, 
         deal = found
 
 
+class DealtGroups:
+    """Groups without workers."""
+
+    def __init__(self, deal: GroupDeal) -> None:
+        self.deal = deal
+
+    def deal_by(self, deal: GroupDeal) -> None:
+        self.deal = deal
+
+
 def test_ranks_that_outlive_their_driver_keep_their_groups():
     """The next driver divides them as the last one did."""
-    groups: Any = SimpleNamespace(deal=GroupDeal(2, 1))
+    groups: Any = DealtGroups(GroupDeal(2, 1))
     scaling = Scaling(cast(WorkerPool, SimpleNamespace(size=2)), groups, outlives=True)
     with pytest.raises(ConfigError, match="2 ranks a group; allowed for a cluster whose ranks outlive their driver: 1"):
         asyncio.run(scaling.scale(4, 2))
@@ -97,7 +107,7 @@ def test_a_change_that_is_interrupted_is_none(interruption: BaseException):
     async def grow(ranks: int) -> None:
         asked.append(-ranks)
 
-    groups: Any = SimpleNamespace(deal=(before := GroupDeal(2, 2)))
+    groups: Any = DealtGroups(before := GroupDeal(2, 2))
     scaling = Scaling(cast(WorkerPool, SimpleNamespace(size=4, reserve=reserve, grow=grow)), groups, outlives=False)
     with pytest.raises(type(interruption)):
         asyncio.run(scaling.scale(6, 3))
@@ -110,7 +120,7 @@ def test_a_change_that_is_interrupted_is_none(interruption: BaseException):
 def test_places_are_given_back_once_the_others_serve(fails: bool):
     """They are given back, too, if the others don't: nothing needs them any more."""
     done: list[tuple[str, int]] = []
-    groups: Any = SimpleNamespace(deal=GroupDeal(3, 2))
+    groups: Any = DealtGroups(GroupDeal(3, 2))
 
     async def note(name: str, ranks: int) -> None:
         done.append((name, ranks))
@@ -135,7 +145,7 @@ def test_places_are_given_back_once_the_others_serve(fails: bool):
 def test_a_lone_group_shrinks(before: GroupDeal):
     """All that stay are its ranks, meanwhile, too."""
     done: list[tuple[str, int]] = []
-    groups: Any = SimpleNamespace(deal=before)
+    groups: Any = DealtGroups(before)
 
     async def note(name: str, ranks: int) -> None:
         done.append((name, ranks))
@@ -180,7 +190,7 @@ def test_a_group_alone_that_outlives_its_driver_stays_alone():
     async def note(ranks: int) -> None:
         grown.append(ranks)
 
-    groups: Any = SimpleNamespace(deal=GroupDeal(1, None))
+    groups: Any = DealtGroups(GroupDeal(1, None))
     scaling = Scaling(cast(WorkerPool, SimpleNamespace(size=2, reserve=note, grow=note)), groups, outlives=True)
     with pytest.raises(ConfigError, match="groups=2; allowed for a cluster that was started as one group and whose ranks"):
         asyncio.run(scaling.scale(None, 2))

@@ -114,12 +114,15 @@ def test_slots_bound_the_rows_of_a_step(checkpoint: Callable[[str], Path], cache
     assert most_rows(resident) is None and device_obstacle(resident, 10**6) is None
 
 
-def test_captured_rows_never_exceed_the_planned_ones(checkpoint: Callable[[str], Path], cache_dir: Path):
+def test_captured_rows_never_exceed_the_planned_ones(
+    checkpoint: Callable[[str], Path], cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Slots that have moved to another layer make room for more: the memory plan has counted the graphs of fewer."""
     top_k = zoo.ZOO["qwen3_moe"].top_k
     model = load(checkpoint("qwen3_moe"), cache_dir, slots=3 * top_k, kv_tokens=64, max_requests=4)
     runtime = runtime_of(model)
-    decoding: CapturedDecoding[Any] = CapturedDecoding(model, model, runtime.plan.engine, obstacle=None)
+    monkeypatch.setattr(CapturedDecoding, "_first_obstacle", lambda *_: None)  # this device
+    decoding: CapturedDecoding[Any] = CapturedDecoding(model, model, runtime.plan.engine, None)
     assert decoding.takes(3, 9) and not decoding.takes(4, 9)
     planned = msgspec.structs.replace(runtime.plan, quotas=(2 * top_k, *runtime.plan.quotas[1:]))
     object.__setattr__(runtime, "plan", planned)

@@ -213,7 +213,7 @@ def drive(transport: LocalTransport, episode: Episode) -> tuple[int, ...]:
         rank.lockstep.end()
         rank.check(transport.rank)
     layers = rank.telemetry.snapshot().layers
-    names = ("hits", "misses", "pairs_sent", "peer_bytes", "migrations", "prefetches", "late", "dropped")
+    names = ("hits", "misses", "pairs_sent", "peer_bytes", "migrations", "prefetches", "late", "taken_back")
     return *(sum(getattr(x, name) for x in layers) for name in names), rank.reached
 
 

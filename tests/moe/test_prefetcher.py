@@ -72,7 +72,7 @@ def test_prefetches_for_nothing_end_with_their_step(checkpoint: Callable[[str], 
         with torch.no_grad():
             model(input_ids=zoo.random_ids(1, 9, seed=seed))
         assert not any(loader.any_in_flight for loader in runtime.loaders)
-    prefetches, dropped = sums(model, "prefetches", "dropped")
+    prefetches, dropped = sums(model, "prefetches", "taken_back")
     assert 0 < dropped < prefetches
     runtime.check_integrity()
 
