@@ -103,11 +103,11 @@ class CacheTransfers:
         """When each rank's network is free."""
 
     def take(self, number: int, target: int) -> None:
-        """A rank is to take the cache of a hand-over."""
+        """Begin a hand-over at its target."""
         self._targets[number] = target
 
     def give(self, number: int, id: str, source: int, now_s: float) -> None:
-        """A rank is to give a request's cache to the one that takes it."""
+        """Begin a hand-over of a request's cache at its source."""
         self._put(source, partial(self._hold, number, id, source, now_s))
 
     def observe_step(self, ranks: Iterable[int], seconds: float) -> None:

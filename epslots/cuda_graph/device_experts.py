@@ -63,7 +63,7 @@ class PrefetchAhead:
 
 
 class DeviceExperts:
-    """Computes one layer while the device rules its slots; the layer takes it for one that never misses.
+    """Computes one layer while the device rules its slots; to the layer, no expert is missing.
 
     Args:
         inner: computes from the slots.

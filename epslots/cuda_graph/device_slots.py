@@ -304,7 +304,7 @@ class DeviceSlots:
         self.copy(layer)
 
     def decide(self, layer: int, ids_N: torch.Tensor) -> None:
-        """Decide where the experts that these pairs need are, and list those that are missing.
+        """Decide the slots of these pairs' experts, and list the missing ones.
 
         Args:
             layer: its number in the pool.

@@ -253,7 +253,7 @@ class _CaptureError(Exception):
 
     @property
     def memory_was_short(self) -> bool:
-        """Whether it began with an allocation: a capture that breaks off may raise another error of its own then."""
+        """Whether an allocation failed: the capture that it broke off may have raised a further error."""
         error: BaseException | None = self
         while error is not None and not isinstance(error, torch.OutOfMemoryError):
             error = error.__cause__ or error.__context__
