@@ -1,4 +1,4 @@
-"""Sizes of what a hand-over's connection carries."""
+"""Sizes of the pieces that a hand-over's connection carries."""
 
 PIECE_BYTES = 16 << 20
 """Bytes of a piece, at most: some milliseconds of a CPU's time, which no step is spared that makes way for a hand-over."""

@@ -1,4 +1,4 @@
-"""A thread's memory for the jobs of compiled loops: a job's fields, and what its workers use meanwhile. And torch's threads.
+"""A thread's memory for the jobs of compiled loops: a job's fields, and its workers' scratch memory. And torch's threads.
 
 A *job* is an array of integers of 64 bits, by whose address a loop is called.
 """

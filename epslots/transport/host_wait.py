@@ -1,4 +1,4 @@
-"""Waiting on the host for what a device does: awake at first, and always by looking.
+"""Waiting on the host for a device's work: awake at first, and always by looking.
 
 A wait that blocks in the driver knows no deadline, and no other thread can end it: when a peer of the group is lost, the
 device stops, and with it a host that waits for it there.
