@@ -1,4 +1,4 @@
-"""``bench gpu``: tokens a second from slots, against plain transformers and accelerate's offload; and the parts of a token's time.
+"""``bench gpu``: tokens a second from slots, against plain transformers and accelerate's offload; and their parts.
 
 All use one random checkpoint of Qwen3-30B-A3B's experts with skewed routers. Tokens are drawn at random: greedy decoding of
 random weights soon repeats itself, and with it its routing.
