@@ -164,6 +164,8 @@ class RankLoads:
     def __init__(self) -> None:
         self.serving = 0
         self._loads: dict[Hashable, _RankLoad] = {}
+        self._cost = 0.0
+        """Of all ranks."""
         self._numbers = itertools.count()
         self._by_cost = _LoadHeap(self._loads, lambda load: load.cost)
         self._by_free = _LoadHeap(self._loads, lambda load: -load.free_tokens)
@@ -183,7 +185,9 @@ class RankLoads:
         self.pause(worker)
         if worker in self._loads:
             load = self._loads[worker]
+            self._cost -= load.cost
             load.capacity, load.serves = capacity, True
+            self._cost += load.cost
         else:
             self._loads[worker] = _RankLoad((place, next(self._numbers)), capacity)
         self.serving += 1
@@ -198,19 +202,26 @@ class RankLoads:
     def remove(self, worker: Hashable) -> None:
         """A rank is lost."""
         self.pause(worker)
-        self._loads.pop(worker, None)
+        if (load := self._loads.pop(worker, None)) is not None:
+            self._cost -= load.cost
         self._by_cost.forget(worker)
         self._by_free.forget(worker)
 
     def add(self, worker: Hashable, request: Costly) -> None:
         """A rank has a further request."""
-        self._loads[worker].change(request, 1)
+        self._change(worker, request, 1)
 
     def drop(self, worker: Hashable, request: Costly) -> None:
         """A rank has a request no more, which must have its tokens of now."""
         if worker in self._loads:
-            self._loads[worker].change(request, -1)
+            self._change(worker, request, -1)
             self._push(worker)
+
+    def _change(self, worker: Hashable, request: Costly, sign: int) -> None:
+        load = self._loads[worker]
+        before = load.cost
+        load.change(request, sign)
+        self._cost += load.cost - before
 
     def _push(self, worker: Hashable) -> None:
         self._by_cost.push(worker)
@@ -232,6 +243,11 @@ class RankLoads:
         """Tokens that a rank has yet to compute, and ``further`` ones, in tokens of a usual rank."""
         load = self._loads[worker]
         return load.cost + further / load.capacity.speed
+
+    @property
+    def mean_cost(self) -> float:
+        """``cost`` of a rank on average."""
+        return self._cost / len(self._loads) if self._loads else 0.0
 
     def least_loaded(self, request: Costly) -> Hashable | None:
         """A rank with room for a request; None if there is none.

@@ -75,7 +75,7 @@ class RoleLoads:
             return self._prompts
         to_compute = request.held_tokens - decoding_holds(self._decoding)
         first = self._prompts.least_loaded(request)
-        before = 0.0 if first is None else self._prompts.cost(first, 0)
+        before = self._prompts.mean_cost if first is None else self._prompts.cost(first)
         streams, near = self._decoding.requests(worker), self._way(request, first)
         stays = self.costs.stays(to_compute, request.held_tokens, streams, near, before)
         return self._decoding if stays else self._prompts
@@ -103,9 +103,9 @@ class RoleLoads:
         return machines[0] == machines[1] != ""
 
     def hands_over(self, worker: Hashable) -> bool:
-        """Whether a rank hands its requests over when their prompts are computed."""
+        """Whether a rank hands its requests over when their prompts are computed, or once a decode rank serves again."""
         known = worker in self._prompts and self._prompts.capacity(worker).role == "prefill"
-        return known and self._decoding.serving > 0
+        return known and len(self._decoding) > 0
 
     def for_decoding(self, request: Costly) -> Hashable | None:
         """The decode rank with the most free cache; None if none has room."""

@@ -38,7 +38,9 @@ def main(agent: str, command: list[str]) -> None:
             _tell_port(folder / f"{name}_{node}", _NO_PORT)
         _wait(None)
         return
-    with socket.create_server((options["node-ip-address"], int(options["runtime-env-agent-port"]))) as listening:
+    address = options["node-ip-address"]
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.create_server((address, int(options["runtime-env-agent-port"])), family=family) as listening:
         port = listening.getsockname()[1]
         _tell_port(folder / f"{USED_PORT}_{node}", port)
         asked = _wait(listening)

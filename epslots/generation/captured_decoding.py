@@ -296,6 +296,7 @@ class _Graph(Generic[Step]):
 
     def _capture(self) -> None:
         """Capturing runs nothing: cache and slots stay unchanged."""
+        graph_bytes = self._owner._graph_bytes
         try:
             whole, states = torch.cuda.CUDAGraph(), None
             with self._capturing(whole):
@@ -305,6 +306,7 @@ class _Graph(Generic[Step]):
                 with self._capturing(states):
                     self.step.keep_states()
         except RuntimeError as error:
+            self._owner._graph_bytes = graph_bytes  # a graph that was whole is freed
             raise _CaptureError(f"a decoding step can't be captured ({error})") from error
         self._graph, self._states, self._logits = whole, states, logits
         self._owner._pause.reset()

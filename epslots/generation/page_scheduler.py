@@ -89,11 +89,10 @@ class PageScheduler(Scheduler):
 
     1. Decoding requests come first, a token each. Then admitted prompts, in turn, up to the tokens that ``ChunkSize`` allows.
     2. Requests are admitted in turn, up to ``max_requests``, when there is room for all admitted prompts and for a further
-    page
-       of each request. None overtakes another.
-    3. A request whose prompt begins like one that is being computed is admitted when that is done: it finds the pages then. 4.
-    A request without room for its next tokens gets the pages of the last one in turn. That one waits again, at its place, to
-       be computed again from its prompt and its tokens. From then on none is admitted until a request has ended.
+       page of each request. None overtakes another.
+    3. A request whose prompt begins like one that is being computed is admitted when that is done: it finds the pages then.
+    4. A request without room for its next tokens gets the pages of the last one in turn. That one waits again, at its place,
+       to be computed again from its prompt and its tokens. From then on none is admitted until a request has ended.
     5. Full pages of requests that are gone stay for prompts that begin alike. The longest unused are freed one by one; of one
        request the last pages first, because they are of no use without those before.
     6. A request whose cache is being handed over to another rank is admitted, but makes no step. Pages may be reserved for one

@@ -53,6 +53,7 @@ class SlotCeding:
                 self._loader.wait_all()
                 self._runtime.cede_level([self._evict(index) for index in self._loader.store_layers])
             while self.levels > levels:
+                self._loader.wait_all()  # a fetch that fails does so before anything changes
                 self._runtime.take_back_level(complete=True)
 
     def _evict(self, index: int) -> int:

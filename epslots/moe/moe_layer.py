@@ -142,14 +142,17 @@ class MoELayer:
 
         Args:
             complete: whether no expert will ever be missing on any of the ranks: then each computes its own tokens.
+
+        Raises:
+            StoreError: a fetch that was in flight has failed; the layer is as it was.
         """
+        if complete:  # from now on steps look for no fetch in flight
+            self.cache.wait_for_all()
         self._peers, self.planner, self.complete = peers, planner, complete
         self._exchanges = not (peers.alone or complete)  # other ranks take part in the layer's steps
         self.prefetch_target.plan_by(planner)
         if peers.transport is not None:
             self.experts.wait_by(peers.transport.wait_until)
-        if complete:  # from now on steps look for no fetch in flight
-            self.cache.wait_for_all()
 
     def prefetch_by(self, prefetcher: Prefetcher) -> None:
         """Predict for the next layer from now on. Layers form a circle, so none is made with it."""
@@ -291,6 +294,7 @@ class MoELayer:
 
     def plan(self, batch: Batch, gathered: Gathered) -> RankPlan:
         """Plan the step for all ranks; returns this rank's part, with its passes."""
+        assert (batch.counts is None) == (self.complete or self.slots_are_lent), "slots were lent or returned within a step"
         if batch.counts is None:
             self._executor.begin_unplanned(batch.hidden_TH, batch.ids_N, *self._telemetry.count_resident(self.index))
             return NOTHING_PLANNED

@@ -204,6 +204,8 @@ class LayerPlanner:
     def take_back(self, unbegun_R: IntArray, used_E: BoolArray) -> IntArray:
         """Take back the prefetches that no link has begun and the step doesn't need: they would hold up its fetches.
 
+        Those that the placement wants stay: they count as migrated.
+
         Args:
             unbegun_R: how many of each rank's ``own_prefetches``, counted from the last, its link hasn't begun.
             used_E: the experts that the step uses on any rank.
@@ -212,6 +214,8 @@ class LayerPlanner:
             This rank's: experts, int64 [any number].
         """
         ranks, experts = self.prefetch_policy.take_back(unbegun_R, used_E)
+        unwanted_F = ~self.state.wanted_RE[ranks, experts]
+        ranks, experts = ranks[unwanted_F], experts[unwanted_F]
         if not len(ranks):
             return NO_EXPERTS
         self.state.holds_RE[ranks, experts] = False

@@ -119,7 +119,9 @@ class LayerState:
         before_RE = self.wanted_RE
         # By rank: wanted ones, then the placement's others, then the rest; the highest score among equals.
         kind_RE = np.where(before_RE, 0, np.where(self._placed_RE, 1, 2))
-        order_RE = np.lexsort((np.broadcast_to(-score_E, kind_RE.shape), kind_RE))
+        # Of equal ones the last: ``resize`` evicts the first, which is to come back.
+        last_E = -np.arange(len(score_E))
+        order_RE = np.lexsort([np.broadcast_to(last_E, kind_RE.shape), np.broadcast_to(-score_E, kind_RE.shape), kind_RE])
         chosen_RE = np.zeros_like(before_RE)
         np.put_along_axis(chosen_RE, order_RE, np.arange(len(score_E)) < self.quota_R[:, None], axis=1)
         self.wanted_RE = self._placed_RE & chosen_RE

@@ -189,6 +189,7 @@ class PrefetchBudget:
     def refund(self, ranks: IntArray, expert_bytes: int) -> None:
         """Add fetches that were taken back, int64 [fetches] target ranks."""
         self.spend(ranks, -expert_bytes)
+        np.minimum(self._left_R, self._granted, out=self._left_R)  # they may be those of the step before
 
     def experts(self, expert_bytes: int) -> IntArray:
         """Experts that each rank may still prefetch, int64 [R]."""
@@ -292,8 +293,9 @@ class PrefetchPolicy:
         if budget is not None:
             budget.spend(found.ranks, expert_bytes)
         if len(self._rank_F):  # a step in parts is predicted several times; the newest prefetches go first on a link
-            self._rank_F = np.concatenate([found.ranks, self._rank_F])
-            self._expert_F = np.concatenate([found.experts, self._expert_F])
+            stay_F = holds_RE[self._rank_F, self._expert_F] & found.after_RE[self._rank_F, self._expert_F]
+            self._rank_F = np.concatenate([found.ranks, self._rank_F[stay_F]])
+            self._expert_F = np.concatenate([found.experts, self._expert_F[stay_F]])
         else:
             self._rank_F, self._expert_F = found.ranks, found.experts
         return found

@@ -45,8 +45,27 @@ def test_a_prompt_waits_for_no_long_line():
     assert found == [True, True, False], "200 ms of two requests, against 30 ms and 100 of each prompt"
 
 
+def test_the_longest_line_is_one_without_room():
+    """A prompt that fits nowhere else doesn't wait for it either, and holds up none behind it."""
+    loads = loads_of(p="prefill", q="prefill", d="decode")
+    loads.costs.observe(100, 0.03, prompt_token_s=0.001, near=False)
+    for worker in "pq":
+        loads._prompts.add(worker, MoveClaim(900, 900))
+    request = MoveClaim(200, 220)
+    assert loads._prompts.least_loaded(request) is None and loads._prompts.mean_cost == 900
+    assert loads.for_prompt(request, lambda _: 0) is loads._decoding
+    for worker in "pq":
+        loads._prompts.drop(worker, MoveClaim(900, 900))
+    assert loads._prompts.mean_cost == 0 and loads.for_prompt(request, lambda _: 0) is loads._prompts
+    loads._prompts.add("q", MoveClaim(60, 60))
+    loads.remove("q")
+    assert loads._prompts.mean_cost == 0
+
+
 def test_requests_are_handed_over_where_another_rank_decodes():
     loads = loads_of(p="prefill", d="decode", m="mixed")
     assert [loads.hands_over(worker) for worker in ("p", "d", "m", "gone")] == [True, False, False, False]
     loads.pause("d")
+    assert loads.hands_over("p"), "once it serves again: until then the rank has no more to compute than prompts"
+    loads.remove("d")
     assert not loads.hands_over("p")

@@ -184,7 +184,7 @@ def test_sources_read_and_targets_write_between_steps(monkeypatch: pytest.Monkey
     load = replace(LOAD, rate=200.0, requests=30, prompt_tokens=(200, 300), new_tokens=(30, 40))
     simulation.run(arrivals_of(load, traffic.starts))
     simulation.check()
-    assert simulation.hand_overs.counts.done > 15
+    assert simulation.hand_overs.counts.done > 10
     for found in calls.values():
         assert len(found) == len(set(found)) > 60 / most
     pieces = -(-200 // 25) / most

@@ -131,7 +131,8 @@ def test_ways_are_judged_by_their_own_hand_overs():
     scheduler._ranks.costs = costs
     scheduler.serve({"p": RankCapacity(10_000, 1, role="prefill", machine="m"), "d": here})
     costs.observe(100, 0.01, prompt_token_s=1e-3, near=True)
-    scheduler._ranks._decoding.add("d", MoveClaim(1, 1))
+    for _ in range(2):
+        scheduler._ranks._decoding.add("d", MoveClaim(1, 1))
     assert add(scheduler, *LONG[:3]) == [("p", "a"), ("p", "b")], "where no rank is free to hand it over, by the latest way"
 
 

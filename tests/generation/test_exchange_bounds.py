@@ -15,6 +15,7 @@ from epslots.generation.requests import Request
 from epslots.generation.slot_exchange import SlotExchange
 from epslots.runtime import runtime_of
 from tests.support.batches import prompt_of
+from tests.support.late_link import Late, LateLink
 from tests.support.slot_exchanges import check, exchange_of, load, rows_of, serve
 
 Checkpoints = Callable[[str], Path]
@@ -81,6 +82,36 @@ def test_a_slot_that_cannot_be_filled_stays_the_caches(checkpoint: Checkpoints, 
     engine.batcher.close()
     assert loader.pool.levels == 0 and runtime.runners[0].cache.resident_E.all()
     assert loader.pool.layouts > layouts, "what was captured with the first layout is void"
+    runtime.check_integrity()
+
+
+class Unreadable(LateLink):
+    """The record of one slot can't be read."""
+
+    slot = 0
+
+    def wait(self, transfer: Late) -> None:
+        if transfer.slot.data_ptr() == self.slot:
+            raise StoreError("it can't be read")
+        super().wait(transfer)
+
+
+def test_a_fetch_that_fails_changes_no_level(checkpoint: Checkpoints, cache_dir: Path):
+    """It was in flight when the slots were to return, and nothing had waited for it."""
+    engine = Engine(load(checkpoint("qwen3_moe"), cache_dir, slots="100%"))
+    exchange, runtime = exchange_of(engine), runtime_of(engine.model)
+    exchange.change(1)
+    loader, runner = runtime.ceding_loader, runtime.runners[0]
+    loader.link = link = Unreadable()
+    expert = int(np.flatnonzero(~runner.cache.resident_E)[0])
+    runner.cache.prefetch(np.array([expert]), np.eye(16, dtype=bool)[(expert + 1) % 16])
+    link.slot = loader.pool.memory[runner.cache.slot_of_E[expert]].data_ptr()
+    with pytest.raises(StoreError, match="it can't be read"):
+        exchange.change(-1)
+    assert exchange.levels == 1 and not any(each.complete for each in runtime.runners)
+    link.slot = 0
+    exchange.change(-1)
+    assert exchange.levels == 0 and all(each.complete and each.cache.resident_E.all() for each in runtime.runners)
     runtime.check_integrity()
 
 

@@ -44,6 +44,13 @@ def sums(model: PreTrainedModel, *names: str) -> tuple[int, ...]:
     return tuple(sum(getattr(layer, name) for layer in epslots.stats(model).layers) for name in names)
 
 
+class Unbegun(LateLink):
+    """It begins with nothing."""
+
+    def begun(self, transfer: Any) -> bool:
+        return False
+
+
 @pytest.mark.parametrize("slots", [1, "50%"])
 def test_wrong_predictions_change_no_result(slots: int | str, checkpoint: Checkpoints, cache_dir: Path):
     """With three slots: tests/equality, with each layout."""
@@ -58,22 +65,48 @@ def test_wrong_predictions_change_no_result(slots: int | str, checkpoint: Checkp
 
 def test_prefetches_for_nothing_end_with_their_step(checkpoint: Callable[[str], Path], cache_dir: Path):
     """Those that the link hasn't begun: else those of a long prompt would keep it busy for many steps."""
-
-    class Idle(LateLink):
-        def begun(self, transfer: Any) -> bool:
-            return False
-
     model = load(checkpoint("qwen3_moe"), cache_dir, slots="50%")
     runtime = runtime_of(model)
     mislead(runtime)
     for loader in runtime.loaders:
-        loader.link = Idle()
+        loader.link = Unbegun()
     for seed in range(3):
         with torch.no_grad():
             model(input_ids=zoo.random_ids(1, 9, seed=seed))
         assert not any(loader.any_in_flight for loader in runtime.loaders)
     prefetches, dropped = sums(model, "prefetches", "taken_back")
     assert 0 < dropped < prefetches
+    runtime.check_integrity()
+
+
+def test_a_prefetch_that_is_made_twice_is_taken_back_once(checkpoint: Checkpoints, cache_dir: Path):
+    """A step in parts is predicted part by part: one's prefetch may be evicted for another's, and made again."""
+    model = load(checkpoint("qwen3_moe"), cache_dir, slots="50%")
+    runtime = runtime_of(model)
+    mislead(runtime)
+    for loader in runtime.loaders:
+        loader.link = Unbegun()
+    runner = runtime.runners[1]
+
+    def step(*experts: int) -> None:
+        with torch.no_grad():
+            runner(torch.zeros(1, runner.experts.kernel.hidden_size), torch.tensor([experts]), torch.ones(1, len(experts)))
+
+    for first in range(0, 8, 2):
+        step(first, first + 1)
+    held, absent = np.flatnonzero(runner.cache.resident_E), np.flatnonzero(~runner.cache.resident_E)
+    one, other = absent[:2].tolist()
+    score_E = np.full(16, 9)
+    score_E[[held[0], one, held[1], other]] = 0, 1, 2, 3
+    runner.prefetch_target._scores = lambda: score_E
+    for guess in (one, other, one):
+        usage = np.zeros((1, 16), np.int64)
+        usage[0, guess] = 255
+        runner.prefetch_target.fetch(usage, np.array([False]))
+    assert sorted(runner.planner.own_prefetches.tolist()) == sorted({*runner.planner.own_prefetches.tolist()})
+    step(int(held[3]), int(held[4]))
+    (loader,) = runtime.loaders
+    assert not loader.in_flight[loader.pool.slot_range(1)].any()
     runtime.check_integrity()
 
 

@@ -361,3 +361,16 @@ def test_the_dearest_copies_stay_wanted():
     state.fit_wanted(np.array([9, 1, 7, 1, 5]))
     assert state.wanted_RE[0].tolist() == [True, True, False, True, False], "the dearest of the others"
     assert state.pending_RE.sum() == state.pending_RE[0, 0] == state.pending_migrations == 1
+
+
+def test_the_copy_that_was_evicted_comes_back():
+    """Of equal scores, too: no other copy is wanted in its place."""
+    state = LayerState(np.array([[1, 1, 1, 0], [1, 1, 1, 1]], bool), np.array([3, 4]), np.ones(4, np.int64))
+    state.follow(np.ones(4, np.int64), np.array([[1, 1, 1, 0], [1, 1, 1, 1]], bool))
+    scores = np.zeros(4, np.int64)
+    evicted = state.resize(0, -1, scores)
+    state.fit_wanted(scores)
+    assert not state.wanted_RE[0, evicted] and state.pending_migrations == 0
+    state.resize(0, 1, scores)
+    state.fit_wanted(scores)
+    assert state.pending_RE[0].tolist() == [expert == evicted for expert in range(4)]
