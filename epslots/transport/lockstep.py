@@ -161,7 +161,7 @@ class LockStep:
         return self.steps > 1
 
     def announce(self, load: tuple[int, int]) -> None:
-        """Send this rank's load with the next header: the step's tokens, and those of prompts that wait.""" 
+        """Send this rank's load with the next header: the step's tokens, and those of prompts that wait."""
         self._load = load
 
     def cede(self, levels: int) -> None:
