@@ -206,8 +206,8 @@ class ClusterControl:
         """Change the number of ranks, of groups, or of a group's ranks, while requests go on. Returns when that many serve.
 
         Groups of several are of one size. With ``ranks`` alone or ``groups`` alone whole groups come and go; with both, groups
-        change their size, too: each forms anew with its new ranks, whenever these are there. What came last goes first. Of one
-        group that was started alone, ``ranks`` is the number of its ranks, and others that come have as many each.
+        change their size, too: each forms anew with its new ranks, whenever these are there. Those that came last go first. Of
+        one group that was started alone, ``ranks`` is the number of its ranks, and others that come have as many each.
 
         Args:
             ranks: that there are to be, in all groups.

@@ -51,7 +51,7 @@ _lock = threading.Lock()
 
 @functools.cache
 def _sources(module: str, path: Path) -> bytes:
-    """The sources that a module's compiled code follows from: its own, and those of its package that it imports."""
+    """The sources of a module's compiled code: its own, and those that it imports from its package."""
     source, package = path.read_bytes(), module.rpartition(".")[0]
     names = re.findall(rf"^from {re.escape(package)}\.(\w+) import", source.decode(), re.MULTILINE) if package else []
     imported = [(f"{package}.{name}", path.with_name(f"{name}.py")) for name in names]
@@ -184,7 +184,7 @@ def prepare_in_background() -> None:
 
 
 def _load_kept() -> None:
-    """Load kept code; stops after the time that this takes at most, because it compiles where nothing was kept."""
+    """Load kept code, for ``_SEARCH_S`` at most: where nothing was kept, it would compile."""
     ends = time.perf_counter() + _SEARCH_S
     while _waiting and time.perf_counter() < ends:
         _compile_next()

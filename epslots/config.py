@@ -219,7 +219,7 @@ class LoadConfig(EngineConfig, frozen=True, kw_only=True):
         return EngineConfig(**{name: getattr(self, name) for name in EngineConfig.__struct_fields__})
 
     def check_costs(self, costs: Costs | None) -> None:
-        """Refuse costs that lack one that this configuration needs.
+        """Refuse costs without those that this configuration needs.
 
         Raises:
             ConfigError: experts are to be computed on the host, and the costs of that are missing.

@@ -83,7 +83,7 @@ def _check_sizes(members: Any, name: str, file_bytes: int) -> None:
         )
     limit = tightest_memory_limit()
     if total > limit.free_bytes:
-        raise ConfigError(f"{name} holds arrays of {format_bytes(total)}; allowed: what is free, {limit}")
+        raise ConfigError(f"{name} holds arrays of {format_bytes(total)}; allowed: the free memory, {limit}")
 
 
 def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, what: str) -> None:

@@ -49,7 +49,7 @@ class LayerStats(msgspec.Struct, frozen=True):
     host_bytes: int
     """Bytes fetched from the host store, first filling included."""
     disk_bytes: int
-    """Bytes read from the disk, where ``host_memory`` bounds the store's RAM; for fetches, guesses and the host's CPU."""
+    """Bytes read from the disk, where ``host_memory`` bounds the store's RAM; for fetches, prefetches and the host's CPU."""
     peer_bytes: int
     """Bytes fetched from other ranks' slots."""
     pairs_sent: int

@@ -164,7 +164,7 @@ def parse_prefetch(value: str | bool | PrefetchSetting) -> PrefetchSetting:
     if value in ("auto", "off"):
         return PrefetchSetting(value == "auto")
     if not isinstance(value, str) or not value[:1].isdigit():
-        raise ConfigError(f"prefetch={value!r}: allowed: auto, off, or what may be fetched in a step before it ends: 64MiB")
+        raise ConfigError(f"prefetch={value!r}: allowed: auto, off, or the bytes that a step may fetch ahead: 64MiB")
     nbytes = parse_bytes(value, "prefetch")
     if nbytes >= MOST_STEP_BYTES:
         raise ConfigError(f"prefetch={value!r}: allowed: less than {format_bytes(MOST_STEP_BYTES)} a step")

@@ -1,4 +1,4 @@
-"""What every test shares: one thread, no hub, compiled planners, and a folder of tiny checkpoints made once a session."""
+"""The fixtures of all tests: one thread, no hub, compiled planners, and a folder of tiny checkpoints made once a session."""
 
 from __future__ import annotations
 

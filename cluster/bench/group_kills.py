@@ -198,7 +198,7 @@ class _Requests:
         return WatchedStream(self._cluster, prompt, new_tokens)
 
     def results(self) -> list[Result]:
-        """Wait for all; each has the number of what was asked."""
+        """Wait for all; each has the number of its prompt."""
         for _, stream in self._running:
             stream.join()
         return [replace(stream.generation.result(), index=number) for number, stream in self._running]

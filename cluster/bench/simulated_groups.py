@@ -95,7 +95,7 @@ def _row(prefill_groups: int, found: LoadFigures, seconds: float) -> dict[str, A
         "hand-overs": found.hand_overs,
         "GB handed over": found.hand_over_bytes / 1e9,
         "hand-over P50 ms": 0.0 if found.hand_over_ms is None else found.hand_over_ms.p50,
-        "imbalance": max(found.imbalance.values()),
+        "imbalance": max(found.step_skew.values()),
         "prompts' step ms": found.step_ms.get("prefill", found.step_ms.get("mixed", 0.0)),
         "decoding step ms": found.step_ms.get("decode", found.step_ms.get("mixed", 0.0)),
         "keeps up": found.kept_up,

@@ -114,7 +114,7 @@ class Controller:
 
     @property
     def state(self) -> ControllerState:
-        """As the module's docstring lists them."""
+        """The controller's activity for this group."""
         if self._group is None or self._current is None:
             return ControllerState.WAITING
         if self._frozen:

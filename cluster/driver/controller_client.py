@@ -81,7 +81,7 @@ class ControllerStats:
         placement: version of the newest placement.
         started: number of controllers that were started so far.
         windows_dropped: load reports that the driver dropped, because the controller was busy or absent.
-        refused: placements that a rank rejected.
+        placements_rejected: placements that a rank rejected.
     """
 
     state: str
@@ -89,7 +89,7 @@ class ControllerStats:
     placement: int
     started: int
     windows_dropped: int
-    refused: int
+    placements_rejected: int
 
 
 @dataclass(eq=False)
@@ -132,7 +132,7 @@ class ControllerClient:
         self._orders: deque[_OpenOrder] = deque()
         self._waiting: dict[int, list[LoadReport]] = {}
         """Load reports for the controller, by the window's number."""
-        self._dropped = self._dropped_before = self._refused = 0
+        self._dropped = self._dropped_before = self._rejected = 0
         self._states_asked = 0
         self._group_state: GroupState | None = None
         """The answer to the last ``GetGroupState``, once it is there."""
@@ -176,7 +176,7 @@ class ControllerClient:
 
     def take_rejection(self, worker: Worker, cause: str) -> None:
         """Attach the group anew after a rank's rejection: the controller believes that its placement is followed."""
-        self._refused += 1
+        self._rejected += 1
         logger.warning("%s does not follow a placement: %s", worker.name, cause)
         self._offered, self._attached = None, -1
         self._changes.notify()
@@ -196,7 +196,7 @@ class ControllerClient:
             placement=self._newest,
             started=self._started,
             windows_dropped=self._dropped,
-            refused=self._refused,
+            placements_rejected=self._rejected,
         )
 
     # Calls of users.

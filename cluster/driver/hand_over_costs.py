@@ -50,7 +50,7 @@ class TransferTimes:
 
 
 class HandOverCosts:
-    """What hand-overs and prompts' tokens cost.
+    """The costs of hand-overs and of prompts' tokens.
 
     Attributes:
         near, far: hand-overs between ranks that share memory, and between others.

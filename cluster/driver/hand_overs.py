@@ -151,7 +151,7 @@ class HandOvers:
             self.counts = replace(old, failed=old.failed + 1)
 
     def lose(self, worker: Hashable) -> None:
-        """A rank is lost: those that it was the source of have ended; the scheduler has moved their requests."""
+        """A rank is lost: hand-overs from it have ended, and their requests are back in the queue."""
         for number, move in list(self._moves.items()):
             if move.source == worker:
                 self._fail(number)

@@ -162,13 +162,13 @@ class RequestRouter:
             group.pause()
 
     def lose(self, worker: Hashable, *, blame: bool, cause: str) -> int:
-        """A rank is lost; returns the number of its requests that move to others.
+        """A rank is lost; returns the number of its requests that return to the queue.
 
         Args:
             blame: its requests may be the reason.
             cause: why it is lost, for people.
         """
-        moved, given_up = self._scheduler.release(worker, blame=blame)
+        requeued, given_up = self._scheduler.release(worker, blame=blame)
         self.hand_overs.lose(worker)
         for entry in given_up:
             call = self._calls.pop(entry.request.id)
@@ -178,7 +178,7 @@ class RequestRouter:
             )
             call.caller.arrive(Output(entry.request.id, (), True, "error", message))
         self._assign_soon()
-        return len(moved)
+        return len(requeued)
 
     # Events of ranks.
 

@@ -53,7 +53,7 @@ class ScheduledRequest:
     move_at: int = 1
 
     def is_at(self, worker: Hashable, assignment: int) -> bool:
-        """Whether its assignment now is this one: not an earlier one, of which a rank's news may come late."""
+        """Whether this is its present assignment; news of an earlier one may come late."""
         return self.worker == worker and self.assignment == assignment
 
     @property

@@ -1,14 +1,14 @@
-"""``Scheduler``: which rank serves which request, and what moves when a rank is lost. Pure decisions.
+"""``Scheduler``: which rank serves which request, and what follows when a rank is lost. Pure decisions.
 
     queued     waits for a rank with room, in the order of priority and arrival
     assigned   a rank serves it; its tokens until now are kept here
     ending     the user needs no more of it; its rank's last output is awaited
 
-A request goes to the rank with room that has the least time of work before it (``rank_loads.py``), but not before one has
-room: until then it may go to a rank that comes later. Work is the tokens yet to compute, without a beginning that the rank has
-in its cache (``prefix_index.py``). Cache is a limit and no cost. A decision costs log(ranks). A lost rank's requests return to
-their place in the queue, and start again from their prompt and delivered tokens. A request may be the reason for the loss of
-several ranks in a row: then it gets a rank to itself, and in the end is given up.
+A request goes to the rank with room that has the least time of work before it (``rank_loads.py``). It waits until some rank
+has room, and may go to one that came later. Work is the tokens yet to compute, without a beginning that the rank has in its
+cache (``prefix_index.py``). Free cache decides whether a rank fits, not which one is best. A decision takes O(log ranks). A
+lost rank's requests return to their place in the queue, and go on after their delivered tokens. A request may be the reason
+for the loss of several ranks in a row: then it gets a rank to itself, and in the end is given up.
 """
 
 from __future__ import annotations
@@ -107,15 +107,15 @@ class Scheduler:
             self._ranks.pause(worker, soon=soon)
 
     def release(self, worker: Hashable, *, blame: bool = True) -> tuple[list[ScheduledRequest], list[ScheduledRequest]]:
-        """A rank is lost: move its requests to the queue.
+        """A rank is lost: its requests return to the queue.
 
         Args:
             blame: they may be the reason.
 
         Returns:
-            The requests that moved; and those that are given up, after too many losses.
+            The requests that return to the queue; and those that are given up, after too many losses.
         """
-        moved, given_up = [], []
+        requeued, given_up = [], []
         for entry in self._served.pop(worker, {}).values():
             self._drop_move(entry.request.id)
             if entry.ending:
@@ -127,11 +127,11 @@ class Scheduler:
                 given_up.append(entry)
             else:
                 entry.worker = None
-                moved.append(entry)
+                requeued.append(entry)
                 self._queue.add(entry)
         self._ranks.remove(worker)
         self._prefixes.forget(worker)
-        return moved, given_up
+        return requeued, given_up
 
     # Requests.
 

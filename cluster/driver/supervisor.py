@@ -134,7 +134,7 @@ class Supervisor:
             ranks: None for one on every GPU.
             groups: into which they are divided.
             prefill_ranks: ranks of the groups that compute prompts for the others; 0 = each computes its own.
-            check: raises an error if the model can't be served; called, in a thread, unless ranks are adopted that have it.
+            check: raises an error if the model can't be served; called, in a thread, unless the ranks are adopted.
 
         Raises:
             ClusterError: the first failure of the start, which ends it.
@@ -312,15 +312,15 @@ class Supervisor:
     # Changes of the group, and the end.
 
     def _take_loss(self, worker: Worker, was_member: bool, retire: bool) -> None:
-        """A worker was lost: break its group up, and move its requests."""
+        """A worker was lost: break its group up, and requeue its requests."""
         cause = worker.cause
         if was_member:
             self.groups[worker.group].lose_member(f"{worker.name} is lost: {cause}")
-        moved = self.router.lose(worker, blame=not retire, cause=str(cause))
+        requeued = self.router.lose(worker, blame=not retire, cause=str(cause))
         if self.pool.started and not retire and self._closing is None:
             message = cause if isinstance(cause, RankFailed) else f"{worker.name} is lost: {cause}"
             notes = "".join(f"\n{note}" for note in getattr(cause, "__notes__", ()))
-            logger.warning("%s%s%s", message, f"; its {moved} requests move" if moved else "", notes)
+            logger.warning("%s%s%s", message, f"; its {requeued} requests return to the queue" if requeued else "", notes)
 
     def _make_group(self, number: int) -> WorkerGroup:
         """A further group, and its controller client."""

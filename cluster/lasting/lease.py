@@ -133,7 +133,7 @@ class OrphanWatch:
 
     @property
     def doubts(self) -> bool:
-        """Whether the holder missed a beat, so that it should be looked after."""
+        """Whether the holder missed a beat, and has to be checked."""
         return self._lease.silent_s > 0
 
     def see(self, now_s: float, sight: Sight) -> Fate:

@@ -8,8 +8,8 @@
                            Explain     an Explanation
 
 The controller's process serves all groups; an order is about one of them (``address``). It gets one order of a group at a
-time, and sends nothing unasked. It can't reach the ranks: the driver passes their load
-reports on, and sends them its placements.
+time, and sends nothing unasked. It can't reach the ranks: the driver passes their load reports on, and sends them its
+placements.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
         role: what the group serves.
         placement: the newest version of a placement.
         followed: the version that all ranks follow, as of the last window.
-        pending_migrations: copies that have yet to be fetched for it, as of the last window.
+        pending_migrations: copies and slots that have yet to be moved for it, as of the last window.
         windows: windows that all ranks reported, and that were learned from.
         pooled: groups of this role whose windows the forecast learns from together.
         speeds: of the ranks' computing, as learned; 1000 = usual, or not known.
@@ -177,9 +177,9 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     def __str__(self) -> str:
         lines = [
             f"{self.state}: placement {self.placement}, followed by all ranks: {self.followed}, "
-            f"copies to move: {self.pending_migrations}",
+            f"copies and slots to move: {self.pending_migrations}",
             f"epoch {self.epoch}, role {self.role}, {self.windows} windows learned from, {self.incomplete} incomplete, "
-            f"{self.dropped} messages dropped, {self.refused} refused",
+            f"{self.dropped} load reports dropped, {self.refused} refused",
             "no step was measured yet"
             if not self.step_s
             else f"a step takes {self.step_s * 1e3:.3g} ms, and fetches at most {self.bytes_per_step / 2**20:.3g} MiB for a "

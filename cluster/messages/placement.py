@@ -4,7 +4,7 @@
     driver -> rank    GetGroupState   answered by GroupState
     rank -> driver    LoadReport      after every window of steps; the driver passes it on to the controller
 
-They stand apart from ``rank.py`` because the controller's process imports them, and nothing of the engine.
+They aren't in ``rank.py`` because the controller's process imports them, and nothing of the engine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class GetGroupState(msgspec.Struct, tag=True, frozen=True):
 
 
 class SetPlacement(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """Adopt a placement as soon as all ranks of the group have it. A rank of another epoch ignores it.
+    """Follow a placement as soon as all ranks of the group have it. A rank of another epoch ignores it.
 
     Attributes:
         epoch: of the group that the placement is for.
@@ -60,7 +60,7 @@ class GroupState(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         epoch: of the group.
         nodes: name of each rank's node.
         placement: the placement that the ranks follow, encoded by ``placement.pack``.
-        pending_migrations: copies of it that have yet to be fetched, over all ranks.
+        pending_migrations: copies and slots that have yet to be moved for it, over all ranks.
         costs: the costs that the ranks plan with; the largest where layers differ.
         expert_bytes: bytes of one expert, by layer.
         pools: number of the slot pool, by layer; slots may move between layers with the same number.

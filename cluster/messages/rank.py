@@ -202,7 +202,7 @@ class Loaded(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     Attributes:
         limits: the requests that can be served.
         max_requests: requests that run at a time.
-        shares_prefixes: what was computed of a prompt is kept for others that begin alike.
+        shares_prefixes: the computed cache of a prompt is kept for others that begin alike.
         seconds: duration of each stage of loading, by name.
         machine: equal for ranks that can share memory; "" = this one can't.
     """
@@ -319,7 +319,7 @@ class RankReport(msgspec.Struct, tag=True, frozen=True, kw_only=True):
         engine: counters of its requests.
         layers: those that were asked for, in their order in the model.
         placement: version of the placement that the ranks follow.
-        pending_migrations: copies of it that have yet to be fetched, over all ranks.
+        pending_migrations: copies and slots that have yet to be moved for it, over all ranks.
         memory_bytes, descriptors, threads: of the process.
     """
 

@@ -4,8 +4,8 @@
 
 A part is what is final since the last one: everything at once, or, of a prompt that is being computed, some tokens of each
 layer after a step, and the states that steps change in place with the last of them. The cache itself belongs to the stepping
-thread: between two steps it reads or writes as many pieces as the rank's budget allows (``copy_budget.py``). Waiting is the
-exchange's own. Layouts are agreed before the first piece, digests after the last.
+thread: between two steps it reads or writes as many pieces as the rank's budget allows (``copy_budget.py``). Only the
+exchange's thread waits. Layouts are agreed before the first piece, digests after the last.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class CommandQueue:
             self._news.notify_all()
 
     def put_again(self, errand: Errand[Any]) -> None:
-        """Have an errand taken once more, after another step or command: it waits for what these do."""
+        """Have an errand taken once more, after another step or command, whose effects it waits for."""
         with self._news:
             self._again.append(errand)
 

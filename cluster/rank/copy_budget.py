@@ -40,7 +40,7 @@ class CopyBudget:
         """Bytes since the last step."""
 
     def aim_at(self, target_s: float | None) -> None:
-        """Take the target of the engine that the rank has loaded. What was measured stays."""
+        """Take the target of the engine that the rank has loaded. Measured speeds stay."""
         self.target_s = target_s
 
     @property

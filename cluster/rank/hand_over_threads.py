@@ -76,7 +76,7 @@ class HandOverThreads:
         self._connections: dict[int, PairConnection] = {}
         self._ended = ""
         self._drivers = 0
-        """Whose hand-overs were forgotten."""
+        """Number of drivers whose hand-overs were forgotten."""
 
     def give(self, order: HandOver) -> None:
         """Begin a hand-over as its source."""

@@ -371,7 +371,7 @@ class RankLoop:
         return RankDescription(self._load_order, self._loaded is not None, self._thread.is_alive() and not self._ended)
 
     def _prepare_to_form(self, form: Form) -> None:
-        """Abort the last group, which frees a step that waits for a lost rank, and the others that wait for this one."""
+        """Abort the last group: this frees a step that waits for a lost rank, and ranks that wait for this one."""
         self._newest = max(self._newest, form.epoch)
         self._leave_old(self._transport)
         if self._contacts is not None:

@@ -1,1 +1,1 @@
-"""Ray: sessions, nodes, placement groups and actors. Nothing else in cluster/ imports it."""
+"""Ray: sessions, nodes, placement groups and actors. Of cluster/, only `api.py` imports it."""

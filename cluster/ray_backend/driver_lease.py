@@ -24,7 +24,7 @@ _LOOK_EVERY_S = 0.3
 
 @dataclass(frozen=True)
 class _Deed:
-    """The end of a rank or a placement group, which waits until it is certain that it is this driver's."""
+    """The end of a rank or a placement group; it waits until the lease is certainly this driver's."""
 
     id: str
     effect: Callable[[], None]
@@ -120,7 +120,7 @@ class DriverLease:
                 raise Superseded(self._lost)
 
     async def _beat(self) -> None:
-        """Look at the newest claim; if it is this process's, show that it lives, and do what waits for that.
+        """Look at the newest claim; if it is this process's, show that it lives, and carry out the waiting ends.
 
         The order keeps a process from harm that is paused anywhere in between: see ``lease.py``.
         """

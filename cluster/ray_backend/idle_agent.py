@@ -55,7 +55,7 @@ def _tell_port(file: Path, port: int) -> None:
 
 
 def _wait(listening: socket.socket | None) -> bool:
-    """Wait until somebody connects, or the raylet ends; returns whether somebody has connected."""
+    """Wait until a client connects, or the raylet ends; returns whether a client has connected."""
     raylet = int(os.environ["RAY_RAYLET_PID"])
     events, timeout_ms = select.poll(), None
     if listening is not None:

@@ -28,7 +28,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 def _agent_program(agent: str, *_: Any, **__: Any) -> list[str]:
-    """What stands before the command of a node's agent: Python, and what stands in for it."""
+    """The command line of a node's agent, up to the agent's own: Python, and the module that stands in for it."""
     return [sys.executable, "-I", "-S", str(Path(idle_agent.__file__)), agent]
 
 

@@ -164,11 +164,11 @@ class ClusterCollector(Collector):
         yield self._counter("rank_steps", total.steps, "Forward passes, each counted once for every rank.")
         yield self._counter("zero_miss_steps", total.zero_miss_steps, "Those of rank_steps without a miss in any layer.")
         yield self._gauge("expert_slots", total.total("slots"), "Expert slots of all ranks and layers.")
-        yield self._gauge("expert_balance", balance(stats), "Mean load of the ranks over the largest one's; 1 = level.")
+        yield self._gauge("expert_balance", balance(stats), "Mean load of the ranks over the largest one's; 1 = equal loads.")
         if stats.controller is not None:
             yield self._gauge("placement_version", stats.controller.placement, "Version of the newest placement.")
             yield self._counter("controllers_started", stats.controller.started, "Controllers that were started.")
-            yield self._counter("placements_refused", stats.controller.refused, "Placements that a rank rejected.")
+            yield self._counter("placements_refused", stats.controller.placements_rejected, "Placements that a rank rejected.")
 
     def layers_page(self) -> bytes:
         """The metrics of each MoE layer, in Prometheus' text format."""

@@ -23,7 +23,7 @@ from epslots.generation.request_limits import foreign_token
 
 
 def _note(service: Service, body: CommonRequest, request: Request, prompt: Any, choices: int) -> RequestSummary:
-    """Check the model's name, and note what is asked."""
+    """Check the model's name, and note the request."""
     summary = summary_of(request.scope)
     summary.model, summary.choices = service.name_of(body.model), choices
     if service.config.log_prompts:

@@ -178,7 +178,7 @@ def _of_body(problem: Problem, fields: frozenset[str]) -> ApiError:
 
 
 def _path(location: Iterable[str | int], fields: frozenset[str]) -> list[str]:
-    """The place of a problem. What isn't a field or a place in a list is pydantic's name for the branch of a union."""
+    """The place of a problem: fields and places in lists. Other parts are pydantic's names for branches of a union."""
     return [str(step) for step in location if isinstance(step, int) or step in fields]
 
 

@@ -56,7 +56,7 @@ class Viewer:
         self._left = False
 
     def show(self, frame: bytes) -> None:
-        """Have this frame sent next, in place of one that wasn't."""
+        """Have this frame sent next, in place of one that is still unsent."""
         self._frame = frame
         self._news.set()
 

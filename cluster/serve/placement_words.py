@@ -14,7 +14,7 @@ T = TypeVar("T")
 _STATES = {
     "waiting": "The controller waits for a group of ranks.",
     "watching": "The controller watches the load.",
-    "moving": "The controller waits until the ranks have followed the placement.",
+    "moving": "The controller waits until the ranks have reached the placement.",
     "frozen": "The placement is frozen: the load is learned from, and nothing is published.",
     "absent": "No controller runs now; the ranks keep their placement.",
 }
@@ -44,7 +44,8 @@ def _of_group(group: GroupStats, controller: ControllerStats | None, explanation
     if group.placement >= 0:
         name = f"placement {group.placement}" if group.placement else "the default placement"
         left = group.pending_migrations
-        found.append(f"The ranks follow {name}{f'; {_copies(left)} still to move' if left else ', fully'}.")
+        moves = f"; {left:,} {'copy or slot' if left == 1 else 'copies and slots'} still to move"
+        found.append(f"The ranks follow {name}{moves if left else ', and have reached it'}.")
     if controller is None:
         return [*found, "There is no controller (window_steps=0): the placement stays as it is."]
     if explanation is not None:

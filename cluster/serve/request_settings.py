@@ -125,7 +125,7 @@ def _biases(given: Mapping[str, float]) -> dict[int, float]:
 
 
 def api_names(body: CommonRequest) -> dict[str, str]:
-    """``API_NAMES``, and those of a request's grammar: the field that has it."""
+    """``API_NAMES``, and those of a request's grammar: the field that holds it."""
     fields = list(_grammars(body)) or ["tools"]
     return API_NAMES | dict.fromkeys(GRAMMARS, fields[0])
 

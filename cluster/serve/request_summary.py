@@ -30,7 +30,7 @@ class RequestSummary:
         finish_reasons: of the choices that are done.
         first_token_s, last_token_s: when the first and the latest token came.
         problem: code of the error that ended it; "left" if the client did.
-        prompt, text: what was asked and answered, if the log is to have it.
+        prompt, text: of the request and its answer, if the log is to contain them.
     """
 
     id: str

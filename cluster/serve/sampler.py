@@ -1,4 +1,4 @@
-"""``Sampler``: an answer that takes a while, asked for while somebody looks at it, and not too often."""
+"""``Sampler``: an answer that takes a while, asked for only while it is looked at, and not too often."""
 
 from __future__ import annotations
 

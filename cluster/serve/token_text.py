@@ -35,7 +35,7 @@ class TokenTexts:
         """The bytes that a token stands for; those of its name, if it is a special one."""
         if word := self._words[token]:
             return word
-        # As it stands behind another token: at the beginning, tokenizers drop a space.
+        # Its text behind another token: at the beginning, tokenizers drop a space.
         alone, twice = (self._tokenizer.decode([token] * times, skip_special_tokens=False) for times in (1, 2))
         return str(twice[len(alone) :]).encode()
 

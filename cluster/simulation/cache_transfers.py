@@ -103,11 +103,11 @@ class CacheTransfers:
         """When each rank's network is free."""
 
     def take(self, number: int, target: int) -> None:
-        """A rank is to take the cache of a hand-over."""
+        """Begin a hand-over at its target."""
         self._targets[number] = target
 
     def give(self, number: int, id: str, source: int, now_s: float) -> None:
-        """A rank is to give a request's cache to the one that takes it."""
+        """Begin a hand-over of a request's cache at its source."""
         self._put(source, partial(self._hold, number, id, source, now_s))
 
     def observe_step(self, ranks: Iterable[int], seconds: float) -> None:
@@ -146,7 +146,7 @@ class CacheTransfers:
         self._put(one.source, partial(self._read, one))
 
     def _read(self, one: _Transfer) -> None:
-        """Read the next pieces, between two steps; of a prompt, what is computed of it. If that was read, wait."""
+        """Read the next pieces, between two steps; of a prompt, only its computed tokens. If these were read, wait."""
         if one.ended:
             return
         if one.image.gone:
@@ -178,7 +178,7 @@ class CacheTransfers:
         one.tokens = tokens
 
     def _send(self, one: _Transfer, now_s: float) -> None:
-        """Send what was read, as far as it may be on the way; then have the source read on."""
+        """Send the pieces that were read, up to the bytes in flight that are allowed; then have the source read on."""
         if one.ended:
             return
         while one.read and one.in_flight < _IN_FLIGHT:

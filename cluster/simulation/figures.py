@@ -119,7 +119,7 @@ class _Meter:
             failed_hand_overs=moved.failed,
             hand_over_bytes=moved.nbytes,
             preempted=sum(rank.counters.preempted for rank in simulation.ranks),
-            imbalance={role: _imbalance(tallies) for role, tallies in by_role.items()},
+            step_skew={role: _step_skew(tallies) for role, tallies in by_role.items()},
             step_ms={role: _mean_step_ms(tallies) for role, tallies in by_role.items()},
             hit_rate=hits / max(1, hits + misses),
             placements=0 if simulation.windows is None else simulation.windows.placements,
@@ -131,7 +131,7 @@ def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return np.concatenate(parts) if parts else np.zeros(0)
 
 
-def _imbalance(tallies: Sequence[GroupTally]) -> float:
+def _step_skew(tallies: Sequence[GroupTally]) -> float:
     return sum(one.most_tokens for one in tallies) / max(1, sum(one.tokens for one in tallies))
 
 

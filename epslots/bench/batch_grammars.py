@@ -1,4 +1,4 @@
-"""Grammars: opening a vocabulary, compiling a schema of 2 KB, and what a row's mask costs for each token."""
+"""Grammars: opening a vocabulary, compiling a schema of 2 KB, and the cost of a row's mask for each token."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Experts that don't fit into RAM. Measured: decoding with RAM for half of them, over decoding with all in RAM.
 
-Both sides have slots for a quarter of the experts, and get the same tokens in turn. What the disk gives by itself is measured
+Both sides have slots for a quarter of the experts, and get the same tokens in turn. The disk by itself is measured
 beside them: a plain read of as many bytes, in records all over the file, with as many threads.
 """
 

@@ -15,7 +15,7 @@ from epslots.generation.requests import Output, Request
 
 
 def open_engine(model: PreTrainedModel, **settings: Any) -> Engine:
-    """An engine that computes every prompt, also one that begins as another did."""
+    """An engine that computes every prompt as a whole: no beginnings are shared."""
     return Engine(model, prefix_cache=False, **settings)
 
 

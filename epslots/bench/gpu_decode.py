@@ -1,4 +1,4 @@
-"""``bench gpu``: tokens a second from slots, against plain transformers and accelerate's offload; and what they are made of.
+"""``bench gpu``: tokens a second from slots, against plain transformers and accelerate's offload; and their parts.
 
 All use one random checkpoint of Qwen3-30B-A3B's experts with skewed routers. Tokens are drawn at random: greedy decoding of
 random weights soon repeats itself, and with it its routing.
@@ -69,7 +69,7 @@ def _own(kit: GpuKit, folder: Path, share: float) -> Tables:
         max_requests=max(BATCHES),
         progress=False,
     )
-    kit.facts.setdefault("store", runtime_of(model).store)  # in memory it lives as long as somebody holds it
+    kit.facts.setdefault("store", runtime_of(model).store)  # in memory it lives as long as it is held
     skew_routers(model)
     rows = [_own_row(kit, model, share, batch) for batch in BATCHES]
     _rows(kit).extend(rows)

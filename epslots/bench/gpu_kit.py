@@ -121,7 +121,7 @@ class GpuKit:
         return self.device.type == "cuda"
 
     def step(self, name: str, needs_s: float, run: Callable[[], Tables], *, gpu_only: bool = False) -> bool:
-        """Make one step if there is time for it; returns whether it was done. What it raises is part of the result.
+        """Make one step if there is time for it; returns whether it was done. Its errors are part of the result.
 
         Args:
             needs_s: seconds that it takes at most on any GPU that it is made for.

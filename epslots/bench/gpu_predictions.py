@@ -1,4 +1,4 @@
-"""``bench gpu``: what the timeline predicts for the measured decoding, by the data sheet and by the measured costs."""
+"""``bench gpu``: the timeline's predictions for the measured decoding, by the data sheet and by the measured costs."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ A missing expert is fetched in one of two ways:
 
     on demand   before its layer computes, and nothing runs meanwhile: captured decoding as it is
     ahead       while the layer before computes, if it was predicted there. Unpredicted ones are waited for, and as many wrong
-                guesses cross the link. No copy waits for another here, so a real step takes at least so long
+                prefetches cross the link. No copy waits for another here, so a real step takes at least so long
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Packed experts in whole models. How many fit; what quantising costs the shipped model in loss, and brings it in hits."""
+"""Packed experts in whole models. How many fit; the shipped model's loss and hits when it is quantised."""
 
 from __future__ import annotations
 

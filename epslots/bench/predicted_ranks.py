@@ -61,7 +61,7 @@ def predicted_ranks(
     """
     twin, sizes = tiny_twin(config, layers)
     true = shape_of_config(config, "the model", "bfloat16")
-    kept: list[HostStore] = []  # in memory it lives as long as somebody holds it
+    kept: list[HostStore] = []  # in memory it lives as long as it is held
 
     def run(spec: GpuSpec, share: float, *, ranks: int = 2, hit_rate: float = 1.0) -> StepTimes:
         with simulated_gpus(spec, count=ranks) as gpu, replaced(torch_transport, "dist", simulated_dist(dist)):

@@ -26,7 +26,7 @@ from epslots.bench.scripted_routing import ScriptedRouting
 from epslots.cache.host_store import HostStore
 from epslots.models.measure_shape import shape_of_config
 from epslots.moe.moe_layer import Batch, MoELayer
-from epslots.planner.plan import ALL_RESIDENT, RankPlan
+from epslots.planner.plan import NOTHING_PLANNED, RankPlan
 from epslots.runtime import runtime_of
 from epslots.simulated_gpu.bounds import bounds_of
 from epslots.simulated_gpu.cuda_api import simulated_gpus
@@ -102,7 +102,7 @@ class PredictedSteps:
     record_bytes: int
     top_k: int
     steps: int
-    _kept: list[HostStore] = field(default_factory=list)  # in memory it lives as long as somebody holds it
+    _kept: list[HostStore] = field(default_factory=list)  # in memory it lives as long as it is held
 
     def __call__(
         self, spec: GpuSpec, share: float, *, hit_rate: float = 1.0, record_bits: float = 16, **settings: Any
@@ -273,7 +273,7 @@ def charge_plans(gpu: SimulatedMachine, runners: tuple[MoELayer, ...]) -> Callab
     def charged(plan: Callable[[Batch, Gathered], RankPlan]) -> Callable[[Batch, Gathered], RankPlan]:
         def run(batch: Batch, gathered: Gathered) -> RankPlan:
             found = plan(batch, gathered)
-            if found is ALL_RESIDENT:
+            if found is NOTHING_PLANNED:
                 return found
             seconds = PLAN_MISSES_S if any(len(one.fetch_experts) for one in found.passes) else PLAN_S
             gpu.spend(seconds)

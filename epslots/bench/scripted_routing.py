@@ -24,8 +24,8 @@ from epslots.runtime import runtime_of
 from epslots.simulated_gpu.machine import SimulatedMachine
 from epslots.simulated_gpu.tensors import memory_of
 
-# Experts that were used longest ago may be evicted within the step, for guesses: no hit is chosen among this share of them.
-_MAY_GIVE_WAY = 0.25
+# Experts that were used longest ago may be evicted within the step, for prefetches: no hit is chosen among this share of them.
+_MAY_BE_EVICTED = 0.25
 # How sure predictions of absent experts are, in 256ths, and the shares of each among those that were used and those that
 # weren't: the shipped model on text, its fitted predictor, half of the experts in slots.
 _SURENESS = (242, 160, 95, 45)
@@ -94,7 +94,7 @@ class ScriptedRouting:
     def _choose(self, runner: MoELayer, shape: Sequence[int]) -> IntArray:
         resident_E = self._resident(runner)
         recent, missing = np.flatnonzero(resident_E), np.flatnonzero(~resident_E)
-        recent = recent[np.argsort(self._last_use[runner.index][recent])[int(len(recent) * _MAY_GIVE_WAY) :]]
+        recent = recent[np.argsort(self._last_use[runner.index][recent])[int(len(recent) * _MAY_BE_EVICTED) :]]
         tokens, top_k = shape
         found = []
         for _ in range(tokens):
@@ -133,7 +133,7 @@ class ScriptedRouting:
         return usage
 
     def usage_after(self, layer: int) -> torch.Tensor:
-        """How likely the next layer uses each expert, as the script has it."""
+        """How likely the next layer uses each expert, by the script."""
         return self._usage[layer]
 
 

@@ -2,7 +2,7 @@
 
 A *transfer* is one record in flight into one slot. Before a slot is read, its transfer is waited for (``wait``); before it is
 overwritten, its transfer is cancelled (``cancel``). Urgent transfers, which a step needs, go first. Of the others the newest
-goes first: a guess that has waited for long is probably out of date.
+goes first: a prefetch that has waited for long is probably out of date.
 
     SynchronousEngine   the CPU copies; the slot is complete on return
     CudaEngine          CUDA copies beside the kernels; events order the two (cuda_engine.py)
@@ -39,7 +39,7 @@ WriteSlot = Callable[[torch.Tensor, torch.Tensor], object]
 
 
 def put_record(slot: torch.Tensor, record: torch.Tensor) -> None:
-    """Copy a record into a slot, byte for byte: the ``WriteSlot`` of all fetches."""
+    """Copy a record into a slot, byte for byte: the ``WriteSlot`` of the loader's fetches."""
     slot.copy_(record, non_blocking=True)
 
 
@@ -89,7 +89,7 @@ class CopyEngine(Protocol):
         ...
 
     def begun(self, transfer: Any) -> bool:
-        """Whether the record crosses the link whatever comes, or has: ``cancel`` would be too late."""
+        """Whether the record crosses the link now, or has crossed it: ``cancel`` would be too late."""
         ...
 
     def cancel(self, transfer: Any) -> bool:

@@ -152,7 +152,7 @@ class CudaEngine:
                 transfer.staged = self._staging.send(transfer.record, send)
 
     def _send(self, transfer: _CudaTransfer, stream: Any, stale: _CudaTransfer | None, record: torch.Tensor) -> Any:
-        """Queue a copy behind the one that it takes the place of; ``record`` is pinned. Returns its end."""
+        """Queue a copy behind the one whose place it takes; ``record`` is pinned. Returns its end."""
         with self._cuda.stream(stream):
             if stale is not None:
                 # Of two records one may be staged and one not.

@@ -5,7 +5,7 @@
     crossing   the device's copy engine has it; the cell stays leased until the copy has ended
 
 Reads proceed by themselves; every call of the engine moves transfers on. Where the device's engine copies at once (a CPU's), a
-transfer that nothing waits for stays in RAM until it is waited for: a guess then costs no time of the CPU.
+transfer that nothing waits for stays in RAM until it is waited for: a dropped prefetch costs no time of the CPU.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class DiskLink:
                 (self._waiting_urgent if transfer.urgent else self._waiting).remove(transfer)
                 transfer.state = _State.DONE
                 return False
-            if transfer.state is _State.READING:  # what was read stays in RAM
+            if transfer.state is _State.READING:  # the record stays in RAM
                 transfer.cancelled = True
                 self._advance()
                 return False
@@ -210,10 +210,10 @@ class DiskLink:
         return lease
 
     def _begin_crossings(self, *, all_read: bool) -> bool:
-        """Begin the copies of what was read.
+        """Begin the copies of records that were read.
 
         Args:
-            all_read: also of what may wait in RAM, to end its lease.
+            all_read: also of those that may wait in RAM, to end their leases.
 
         Returns:
             Whether a lease ended.

@@ -51,7 +51,7 @@ class RecordLease:
 
 
 class _RecordCells:
-    """The cells of one layout: their memory, who is in them, and the reads under way."""
+    """The cells of one layout: their memory, the records in them, and the reads under way."""
 
     def __init__(self, layout: RecordLayout, cells: int, slot_of: IntArray) -> None:
         self.layout, self.width = layout, slot_of.shape[1]
@@ -116,7 +116,7 @@ class DiskStore(HostStore):
         self._on_read = on_read
 
     def set_cells_pinned(self, nbytes: int) -> None:
-        """So many bytes of the cells are page-locked for CUDA (``pinning.pin_cells``)."""
+        """Note the bytes of the cells that are page-locked for CUDA (``pinning.pin_cells``)."""
         self.cells_pinned = nbytes == self.ram_bytes
 
     @property

@@ -165,7 +165,7 @@ class HostStore:
         return self.shape.nbytes
 
     def set_pinned(self, nbytes: int) -> None:
-        """So many of the mapping's bytes, from the start, are page-locked for CUDA (``pinning.pin_store``)."""
+        """Note the mapping's bytes, from the start, that are page-locked for CUDA (``pinning.pin_store``)."""
         self.pinned_bytes = nbytes
 
     @property

@@ -78,7 +78,7 @@ def check_free_memory(nbytes: int) -> None:
     """Refuse a store that this process has no memory for.
 
     Raises:
-        StoreError: with what is needed and what is free.
+        StoreError: there is too little room; it says how much is needed and free.
     """
     limit = tightest_memory_limit()
     if limit.free_bytes < nbytes + MEMORY_MARGIN_BYTES:

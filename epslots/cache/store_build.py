@@ -70,7 +70,7 @@ def check_free_space(folder: Path, nbytes: int) -> None:
     """Refuse a store that the folder's file system has no room for.
 
     Raises:
-        StoreError: with what is needed and what is free.
+        StoreError: there is too little room; it says how much is needed and free.
     """
     fs = os.statvfs(folder)
     free = fs.f_bavail * fs.f_frsize

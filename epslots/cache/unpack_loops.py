@@ -1,4 +1,4 @@
-"""Packed codes as floats on the CPU, in compiled loops: what ``unpacking.py`` does in torch, several times as fast.
+"""Packed codes as floats on the CPU, in compiled loops: as ``unpacking.py`` in torch, several times as fast.
 
 Each function computes ``values = (code - zero) * scale`` for some rows, with a scale and a zero for each block of a row's
 columns. Codes become floats by shifts and selections, which the compiler turns into vectors: a table of values would be read

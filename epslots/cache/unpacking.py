@@ -22,7 +22,7 @@ from epslots.layout import NIBBLE_COLUMNS, NIBBLES, UNPACK_RUN, LayerSpec, Packe
 _THREAD = threading.local()
 # Half of the columns that share bytes.
 _HALF = NIBBLE_COLUMNS // 2
-# What int4 subtracts without zeros.
+# The zero point of int4 codes without zeros.
 _MIDDLE = 8.0
 # E2M1's bits, moved into those of a float16, stand for the value over this.
 _E2M1_SCALE = 2.0**14

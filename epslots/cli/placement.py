@@ -180,7 +180,7 @@ def plan(
 
 
 def _learned_quotas(trace: Trace, quota_LR: IntArray) -> IntArray:
-    """As many slots of each rank, dealt to the layers whose uses in the trace gain most from one, int64 [L, R]."""
+    """Each rank's slots, dealt to the layers whose uses in the trace gain most from one, int64 [L, R]."""
     import numpy as np
 
     from epslots.compiled import prepare

@@ -100,7 +100,7 @@ def plan(
     slots: SlotsOption = "auto",
     memory: Annotated[
         Optional[str],
-        typer.Option("--memory", help="Memory of one rank, such as 80GiB. Default: what this machine's device has free."),
+        typer.Option("--memory", help="Memory of one rank, such as 80GiB. Default: the free memory of this machine's device."),
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
@@ -128,7 +128,7 @@ def plan(
 
         epslots plan --model qwen3-30b-a3b --prefill-ranks 2 --decode-ranks 6 --memory 80GiB --kv-tokens 65536
 
-    A hand-over's cost is shown by link, for --hand-over-tokens.
+    Hand-overs' costs are shown within a node and between nodes, for --hand-over-tokens.
 
     --host-memory bounds the RAM of a node that has all the ranks: the plan then says how much is read from the disk.
 

@@ -64,7 +64,7 @@ def fit(
     options: FitOptions,
     texts: Annotated[
         Optional[list[Path]],
-        typer.Argument(help="Text files, or folders of them. Default for the example model: what it was trained on."),
+        typer.Argument(help="Text files, or folders of them. Default for the example model: its training text."),
     ] = None,
     output: Annotated[
         Optional[Path],

@@ -168,7 +168,7 @@ _COLUMNS: Columns[LoadFigures] = (
     ("hand-overs", lambda one: f"{one.hand_overs:,}"),
     ("bytes", lambda one: format_bytes(one.hand_over_bytes)),
     ("P99 ms", lambda one: "-" if one.hand_over_ms is None else f"{one.hand_over_ms.p99:.1f}"),
-    ("imbalance", lambda one: _by_role(one.imbalance)),
+    ("imbalance", lambda one: _by_role(one.step_skew)),
     ("keeps up", lambda one: "yes" if one.kept_up else "no"),
 )
 

@@ -74,7 +74,7 @@ def stats_table(stats: Stats, *, link: str | None = None) -> Table:
         f"zero-miss steps, in which a rank missed in no layer: {_zero_miss(stats)}"
     )
     if read := stats.total("disk_bytes"):
-        table.caption += f"\nread from the disk, for fetches and guesses: {format_bytes(read)}"
+        table.caption += f"\nread from the disk, for fetches and prefetches: {format_bytes(read)}"
     if link is not None:
         table.caption += f"\nthe link was emulated: {link}"
     return table
@@ -167,8 +167,8 @@ def requests_table(ranks: Sequence[OneRankStats]) -> Table:
             + (f" (up to {engine.kv_most_tokens:,}; {engine.ceded_slots:,} slots ceded)" if engine.exchanges_memory else ""),
         )
     table.caption = "reused: tokens of prompts that the cache held; preempted: requests that lost their place in it for a time"
-    if len(ranks) > 1 and (imbalance := sum_engines([one.engine for one in ranks]).imbalance):
-        table.caption += f"\ntokens of a step's most loaded rank over the mean of those that have some: {imbalance:.2f}"
+    if len(ranks) > 1 and (skew := sum_engines([one.engine for one in ranks]).step_skew):
+        table.caption += f"\ntokens of a step's most loaded rank over the mean of those that have some: {skew:.2f}"
     for one in ranks:
         if one.engine.capture_obstacle is not None:
             table.caption += escape(f"\nrank {one.rank} decodes without CUDA graphs: {one.engine.capture_obstacle}")

@@ -49,15 +49,21 @@ def _with_options(group: type[Options]) -> type[Options]:
     for field in msgspec.structs.fields(GenerationSettings):
         name, panel = field.name, _PANELS.get(field.name, panel)
         text = explained.get(name, "") + _HINTS.get(name, "")
-        option = typer.Option(_SPELLED.get(name, f"--{name.replace('_', '-')}"), help=text, rich_help_panel=panel)
+        option = typer.Option(_SPELLED.get(name, _spelled(name)), help=text, rich_help_panel=panel)
         group.__annotations__[name] = Annotated[_KINDS.get(name, field.type), option]
         setattr(group, name, None if name in _KINDS or name == "chat" else field.default)
     return dataclass(frozen=True)(group)
 
 
+def _spelled(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _explained(config: type[msgspec.Struct]) -> dict[str, str]:
-    """The explanations of a configuration's fields, from the ``Attributes:`` of its docstring."""
-    attributes = (inspect.getdoc(config) or "").partition("Attributes:\n")[2].replace("``", "")
+    """The explanations of a configuration's fields, from the ``Attributes:`` of its docstring; fields by their options."""
+    attributes = (inspect.getdoc(config) or "").partition("Attributes:\n")[2]
+    fields = config.__struct_fields__
+    attributes = re.sub("``(.*?)``", lambda code: _spelled(code[1]) if code[1] in fields else code[1], attributes)
     found = re.findall(r"^    (\w+): (.*(?:\n     .*)*)", attributes, re.MULTILINE)
     return {name: text[:1].upper() + " ".join(text.split())[1:] for name, text in found}
 
@@ -94,9 +100,8 @@ def _biases(given: Sequence[str]) -> Iterator[tuple[int, float]]:
 
 
 def _read(name: str, path: str) -> str:
-    option = f"--{name.replace('_', '-')}"
     try:
         return read_given(path, _MOST_FILE_BYTES).decode()
     except (OSError, UnicodeDecodeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{option} @{path}: {reason}") from error
+        raise ConfigError(f"{_spelled(name)} @{path}: {reason}") from error

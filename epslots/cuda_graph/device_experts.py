@@ -1,9 +1,9 @@
 """``DeviceExperts``: a layer's experts while the device rules its slots; ``PrefetchAhead``: its fetches for the next layer.
 
-    decide       which experts are missing; prefetches that turn out to be wrong are dropped     current stream
+    begin        which experts are missing; prefetches that turn out to be wrong are dropped     current stream
                  predict the next layer, and choose its prefetches                               beside it
     fetch        copy the missing experts; before, this layer's own prefetches have arrived      current stream
-                 copy the next layer's, until its ``decide`` drops what it doesn't need          beside it
+                 copy the next layer's, until it begins and drops what it doesn't need           beside it
     execute      compute from the slots                                                          current stream
 
 A demanded copy is never behind one for the next layer, and computing waits for no prefetch that it doesn't need.
@@ -63,7 +63,7 @@ class PrefetchAhead:
 
 
 class DeviceExperts:
-    """Computes one layer while the device rules its slots; the layer takes it for one that never misses.
+    """Computes one layer while the device rules its slots; to the layer, no expert is missing.
 
     Args:
         inner: computes from the slots.
@@ -102,7 +102,9 @@ class DeviceExperts:
         """Whether the layer prefetches for the next."""
         return self._ahead is not None
 
-    def decide(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, tokens_X: torch.Tensor, uses: torch.Tensor) -> None:
+    def begin_unplanned(
+        self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, tokens_X: torch.Tensor, uses: torch.Tensor
+    ) -> None:
         """Find the missing experts, and choose the next layer's prefetches. Pairs that repeat others aren't counted."""
         self.calls += 1
         self._inner.pairs.add_counts(ids_N, tokens_X, uses, self._real)
@@ -113,7 +115,7 @@ class DeviceExperts:
             self._ahead.choose(hidden_TH, ids_N, None if self._slots is None else self._slots.misses)
 
     def fetch(self, plan: RankPlan, *, agreed: bool) -> None:
-        """Begin the copies that ``decide`` has chosen; the host's plan has none."""
+        """Begin the copies that ``begin_unplanned`` has chosen; the host's plan has none."""
         if self._before is not None:
             self._before.wait_for_copies()
         if self._slots is not None:

@@ -62,7 +62,7 @@ class DevicePrefetches:
     Attributes:
         expected_E: int64 [E], the predicted usage of experts that were absent when the layer was predicted last.
         verdict_3: int64 [3], a ``PrefetchVerdict``.
-        expert_F, slot_F: int64 [F], what is fetched, the likeliest first, and the slot of the pool that it goes to.
+        expert_F, slot_F: int64 [F], the fetched experts, the likeliest first, and the slot of the pool that it goes to.
         count: int64 [1], number of valid entries.
         arrived_F: int64 [F], ``Kernels.chunks`` of them have arrived; counted while they are copied.
         dropped_F: int64 [F], 1 = not wanted any more: read while they are copied.
@@ -278,7 +278,7 @@ class DeviceSlots:
         """Let the device decide from now on.
 
         Args:
-            histories: each layer's row, on the host.
+            histories: of each layer, on the host.
             steps: the steps that each of them counts.
             verdicts: on each layer's predictions; None = they are good.
         """
@@ -304,7 +304,7 @@ class DeviceSlots:
         self.copy(layer)
 
     def decide(self, layer: int, ids_N: torch.Tensor) -> None:
-        """Decide where the experts that these pairs need are, and list those that are missing.
+        """Decide the slots of these pairs' experts, and list the missing ones.
 
         Args:
             layer: its number in the pool.

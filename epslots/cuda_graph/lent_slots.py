@@ -106,11 +106,11 @@ class LentSlots:
         """Let the device decide from now on; a no-op if it does.
 
         Returns:
-            Whether the layers' ranges have changed since the last time, also to and fro, or were unknown: what was captured
-            is then void.
+            Whether the layers' ranges have changed since the last time, also to and fro, or were unknown: captured steps are
+            then void.
 
         Raises:
-            ConfigError: somebody else has taken them.
+            ConfigError: another engine has taken them.
         """
         if self.taken:
             return False
@@ -124,9 +124,9 @@ class LentSlots:
             self._build()
         for slots, loader in zip(self._slots, loaders, strict=True):
             if slots is not None:
-                rows = [runners[index] for index in loader.store_layers]
-                verdicts = [row.planner.prefetch_policy.verdict for row in rows]
-                slots.enter([row.history for row in rows], [row.steps for row in rows], verdicts)
+                layers = [runners[index] for index in loader.store_layers]
+                verdicts = [layer.planner.prefetch_policy.verdict for layer in layers]
+                slots.enter([layer.history for layer in layers], [layer.steps for layer in layers], verdicts)
         for runner, experts in zip(runners, self._experts, strict=True):
             runner.lend_slots(experts)
         self._runtime.telemetry.collect_by(self.give_back)
@@ -217,15 +217,15 @@ class LentSlots:
             if slots is not None:
                 self._hand_back(slots, loader, [runners[index] for index in loader.store_layers])
 
-    def _hand_back(self, slots: DeviceSlots, loader: ExpertLoader, rows: list[MoELayer]) -> None:
+    def _hand_back(self, slots: DeviceSlots, loader: ExpertLoader, layers: list[MoELayer]) -> None:
         """Copy the histories and counters of a pool's layers from the device."""
         telemetry = self._runtime.telemetry
-        for row, step, tally, verdict in zip(rows, *slots.leave([row.history for row in rows]), strict=True):
+        for layer, step, tally, verdict in zip(layers, *slots.leave([layer.history for layer in layers]), strict=True):
             if not tally.steps:
                 continue
-            row.continue_from(step)
-            row.planner.prefetch_policy.set_verdict(verdict)
+            layer.continue_from(step)
+            layer.planner.prefetch_policy.set_verdict(verdict)
             # While a graph replays, every use counts as a hit.
-            telemetry.count(row.index, hits=-tally.misses, misses=tally.misses, prefetches=tally.prefetches)
+            telemetry.count(layer.index, hits=-tally.misses, misses=tally.misses, prefetches=tally.prefetches)
             fetched = (tally.misses + tally.prefetches) * loader.pool.layout.nbytes
-            telemetry.count(row.index, host_bytes=fetched, evictions=tally.evictions)
+            telemetry.count(layer.index, host_bytes=fetched, evictions=tally.evictions)

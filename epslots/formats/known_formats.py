@@ -11,7 +11,7 @@ FORMATS: dict[str, StoredFormat] = {
 }
 
 _INSTEAD = "use a checkpoint of the same model in one of these formats, or the unquantised one"
-# What is known of methods that aren't read.
+# Methods that aren't read, and the reason.
 _REFUSED = {
     "bitsandbytes": "bitsandbytes quantises dense layers while a model is loaded, and leaves fused experts as they are: use "
     "the unquantised checkpoint that it was made from",

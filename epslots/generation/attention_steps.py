@@ -1,7 +1,8 @@
 """Steps of one token a row, in which transformers' attention modules are one compiled call (``moe/attention_step.py``).
 
 Of modules whose code is Llama's or Mixtral's, or Qwen3's, which norms each head's queries and keys first: many architectures
-have a copy of one of these. What a module's step needs is looked at in every call; otherwise its own forward pass is taken.
+have a copy of one of these. Every call checks the conditions of a module's step; where one fails, the module's own forward
+pass runs.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class Batcher(ABC):
     @property
     @abstractmethod
     def shares_prefixes(self) -> bool:
-        """Whether what was computed of a prompt is kept for others that begin alike."""
+        """Whether the cache of a prompt's tokens is kept for others that begin alike."""
 
     @abstractmethod
     def _queue(self, entry: TrackedRequest) -> None:
@@ -121,8 +121,8 @@ class Batcher(ABC):
         """Run the model once, over the prepared batch.
 
         A failure of the model raises nothing: the next steps repeat the batch in parts, and a request that fails alone ends
-        with reason "error". The same applies to logits that are NaN or infinite, but that a row, which no other request's
-        numbers can spoil, isn't repeated.
+        with reason "error". The same applies to logits that are NaN or infinite. A row with such logits isn't repeated: no
+        other request's numbers can spoil it.
 
         Raises:
             PeerLost: nothing of the step counts; another call repeats it.

@@ -1,4 +1,4 @@
-"""``tensors_of``: what a model's own cache keeps of a request; rows are allocated from it."""
+"""``tensors_of``: the tensors that a model's own cache keeps of a request; rows are allocated by them."""
 
 from __future__ import annotations
 

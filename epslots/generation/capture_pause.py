@@ -1,6 +1,6 @@
 """The pause after a capture that ran out of memory. Pure.
 
-Memory comes back when graphs of other sizes are freed, or when another process gives some back, of which nobody is told.
+Memory comes back when graphs of other sizes are freed, or when another process gives some back. Neither is announced.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ class CapturedDecoding(Generic[Step]):
     def reason(self) -> str | None:
         """Why steps aren't captured, as a sentence's end; None if they may be.
 
-        Besides ``obstacle``, what was so when a step was asked for last: layers have moved slots, a group has formed, or a
+        Besides ``obstacle``, the state when a step was last asked for: layers have moved slots, a group has formed, or a
         capture ran out of memory.
         """
         return self.obstacle or self._present_obstacle or self._pause.reason
@@ -253,7 +253,7 @@ class _CaptureError(Exception):
 
     @property
     def memory_was_short(self) -> bool:
-        """Whether it began with an allocation: a capture that breaks off may raise another error of its own then."""
+        """Whether an allocation failed: the capture that it broke off may have raised a further error."""
         error: BaseException | None = self
         while error is not None and not isinstance(error, torch.OutOfMemoryError):
             error = error.__cause__ or error.__context__

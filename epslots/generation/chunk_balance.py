@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-MOST_IMBALANCE = 1.25
+MOST_SKEW = 1.25
 """The longest chunk of a step over the mean of those ranks that have prompts."""
 
 
@@ -35,7 +35,7 @@ NO_LOAD = StepLoad(0, 0)
 
 
 def balanced_chunk(waiting_R: Sequence[int]) -> int | None:
-    """The longest chunk that isn't more than ``MOST_IMBALANCE`` times the mean; None = every length is balanced.
+    """The longest chunk that isn't more than ``MOST_SKEW`` times the mean; None = every length is balanced.
 
     Args:
         waiting_R: tokens of each rank's prompts. Those without any don't count: they would wait for chunks of any length.
@@ -45,7 +45,7 @@ def balanced_chunk(waiting_R: Sequence[int]) -> int | None:
     # Chunks of one length, or as long as the prompt: the longer, the further is the mean behind.
     for shorter in range(ranks, 0, -1):
         chunk, longer = waiting[shorter - 1], ranks - shorter
-        if MOST_IMBALANCE * (sums[shorter - 1] + longer * chunk) >= ranks * chunk:
-            # A chunk of this length is balanced; the longest that is has sums + longer x chunk = ranks x chunk / imbalance.
-            return int(sums[shorter - 1] / (ranks / MOST_IMBALANCE - longer)) if longer else None
+        if MOST_SKEW * (sums[shorter - 1] + longer * chunk) >= ranks * chunk:
+            # A chunk of this length is balanced; the longest that is has sums + longer x chunk = ranks x chunk / skew.
+            return int(sums[shorter - 1] / (ranks / MOST_SKEW - longer)) if longer else None
     return None

@@ -45,7 +45,7 @@ class Engine:
     The model's forward pass exchanges the step's header by itself (``group/join.py``). A forward pass that raises takes part
     in the rest of its step without tokens, so other ranks don't notice a failed request.
 
-    After PeerLost the batch stands. When the survivors have formed the next epoch and joined again (``group.join``), the next
+    After PeerLost the batch is kept. When the survivors have formed the next epoch and joined again (``group.join``), the next
     ``step`` repeats the interrupted one.
 
     Args:

@@ -44,7 +44,7 @@ class Usage(NamedTuple):
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """An engine's counters since it was made, and its requests now.
 
-    The counters beside which a name stands mean what vLLM's metric of this name means.
+    A name in brackets is that of the vLLM metric with the same meaning.
 
     Attributes:
         steps: forward passes over requests; several parts of a step that failed as a whole count one by one.
@@ -96,7 +96,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
         return self.ceded_slots > 0 or self.kv_most_tokens > self.kv_tokens
 
     @property
-    def imbalance(self) -> float:
+    def step_skew(self) -> float:
         """Tokens of a step's most loaded rank over the mean of those that have some; of the ranks' sums. 0 = no tokens."""
         return self.longest_tokens / self.step_tokens if self.step_tokens else 0.0
 

@@ -196,7 +196,7 @@ class PageScheduler(Scheduler):
                 return
 
     def _rows_for_a_prompt(self, batch: _StepBatch) -> int:
-        """Rows of logits that one request may take: those that no other running one needs, at least half if others wait."""
+        """Rows of logits that a prompt may take: those that running requests leave; if others wait, half of these or more."""
         free = self.max_requests_per_batch - (len(self.active_requests) - 1) - batch.prompt_rows
         return max(-(-free // 2), free - len(self.waiting_requests))
 
@@ -303,7 +303,7 @@ class PageScheduler(Scheduler):
         return True
 
     def _evict(self, needed: list[dict[str, int]]) -> bool:
-        """Make these blocks free at the cost of requests that are gone, if those left enough: the longest unused first."""
+        """Free enough blocks of those that ended requests have left, the longest unused first; False if they are too few."""
         if not self.cache.use_prefix_sharing:
             return False
         ((name, allocator),) = self.cache.cache_allocators.items()  # pages are shared where all layers attend to all tokens

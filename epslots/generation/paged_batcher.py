@@ -7,8 +7,9 @@
         for output in batcher.outputs():
             ...
 
-A step is prepared first, so that ranks in lock-step can tell each other whether they have one. Then it stands until it is
-made: after a lost peer the next ``step`` repeats it, after another failure the next steps repeat it in parts (isolation.py).
+A step is prepared first, so that ranks in lock-step can tell each other whether they have one. Then it is kept until it is
+computed: after a lost peer the next ``step`` repeats it, after another failure the next steps repeat it in parts
+(isolation.py).
 """
 
 from __future__ import annotations

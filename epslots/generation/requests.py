@@ -66,7 +66,7 @@ class Request:
     prompt_logprobs: int | None = None
     """Log-probabilities of the prompt's tokens, but for the first."""
     prompt_logprobs_delivered: int = 0
-    """Those of the prompt that were delivered before it was moved: the first of the following ones come next."""
+    """Those of the prompt that were delivered before it was moved: the next output begins after these."""
     priority: int = 0
     """Of the requests that wait, those with the lowest number are served first; equal ones in the order of arrival."""
     assignment: int = 0

@@ -8,7 +8,8 @@
             ...
 
 ``row_admission.py`` gives rows to requests, ``row_plan.py`` decides which of them make a batch, ``row_cache.py`` keeps them,
-and ``isolation.py`` repeats a failed batch in parts. A batch stands until it is made: after a lost peer, ``step`` repeats it.
+and ``isolation.py`` repeats a failed batch in parts. A batch is kept until it is computed: after a lost peer, ``step``
+repeats it.
 """
 
 from __future__ import annotations

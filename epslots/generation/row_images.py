@@ -1,4 +1,4 @@
-"""``CacheImage``s of rows: tokens and states in pools, and what layers of other kinds keep in objects of their own."""
+"""``CacheImage``s of rows: tokens and states in pools, and the objects that layers of other kinds keep."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class GenerationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
         priority: of the requests that wait, those with the lowest number are served first, equal ones in the order of arrival.
             A running request isn't stopped for another one; but where the cache is full, the highest number gives up its place
             first. A request waits for as long as there are lower numbers.
-        chat: wrap text in the checkpoint's chat template; None, the command line's default, = if it has one.
+        chat: wrap text in the checkpoint's chat template; on the command line by default if it has one (in Python: ``None``).
         temperature: 0 takes the likeliest token; a higher value samples more evenly.
         top_k: sample from this many likeliest tokens; 0 = all.
         top_p: sample from the likeliest tokens with this probability mass together.
@@ -57,7 +57,7 @@ class GenerationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
         frequency_penalty: lowers the logits of tokens for each time that the new text has them.
         repetition_penalty: lowers the logits of tokens in prompt and new text; 1 = doesn't.
         logit_bias: number that is added to a token's logit, by token; up to 1,024 tokens.
-        json_schema: the text is JSON by this schema, an object or its text; True, or the text "true", = any JSON object.
+        json_schema: the text is JSON by this schema, an object or its text; "true" = any JSON object.
         regex: the text matches this regular expression as a whole.
         grammar: the text belongs to this grammar, in the notation of Lark.
         logprobs: return the log-probability of each new token, and of this many likeliest ones (up to 20).

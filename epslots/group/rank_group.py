@@ -153,7 +153,7 @@ class RankGroup:
                 self.lockstep.fail(error)  # the others don't know
                 raise error
             self.shared.follow(*self._offered[header.placement], self._scores)
-            self._offered = {g: offer for g, offer in self._offered.items() if g > header.placement}
+            self._offered = {version: offer for version, offer in self._offered.items() if version > header.placement}
         runners = self._runtime.runners
         for shift in self.shared.begin_step(self._scores):
             if shift.rank == self.transport.rank:

@@ -60,7 +60,7 @@ class CapturedSizes:
         """Memory of all graphs.
 
         They share one pool for a step's activations: those of a MoE layer, and the keys and values that attention reads in one
-        layer. Each has its own logits. The states that a step leaves of its rows stand once.
+        layer. Each has its own logits. The states that a step leaves of its rows count once.
 
         Args:
             shape: the model.

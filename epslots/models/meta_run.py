@@ -67,7 +67,7 @@ def _makes_tensors(func: Any) -> bool:
 
 
 def _form(value: Any) -> object:
-    """What an operation's result depends on of an argument; raises TypeError if that is its values."""
+    """The part of an argument that an operation's result depends on; raises TypeError if that is its values."""
     if isinstance(value, torch.Tensor):
         if not value.is_meta:
             raise TypeError("values count")

@@ -14,7 +14,7 @@ import msgspec
 
 from epslots.layout import align
 
-# What transformers' ``PagedAttentionCache`` and ``ContinuousBatchingIOs`` allocate beside pages.
+# Allocations of transformers' ``PagedAttentionCache`` and ``ContinuousBatchingIOs`` beside pages.
 _SECTOR_ALIGNMENT = 128
 _SPARE_SECTORS = 2  # for padding
 _SMALL_INPUTS = 7  # int32, a number each for a step's tokens

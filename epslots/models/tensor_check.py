@@ -90,7 +90,7 @@ def _check_source(checkpoint: Checkpoint, source: TensorSource, expected: tuple[
     keys = [key for listed in source.keys.values() for key in listed]
     patterns = 1 if source.converter is None else len(source.keys)
     if len(keys) > patterns and not any("*" in pattern for pattern in source.keys):
-        raise CheckpointError(f"{folder}: {' and '.join(keys[:3])} are all {target}: remove what isn't wanted")
+        raise CheckpointError(f"{folder}: {' and '.join(keys[:3])} are all {target}: remove the unwanted ones")
     found = checkpoint.tensors[keys[0]].shape
     if source.converter is None and found != expected:
         raise CheckpointError(f"{folder}: {target} has shape {list(found)}, the model expects {list(expected)}")

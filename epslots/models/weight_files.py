@@ -101,7 +101,7 @@ def _refuse_second_set(folder: Path, files: WeightFiles, single: str) -> None:
     if strays:
         raise CheckpointError(
             f"{folder} holds {', '.join(strays[:4])}, named like its weight files, but {files.index or single} doesn't name "
-            f"{'it' if len(strays) == 1 else 'them'}: remove what is left of another set of weights"
+            f"{'it' if len(strays) == 1 else 'them'}: remove the rest of another set of weights"
         )
 
 

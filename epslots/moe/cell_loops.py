@@ -18,7 +18,7 @@ NEXT_TASK, TASKS, TASK = 0, 8, 9
 # Numbers of cells that are written, in each row, and of those that are read; their addresses.
 NEW, WIDTH, READ, NEW_CELLS, READ_CELLS = 10, 11, 12, 13, 14
 # Of keys, then of values: pool, bytes of a cell, and from cell to cell; new states, with their strides, heads and bytes of a
-# head; what is read.
+# head; the results of reads.
 OF_KEYS, OF_VALUES = 15, 25
 POOL, CELL, NEXT, STATES, STATES_ROW, STATES_TOKEN, STATES_HEAD, HEADS, HEAD, OUT = range(10)
 # Bytes of a task; fewer in all are copied by one thread sooner than several meet.

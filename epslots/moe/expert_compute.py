@@ -80,8 +80,10 @@ class ExpertCompute:
         if self.cpu is not None:
             self.cpu.wait_by(host_wait)
 
-    def decide(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, tokens_X: torch.Tensor, uses: torch.Tensor) -> None:
-        """Add the pairs of a step to totals on the device (``PairKernels.add_counts``): there is nothing to decide."""
+    def begin_unplanned(
+        self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, tokens_X: torch.Tensor, uses: torch.Tensor
+    ) -> None:
+        """Add the pairs of a step to totals on the device (``PairKernels.add_counts``): all experts are in slots."""
         self.pairs.add_counts(ids_N, tokens_X, uses)
 
     def fetch(self, plan: RankPlan, *, agreed: bool) -> None:

@@ -35,7 +35,7 @@ WORK, FORK_JOIN, THREADS = 18, 19, 20
 NUM_ROWS, ROWS, ROW_STRIDE, OUT, OUT_STRIDE, SLOTS, ENDS = 21, 22, 23, 24, 25, 26, 27
 # Weights [Q, 2 * PAIRS, K], with bytes from slot to slot and from row to row; biases [Q, 2 * PAIRS] (0 = none).
 WEIGHTS, SLOT_STRIDE, WEIGHT_STRIDE, BIAS, BIAS_STRIDE, PAIRS, INNER = 28, 29, 30, 31, 32, 33, 34
-# What becomes of a pair of results, by the numbers below; the form of the weights; bytes of an output.
+# The activation of a pair of results, by the numbers below; the form of the weights; bytes of an output.
 ACTIVATION, FORM, OUT_BYTES = 35, 36, 37
 # Memory: SPAN integers for each slot, and THREAD_BYTES for each thread.
 SPANS, SCRATCH, THREAD_BYTES = 38, 39, 40

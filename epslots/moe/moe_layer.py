@@ -11,7 +11,7 @@
     combine    weight and sum over k, in fp32 and in fixed order
 
 All layers go this way, on one rank and on many. A batch has no counts where no expert can be missing on any rank, or where the
-device decides about slots: then ranks exchange nothing, the plan is ``ALL_RESIDENT``, and the host waits for nothing.
+device decides about slots: then ranks exchange nothing, the plan is ``NOTHING_PLANNED``, and the host waits for nothing.
 
 Glossary: a *pair* is one (token, k). A *slot* holds one expert's weights on the device; *residents* are the experts in slots.
 A rank *hits* a resident expert and *misses* another; some residents are *evicted* for fetches. A *pass* is one grouped product
@@ -43,7 +43,7 @@ from epslots.planner.cache_policy import Policy, learns
 from epslots.planner.cpu_offload import CpuShare
 from epslots.planner.layer_planner import FetchBudgets, LayerPlanner
 from epslots.planner.layer_state import LayerState
-from epslots.planner.plan import ALL_RESIDENT, RankPlan
+from epslots.planner.plan import NOTHING_PLANNED, RankPlan
 from epslots.planner.reuse_distance import stack_distances
 from epslots.planner.use_history import UseHistory, note_use, used_experts
 from epslots.telemetry import Telemetry
@@ -59,10 +59,12 @@ RouteObserver = Callable[[int, torch.Tensor], None]
 class Executor(Protocol):
     """Carries out a layer's plans: ``ExpertCompute``, or ``DeviceExperts`` while the slots are lent to it."""
 
-    def decide(self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, tokens_X: torch.Tensor, uses: torch.Tensor) -> None:
-        """Add the pairs of a step without counts to totals on the device (``PairKernels.add_counts``).
+    def begin_unplanned(
+        self, hidden_TH: torch.Tensor, ids_N: torch.Tensor, tokens_X: torch.Tensor, uses: torch.Tensor
+    ) -> None:
+        """Begin a step that the host doesn't plan: count its pairs in totals on the device (``PairKernels.add_counts``).
 
-        The layer's plan is ``ALL_RESIDENT``. Where experts may be missing all the same, the device decides about its slots.
+        Its plan is ``NOTHING_PLANNED``. Where experts may be missing, the device decides about its slots here.
         """
         ...
 
@@ -231,7 +233,7 @@ class MoELayer:
         return 1 if self._room is None or approximate else self._room.parts(tokens)
 
     def _in_parts(self, parts: int, *given: torch.Tensor) -> torch.Tensor:
-        """So many steps, one after the other; some may have no token."""
+        """A batch in parts: one step after the other; some may have no token."""
         if parts == 1:
             return self._step(*given)
         results = []
@@ -294,12 +296,12 @@ class MoELayer:
         """Plan the step for all ranks; returns this rank's part, with its passes."""
         assert (batch.counts is None) == (self.complete or self.slots_are_lent), "slots were lent or returned within a step"
         if batch.counts is None:
-            self._executor.decide(batch.hidden_TH, batch.ids_N, *self._telemetry.count_resident(self.index))
-            return ALL_RESIDENT
+            self._executor.begin_unplanned(batch.hidden_TH, batch.ids_N, *self._telemetry.count_resident(self.index))
+            return NOTHING_PLANNED
         planner, counts_RE = self.planner, gathered.counts_R[:, :-1]
         used_E = used_experts(counts_RE)
         if not np.count_nonzero(used_E):  # no rank has tokens
-            return ALL_RESIDENT
+            return NOTHING_PLANNED
         self._note_uses(used_E, gathered.counts_R[planner.rank])
         if len(taken := planner.take_back(gathered.unbegun_R, used_E)):
             self.cache.take_back(taken)
@@ -342,7 +344,7 @@ class MoELayer:
 
     def migrate(self, plan: RankPlan, gathered: Gathered) -> None:
         """Begin fetches that no step waits for: late ones for the next layer, and migrations. The step's last exchange."""
-        # Predictions mostly arrive while the layer's kernels are queued. A guess isn't worth a wait.
+        # Predictions mostly arrive while the layer's kernels are queued. A prediction isn't worth a wait.
         if gathered.arrived is not None and gathered.arrived.query():
             self._prefetch(gathered)
         self.cache.migrate(plan, agreed=self._peers.agreed)

@@ -33,7 +33,7 @@ _SCALES = {
     "float8_e4m3fn": kinds.SCALE_E4M3,
     "uint8": kinds.SCALE_E8M0,
 }
-# What every job of a kind points to: its factor and its middle; and the row scale of matrices that have none.
+# Constants that every job of a kind points to: its factor and its middle; and the row scale of matrices that have none.
 _CONSTANTS = {
     number: torch.tensor([kind.factor, kind.middle], dtype=torch.float32, device="cpu") for number, kind in KINDS.items()
 }

@@ -210,7 +210,7 @@ def codes_tile(  # type: ignore[no-untyped-def]
         rows: inputs, up to ``tiled_rows`` of the kind.
         codes: the first half's row; the second's lies ``far`` behind.
         scales: of the first row's blocks; the second's lie behind the zeros.
-        out: as ``multiply_tile`` has it.
+        out: as of ``multiply_tile``.
     """
     given = halved, rows, kind, codes, far, ahead, scales, zeros, width, columns, inputs, row_stride, out, out_stride, out_far
     return emits(_codes_tile, *given, constants=1)

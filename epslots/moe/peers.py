@@ -122,7 +122,7 @@ class Alone:
 
 
 def gather_alone(usage: torch.Tensor, *, busy: bool) -> Gathered:
-    """What a layer without counts gathers: its own prediction, on the way to the host. Nothing waits.
+    """The ``Gathered`` of a layer without counts: its own prediction, on the way to the host. Nothing waits.
 
     Args:
         usage: int32 on the device, 0 to 255, how likely each expert of the next layer is used.
@@ -137,4 +137,4 @@ _NO_PREDICTION = np.zeros((1, 0), np.uint8)
 _NONE_UNBEGUN = np.zeros(1, np.int64)
 _BUSY = np.array([False]), np.array([True])  # of a link that is idle, and of one that is busy
 NOTHING_GATHERED = Gathered(_NO_COUNTS, 0, _BUSY[False], _NONE_UNBEGUN, _NO_PREDICTION)
-"""What a layer without counts gathers that predicts nothing."""
+"""The ``Gathered`` of a layer without counts that predicts nothing."""

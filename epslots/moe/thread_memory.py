@@ -1,4 +1,4 @@
-"""A thread's memory for the jobs of compiled loops: a job's fields, and what its workers use meanwhile. And torch's threads.
+"""A thread's memory for the jobs of compiled loops: a job's fields, and its workers' scratch memory. And torch's threads.
 
 A *job* is an array of integers of 64 bits, by whose address a loop is called.
 """
@@ -21,7 +21,7 @@ _LINE = 64
 
 
 class ThreadMemory:
-    """One thread's memory. What a call leaves there lasts until the thread's next one.
+    """One thread's memory. A call's contents stay there until the thread's next call.
 
     Attributes:
         job: address of a job's fields, at the start of a cache line.

@@ -81,7 +81,7 @@ def _pour(rest_LR: FloatArray, holds_LR: BoolArray, pairs_L: FloatArray) -> Floa
 
 
 def balancedness(load_LR: FloatArray | IntArray, speed_R: IntArray | None = None) -> float:
-    """Mean load of the ranks / largest load, averaged over layers: 1 = level. Layers without load count as level.
+    """Mean load of the ranks / largest load, averaged over layers: 1 = equal loads; so count layers without load.
 
     Args:
         speed_R: compute speeds, any unit; if given, times are compared.

@@ -74,7 +74,7 @@ class Forecast:
         return len(self._shares)
 
     def add(self, tokens_LE: IntArray, uses_LE: IntArray, steps: int) -> None:
-        """Add the next window. A layer without pairs counts as level in it.
+        """Add the next window. In a layer without pairs, all experts count as equally loaded.
 
         Args:
             tokens_LE: pairs of each expert over all ranks.

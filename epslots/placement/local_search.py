@@ -1,13 +1,13 @@
 """Improve a placement move by move: swap two copies, or put an expert into a slot. ``planner.propose`` runs ``Search``.
 
-Minimised is the expected imbalance of the ranks plus a price for every new copy. Ranks differ because their expected loads
-differ, and because the loads of their experts vary together. Both are in the sum of squares
+Minimised is the expected *excess* (the largest rank load over the mean, less 1) plus a price for every new copy. Ranks differ
+because their expected loads differ, and because the loads of their experts vary together. Both are in the sum of squares
 
     F = sum over ranks of E[(load / speed)^2]  =  sum over ranks of a' G a / speed^2,    G = E[x x'] of the experts' loads x,
 
 where a rank's row ``a`` is the share of each expert that it computes (1 / copies). A move changes few entries of ``a``, so
 that its change of F follows from G and the products a G, for all moves at once. The largest of R normal numbers of variance v
-exceeds their mean by about k(R) sqrt(v) (order statistics), which turns F into an imbalance. Pure; all layers at once.
+exceeds their mean by about k(R) sqrt(v) (order statistics), which turns F into an excess. Pure; all layers at once.
 
 Legend of shape suffixes: L layers, R ranks, E experts, S slots of all ranks, P and Q slots of the ranks that are searched.
 """
@@ -34,7 +34,7 @@ class Objective:
         moments_LEE: second moments of the experts' loads, layer totals scaled to the number of ranks (mean rank load 1).
         speed_R: relative compute speeds, mean 1.
         node_R: the node of each rank, from 0.
-        node_weight: the weight of the nodes' imbalance relative to the ranks'; 0: nodes are ignored.
+        node_weight: the weight of the nodes' excess relative to the ranks'; 0: nodes are ignored.
     """
 
     moments_LEE: FloatArray
@@ -127,11 +127,11 @@ class Search:
         self._product_LRE = share_LRE @ self._moments_LEE
         self._total_L = np.einsum("lre,lre->l", self._form_RR @ self._product_LRE, share_LRE)
 
-    def imbalance(self) -> FloatArray:
+    def excess(self) -> FloatArray:
         """Expected largest load / mean load - 1, float64 [L]."""
-        return self._imbalance(self._total_L)
+        return self._excess(self._total_L)
 
-    def _imbalance(self, total: FloatArray) -> FloatArray:
+    def _excess(self, total: FloatArray) -> FloatArray:
         result: FloatArray = self._scale * np.sqrt(np.maximum(total - self._least, 0.0))
         return result
 
@@ -144,7 +144,7 @@ class Search:
         """Make the best move of each layer again and again, until none pays; returns the moves made, int64 [L].
 
         Args:
-            price_L: the imbalance that a new copy must save.
+            price_L: the excess that a new copy must save.
             most_moves: of each layer.
             focus: moves of the slots of so many most loaded ranks are tried.
         """
@@ -162,12 +162,12 @@ class Search:
         view = self._view(active, price, focus)
         rows = np.arange(len(active))
         total = self._total_L[active][:, None, None]
-        then = [self._imbalance(total + change) + price for change, price in (self._swaps(view), self._puts(view))]
+        then = [self._excess(total + change) + price for change, price in (self._swaps(view), self._puts(view))]
         flat = [table.reshape(len(active), -1) for table in then]
         best = np.stack([table.argmin(1) for table in flat])
         least = np.stack([table[rows, chosen] for table, chosen in zip(flat, best, strict=True)])
         kind = least.argmin(0)
-        paying: BoolArray = self._imbalance(total[:, 0, 0]) - least.min(0) > _LEAST_GAIN
+        paying: BoolArray = self._excess(total[:, 0, 0]) - least.min(0) > _LEAST_GAIN
         place, other = np.divmod(best[kind, rows], np.where(kind == 0, then[0].shape[2], then[1].shape[2]))
         slot, partner = view.slot_P[rows, place], view.slot_Q[rows, np.where(kind == 0, other, 0)]
         swapped, put = paying & (kind == 0), paying & (kind == 1)

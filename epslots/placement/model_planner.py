@@ -4,8 +4,8 @@ A placement is followed from between two steps, on all ranks before the same ste
 brings the slots nearer to it, within a budget of bytes for each rank:
 
     copies    wanted experts are fetched behind the demand of a layer's step (``planner/migration.py``)
-    slots     windows of one pool's layers are neighbours in memory, so that a boundary between two windows shifts by a slot,
-              at most one a step on each rank; distant layers trade slots through those between them
+    slots     a layer's slots are one range of its pool, and layers of a pool are neighbours: the boundary between two ranges
+              shifts by a slot, at most one a step on each rank; distant layers trade slots through those between them
 
 Pure, and the same on all ranks. Legend of shape suffixes: L MoE layers, R ranks, E experts of a layer.
 """
@@ -48,7 +48,7 @@ class ModelPlanner:
     Args:
         layers: in order.
         placement: the one that the layers' homes come from.
-        pools: the layers of each pool, in the order of their windows.
+        pools: the layers of each pool, in the order of their ranges of slots.
         budgets: shared with all layers' planners. ``migration`` is set while there is something to migrate.
         levels_R: slots that each layer of ``ceding`` has ceded to a rank's KV cache; None = no rank's layers cede any. If some
             do, slots don't move between layers, and no layer counts as complete.
@@ -229,7 +229,7 @@ def next_shift(
     Args:
         quota_L, target_L: the rank's slots of each layer, now and in the end.
         num_experts_L: experts of each layer.
-        pools: the layers of each pool, in the order of their windows.
+        pools: the layers of each pool, in the order of their ranges of slots.
     """
     for pool in pools:
         members = list(pool)

@@ -1,7 +1,7 @@
 """Homes and wanted copies of layers with fewer slots than experts. ``planner.propose`` calls these functions.
 
 Most experts pass through the slots on demand, and a step waits for the rank that takes longest to fetch and compute. So homes
-are chosen so that the ranks' expected times are level: compute of experts that stay resident anyhow, compute and fetches of
+are chosen so that the ranks' expected times are equal: compute of experts that stay resident anyhow, compute and fetches of
 all others. The former (used in at least half of the steps) are wanted at home; a quarter of a rank's slots is left to its
 cache.
 

@@ -1,6 +1,6 @@
 """A placement: the home, the wanted copies and the slots of every layer's experts. A hint: any rank can compute any expert.
 
-    home      the rank that fetches an expert which no rank holds
+    home      the rank that comes first to fetch an expert that no rank holds
     wanted    a copy that should stay resident on a rank: at home, or a replica
     quota     slots of a layer on a rank; slots without a wanted copy are the cache's
 

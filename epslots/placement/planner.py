@@ -31,13 +31,13 @@ __all__ = ["ExpectedLoad", "Proposal", "RankHardware", "Reasons", "propose"]
 NODE_WEIGHT = 0.5
 # Without windows to learn from, the variance of an expert's load is taken as so many times that of independent choices.
 OVERDISPERSION = 30.0
-# The weight of that guess, in windows; and the factor by which the windows' covariances are shrunk.
+# The weight of that prior, in windows; and the factor by which the windows' covariances are shrunk.
 PRIOR_WINDOWS = 2.0
 SHRINKAGE = 0.3
 _MOST_ENTRIES = 2**22  # entries of the tables of candidate moves, for the layers that are searched together
 # The fewest windows in which a move must pay: copies outlive the forecast that they were made for.
 LEAST_HORIZON = 4.0
-# The least mean imbalance that a placement must save: less is within the noise of any forecast.
+# The least mean excess that a placement must save: less is within the noise of any forecast.
 LEAST_GAIN = 0.0005
 _FOCUS_ENTRIES = 2**15  # candidate moves evaluated at a time: more are slow, and hardly better
 # More ranks than these are levelled for the mean load only: the search's time grows with the square of the ranks.
@@ -66,14 +66,14 @@ class Reasons:
     """The numbers behind a proposal.
 
     Attributes:
-        imbalance_now, imbalance_then: expected largest rank load / mean - 1, averaged over layers, uncertainty included.
+        excess_now, excess_then: expected largest rank load / mean - 1, averaged over layers, uncertainty included.
         layers_changed: layers whose placement changes; 0 if the proposal moves nothing.
         horizon_windows: the windows in which moves have to pay: the forecast's, times its trust.
         price_ns: the cost of one copy.
     """
 
-    imbalance_now: float
-    imbalance_then: float
+    excess_now: float
+    excess_then: float
     layers_changed: int
     horizon_windows: float
     price_ns: int
@@ -194,13 +194,13 @@ class _Task:
         )
 
     def prices(self, layers: IntArray) -> FloatArray:
-        """The imbalance that a copy must save in each of these layers."""
+        """The excess that a copy must save in each of these layers."""
         prices: FloatArray = self.price_ns / (self.mean_ns_L[layers] * self.horizon)
         return prices
 
 
 def _plan_layers(task: _Task, current: Placement) -> tuple[IntArray, BoolArray, FloatArray, FloatArray]:
-    """Homes and wanted copies of all layers; and their imbalance before and after, [L]. Layers without load keep theirs."""
+    """Homes and wanted copies of all layers; and their excess before and after, [L]. Layers without load keep theirs."""
     home_LE, wanted_LRE = task.home_LE.copy(), current.wanted_LRE & task.before_LRE
     now_L, then_L = np.zeros(len(home_LE)), np.zeros(len(home_LE))
     fits_L, loaded_L = task.quota_LR.sum(1) >= current.num_experts_L, task.mean_ns_L > 0
@@ -257,7 +257,7 @@ def moments(expected: ExpectedLoad, layers: IntArray, own_LE: BoolArray, ranks: 
 
 
 def _improve(task: _Task, layers: IntArray) -> tuple[BoolArray, FloatArray, FloatArray]:
-    """Copies of layers whose experts all fit, [L, R, E]; and their imbalance before and after, [L]."""
+    """Copies of layers whose experts all fit, [L, R, E]; and their excess before and after, [L]."""
     own_LE, quota_LR, before_LRE = task.own_LE[layers], task.quota_LR[layers], task.before_LRE[layers]
     load_LE = np.where(own_LE, task.expected.tokens_LE[layers], 0).astype(np.float64)
     several = len(np.unique(task.node_R)) > 1
@@ -280,12 +280,12 @@ def _improve(task: _Task, layers: IntArray) -> tuple[BoolArray, FloatArray, Floa
     now_L = then_L = best_L
     for number, start_LRE in enumerate(starts):
         search = Search(slots_of(start_LRE, room), rank_S, usable_LS, objective, before_LRE)
-        now_L = search.imbalance() if number == 0 else now_L
+        now_L = search.excess() if number == 0 else now_L
         search.improve(price_L, _MOST_MOVES, focus)
-        found_L = search.imbalance() + price_L * search.copies()
+        found_L = search.excess() + price_L * search.copies()
         better_L = found_L < best_L
         best_LRE = np.where(better_L[:, None, None], search.holds_LRE[:, :, :-1], best_LRE)
-        then_L = np.where(better_L, search.imbalance(), then_L)
+        then_L = np.where(better_L, search.excess(), then_L)
         best_L = np.where(better_L, found_L, best_L)
     return best_LRE, now_L, then_L
 

@@ -85,8 +85,9 @@ class RankSpeeds:
         return True
 
     def _bounds(self, measured_R: BoolArray) -> tuple[FloatArray, FloatArray]:
-        """The least and the greatest speed of each measured rank: if no call has a fixed part; if those with work have the
-        longest; if all calls have it.
+        """The least and the greatest speed of each measured rank.
+
+        Over three cases: no call has a fixed part, those with work have the longest, or all calls have the longest.
         """
         calls_BR = np.stack([np.zeros(len(measured_R)), self._busy_R, self._calls_R])[:, measured_R]
         needed_BR = self._work_R[measured_R] + min(_CALLS_VARY * self._shortest_ns, _MOST_CALL_NS) * calls_BR

@@ -151,7 +151,7 @@ def deal_quotas(quota_L: IntArray, total_R: IntArray, num_experts_L: IntArray, c
         _fix_row(quota_LR, layer, int(quota_L[layer]), total_R, int(num_experts_L[layer]))
     most_LR = np.broadcast_to(num_experts_L[:, None], quota_LR.shape)
     while (over_R := quota_LR.sum(0) - total_R).any():
-        if not _shift_surplus(quota_LR, over_R, most_LR):
+        if not _shift_slot(quota_LR, over_R, most_LR):
             _fix_columns(quota_LR, quota_L, over_R, most_LR)
             break
     return quota_LR
@@ -181,7 +181,7 @@ def _fix_row(quota_LR: IntArray, layer: int, target: int, total_R: IntArray, mos
         row_R[free[order[: abs(lack)]]] += sign
 
 
-def _shift_surplus(quota_LR: IntArray, over_R: IntArray, most_LR: IntArray) -> bool:
+def _shift_slot(quota_LR: IntArray, over_R: IntArray, most_LR: IntArray) -> bool:
     """Shift one slot, in place, from a rank with too many to one with too few; False if impossible."""
     came_from = np.full(len(over_R), -1)
     seen_R: BoolArray = over_R > 0

@@ -1,7 +1,7 @@
 """The division of one layer's work among all ranks, by the cost model (``cost_model.py``).
 
     held by one rank      that rank computes
-    held by several       split so that ranks are level, own tokens first
+    held by several       split so that ranks are equally loaded, own tokens first
     held by none          fetched at home, or elsewhere where home has more than its share of fetches
     many own tokens       a rank fetches a copy when that costs less than sending them, or less than sending has cost so far
     one hot expert        a swamped rank sheds tokens to another that fetches a copy
@@ -21,7 +21,7 @@ from msgspec.structs import astuple
 from epslots.arrays import BoolArray, IntArray
 from epslots.planner.assignment_kernels import CHEAPEST, HOLDERS, OWN, divide_work
 from epslots.planner.cost_model import Costs
-from epslots.planner.evictions import spare_replicas
+from epslots.planner.evictions import spare_copies
 from epslots.planner.plan import Assignment
 
 
@@ -61,7 +61,7 @@ class Assign:
             costs: of operations, the same on all ranks.
             remote_ns_RE: nanoseconds that each rank would have saved lately with a copy of each expert (``remote_costs.py``);
                 only ``assign`` uses them. By default no copy is bought for idle slots.
-            spare_RE: the copies that may be evicted for others (``spare_replicas``), where the placement wants some; by
+            spare_RE: the copies that may be evicted for others (``spare_copies``), where the placement wants some; by
                 default all that are neither at home nor the last.
             node_R: the node of each rank, if there are several.
         """
@@ -69,7 +69,7 @@ class Assign:
         if remote_ns_RE is None:
             remote_ns_RE, spare_RE = np.zeros(holds_RE.shape, np.int64), holds_RE  # then nothing is put into idle slots
         else:
-            spare_RE = spare_replicas(holds_RE, home_E) if spare_RE is None else spare_RE
+            spare_RE = spare_copies(holds_RE, home_E) if spare_RE is None else spare_RE
         node_R = np.zeros(len(quota_R), np.int64) if node_R is None else node_R
         experts_U, counts_RU, computed_RU, (rank_F, column_F, source_F), cost_ns = divide_work(
             counts_RE, holds_RE, quota_R, home_E, node_R, astuple(costs)[:6], remote_ns_RE, spare_RE, self.way

@@ -87,7 +87,7 @@ def to_holders(step: Step) -> IntArray:
 
 @inlined
 def _level_replicas(step: Step, replicated: IntArray, computed_RU: IntArray) -> None:
-    """Divide the pairs of replicated experts among their holders, so that ranks are level.
+    """Divide the pairs of replicated experts among their holders, so that ranks are equally loaded.
 
     A holder's own tokens stay. The others go to holders in proportion to what these lack to the mean load, on their own node
     if possible; then ranks above the mean hand pairs on, to any node.
@@ -117,7 +117,7 @@ def _level_replicas(step: Step, replicated: IntArray, computed_RU: IntArray) -> 
                 below_U[expert] |= above < 0 and holds_RU[rank, expert]
         if attempt:
             if most * pair <= step.prices.expert_compute:
-                break  # level enough: a split adds an expert to a rank
+                break  # equal enough: a split adds an expert to a rank
             node_R, handed_NU = np.zeros(ranks, np.int64), np.zeros((1, experts), np.int64)
         for rank in range(ranks):
             for expert in replicated:

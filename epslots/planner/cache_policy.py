@@ -1,7 +1,7 @@
 """Eviction policies: which resident expert is given up first. To add one, write a function and enter it in ``POLICIES``.
 
 A policy scores the experts of one layer from their past uses (``use_history.py``); the lowest score is evicted first, ties by
-expert id. It is a pure function of a ``UseHistory`` row, so that all ranks evict alike. Users pass a name or their own
+expert id. It is a pure function of a layer's ``UseHistory``, so that all ranks evict alike. Users pass a name or their own
 function; ``resolve_policy`` checks both. How scores become evictions: ``evictions.py``.
 """
 
@@ -19,7 +19,7 @@ from epslots.planner.use_history import STEP_BITS, UseHistory, expected_use
 
 Policy = Callable[[UseHistory], IntArray]
 Scores = Callable[[], IntArray]
-"""A policy's scores of a layer's experts as they are now, int64 [E]; called only where something is evicted."""
+"""A policy's scores of a layer's experts as they are now, int64 [E]; called only where needed, since it takes time."""
 AnyPolicy = TypeVar("AnyPolicy", bound=Policy)
 
 
@@ -81,7 +81,7 @@ def policy_name(policy: str | Policy) -> str:
 def resolve_policy(policy: str | Policy) -> Policy:
     """The policy of a name, or the user's own function after a trial call.
 
-    A function takes a ``UseHistory`` row [E] to int64 scores [E].
+    A function takes a layer's ``UseHistory`` to int64 scores [E].
 
     Raises:
         ConfigError: no policy has that name, or the function returns anything else.

@@ -36,7 +36,7 @@ def plan_evictions(
 ) -> Evictions:
     """The residents after a step in which each rank computes the experts it needs.
 
-    With a slot for every needed expert, misses take empty slots first, then those of surplus replicas, then those of experts
+    With a slot for every needed expert, misses take empty slots first, then those of spare copies, then those of experts
     that aren't needed by rising score, ties by expert id; the positions of experts never matter.
 
     With fewer slots, the layer runs in passes, and a computed expert's slot may serve the next one. The residents among the
@@ -48,7 +48,7 @@ def plan_evictions(
         needed_RE: the experts that each rank computes in this step.
         quota_R: slots of each rank, from 1 to E. No rank holds more.
         score_E: the eviction policy's scores; higher is kept longer.
-        spare_RE: copies that are evicted before any other, such as ``spare_replicas``.
+        spare_RE: copies that are evicted before any other, such as ``spare_copies``.
     """
     change = Evictions(np.empty_like(holds_RE), np.empty_like(holds_RE))
     spare_RE, any_spare = (holds_RE, False) if spare_RE is None else (spare_RE, True)
@@ -117,26 +117,24 @@ def _rotating_slots(holds_E: BoolArray, needed_E: BoolArray, rising_E: IntArray,
     return min(misses, max(quota - anchored, max(1, quota // ROTATING_SHARE)))
 
 
-def spare_replicas(holds_RE: BoolArray, home_E: IntArray, wanted_RE: BoolArray | None = None) -> BoolArray:
-    """Surplus copies, bool [R, E]: all but one of each expert, wanted copies excluded.
+def spare_copies(holds_RE: BoolArray, home_E: IntArray, wanted_RE: BoolArray | None = None) -> BoolArray:
+    """The spare copies, bool [R, E]: all but one of each expert, wanted copies excluded.
 
-    The copy at home is the one that counts; of an expert without a copy at home, that of the lowest rank.
+    The copy at home isn't spare; of an expert without a copy at home, that of the lowest rank isn't.
 
     Args:
         wanted_RE: the copies that the placement asks for; none, if not given.
     """
     holds_RE, spare_RE = np.ascontiguousarray(holds_RE), np.empty(holds_RE.shape, bool)
     any_wanted, wanted_RE = wanted_RE is not None, holds_RE if wanted_RE is None else np.ascontiguousarray(wanted_RE)
-    _spare_replicas(holds_RE, home_E, wanted_RE, any_wanted, spare_RE)
+    _spare_copies(holds_RE, home_E, wanted_RE, any_wanted, spare_RE)
     return spare_RE
 
 
 @compiled("void(b1[:, ::1], int64[::1], b1[:, ::1], b1, b1[:, ::1])")
-def _spare_replicas(
-    holds_RE: BoolArray, home_E: IntArray, wanted_RE: BoolArray, any_wanted: bool, spare_RE: BoolArray
-) -> None:
+def _spare_copies(holds_RE: BoolArray, home_E: IntArray, wanted_RE: BoolArray, any_wanted: bool, spare_RE: BoolArray) -> None:
     ranks, experts = holds_RE.shape
-    keeper_E = np.full(experts, ranks)  # the rank whose copy counts; ``ranks``: none yet
+    keeper_E = np.full(experts, ranks)  # the rank whose copy isn't spare; ``ranks``: none yet
     for expert in range(experts):
         if holds_RE[home_E[expert], expert]:
             keeper_E[expert] = home_E[expert]

@@ -47,7 +47,7 @@ class ExpertPass(msgspec.Struct, frozen=True):
 
 NO_PASS = ExpertPass(NO_EXPERTS, NO_EXPERTS, NO_EXPERTS, NO_EXPERTS, NO_EXPERTS)
 
-# Rows of the kernel's results. Schedule: of what is computed, in order, expert and slot; of what is fetched, in order,
+# Rows of the kernel's results. Schedule: of computed experts, in order, expert and slot; of fetched ones, in order,
 # expert, slot and the expert displaced. Ends: of each pass, in the first two rows and in the last three; and ``after``.
 _EXPERT, _SLOT, _FETCHED, _FETCH_SLOT, _DISPLACED = range(5)
 _COMPUTE_END, _FETCH_END, _AFTER = range(3)

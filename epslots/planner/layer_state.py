@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from epslots.arrays import BoolArray, IntArray
-from epslots.planner.evictions import spare_replicas
+from epslots.planner.evictions import spare_copies
 from epslots.planner.plan import Migrations
 
 
@@ -60,7 +60,7 @@ class LayerState:
     def spare_RE(self) -> BoolArray:
         """Copies that may be evicted before any other: neither at home, nor the last, nor wanted."""
         if self._spare_RE is None:
-            self._spare_RE = spare_replicas(self.holds_RE, self.home_E, self.wanted_RE)
+            self._spare_RE = spare_copies(self.holds_RE, self.home_E, self.wanted_RE)
         return self._spare_RE
 
     @property

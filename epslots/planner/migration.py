@@ -61,7 +61,7 @@ def choose_migrations(state: LayerState, score_E: IntArray, able_R: BoolArray, *
     """At most one migration for each rank in ``able_R``, of the state's pending ones.
 
     Experts that no rank holds come first, then those with the highest scores. They go to an empty slot; else in place of a
-    spare replica, else of an expert that migrates to another rank in this step, else of the one with the lowest score. Wanted
+    spare copy, else of an expert that migrates to another rank in this step, else of the one with the lowest score. Wanted
     copies are never evicted.
 
     Args:

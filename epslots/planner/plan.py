@@ -1,4 +1,4 @@
-"""The records of one layer's step, in the order in which they come to be, and who fills each.
+"""The structs of one layer's step, in the order in which they come to be, and where each is filled.
 
     Batch       ``MoELayer.prepare`` (moe_layer.py): a rank's tokens
     Gathered    the peers (lockstep.py): all ranks' counts
@@ -140,5 +140,7 @@ class RankPlan(msgspec.Struct):
 
 
 _NO_EVICTIONS = np.empty(0, bool)
-ALL_RESIDENT = RankPlan(None, NO_EXPERTS, NO_EXPERTS, NO_EXPERTS, NO_EXPERTS, _NO_EVICTIONS, 0, None, 0, 0, None, -1, -1, None)
-"""The plan of a rank that computes its own pairs, if it has any, by experts that are all in slots. It lists no expert."""
+NOTHING_PLANNED = RankPlan(
+    None, NO_EXPERTS, NO_EXPERTS, NO_EXPERTS, NO_EXPERTS, _NO_EVICTIONS, 0, None, 0, 0, None, -1, -1, None
+)
+"""The plan of a rank whose host plans nothing: all experts are in slots, no rank has tokens, or the device decides."""

@@ -24,8 +24,8 @@ from epslots.planner.evictions import plan_evictions
 
 CERTAIN = 256
 # The usage from which an expert is prefetched, or kept from eviction by a prefetch: over a link that is idle as the layer
-# begins, where an unused prefetch costs little; and over a busy link, where it holds up what is needed. Prefetches that came
-# true one time in four made steps 4 to 15 % longer than none did (a simulated A100, bf16), and two times in five, shorter.
+# begins, where an unused prefetch costs little; and over a busy link, where it holds up fetches on demand. Prefetches of
+# which one in four was used made steps 4 to 15 % longer than none did (a simulated A100, bf16); two in five, shorter.
 WORTH_A_TRY, LIKELY = 31, 86
 # Prefetches change at most half of a layer's slots: the residents are a prediction, too.
 CHANGING_SHARE = 2

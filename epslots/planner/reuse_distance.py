@@ -23,7 +23,7 @@ def stack_distances(last_use_E: IntArray, used_E: BoolArray, score_E: IntArray |
     """The stack distance of each use in one step of one layer, int64 [uses], by expert id.
 
     It is 0 to E - 1: the number of experts above the used one; or E if that was never used before. Experts of the last step
-    stand above all others, because they had slots at any score; the others stand by score, ties by expert id, as
+    stand above all others, because they had slots at any score; the others are ordered by score, ties by expert id, as
     policies evict.
 
     Args:

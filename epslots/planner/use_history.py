@@ -68,7 +68,7 @@ _USES_ONLY = -1
 
 @dataclass(frozen=True)
 class UseHistory:
-    """Past uses of every expert: of all layers, or of one layer (a *row*), whose arrays lack the first axis.
+    """Past uses of every expert: of all layers, or of one, a layer's history, whose arrays lack the first axis.
 
     Attributes:
         last_use: int64 [layers, E], the layer's step of the expert's last use, counted from 1; 0 = never.
@@ -100,7 +100,7 @@ class UseHistory:
         )
 
     def layer(self, layer: int, experts: int) -> UseHistory:
-        """The row of one layer with ``experts`` experts; its arrays are views."""
+        """The history of one layer with ``experts`` experts; its arrays are views."""
         return UseHistory(
             self.last_use[layer, :experts],
             self.decayed[layer, :, :experts],
@@ -121,13 +121,13 @@ class UseHistory:
         return self.decayed[..., FREQUENT, :]
 
     def pack(self) -> bytes:
-        """A row as bytes, for ``unpack``. ``follows`` is left out: it is large, and soon learned again."""
+        """A layer's history as bytes, for ``unpack``. ``follows`` is left out: it is large, and soon learned again."""
         return b"".join(array.tobytes() for array in self._packed())
 
     def unpack(self, content: bytes) -> None:
-        """Overwrite a row, in place, by one that ``pack`` made; ``follows`` becomes empty.
+        """Overwrite a layer's history, in place, by one that ``pack`` made; ``follows`` becomes empty.
 
-        Ranks stay equal only if the rank that packed the row unpacks it, too.
+        Ranks stay equal only if the rank that packed the history unpacks it, too.
 
         Raises:
             ConfigError: the bytes are not a history of as many experts.
@@ -157,7 +157,7 @@ def used_experts(counts_RE: IntArray) -> BoolArray:
 
 
 def note_use(history: UseHistory, used_E: BoolArray, step: int, slots: int | None = None) -> None:
-    """Enter one step of one layer into ``history`` (a row), in place.
+    """Enter one step of a layer into its history, in place.
 
     Args:
         used_E: the experts that the step uses, on any rank.
@@ -170,7 +170,7 @@ def note_use(history: UseHistory, used_E: BoolArray, step: int, slots: int | Non
 
 
 def expected_use(history: UseHistory) -> IntArray:
-    """How likely each expert of a row is used in the next step, as scores, int64 [E].
+    """How likely each expert of a layer is used in the next step, as scores, int64 [E].
 
     A blend of the decay rows, each with the weight that it has earned on this traffic at this number of slots; to it is added
     how often each expert follows those just used. Weights halve with each bit of loss (weighted majority: Littlestone and

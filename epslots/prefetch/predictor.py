@@ -230,7 +230,7 @@ class Predictor:
         """Keep this thread's rows in place from now on, where captured steps find them. Row t of a step is at ``row_T[t]``.
 
         Args:
-            row_T: int64 on the device, below ``rows``; repeated rows are alike. What is kept there precedes row t. None = no
+            row_T: int64 on the device, below ``rows``; repeated rows are alike. The row kept there precedes row t. None = no
                 longer.
             rows: places.
         """

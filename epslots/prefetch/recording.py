@@ -1,4 +1,4 @@
-"""Recording a model on text: what each MoE layer is given and chooses. Called by the fit (``fit.py``) and by benchmarks.
+"""Recording a model on text: the inputs and choices of each MoE layer. Called by the fit (``fit.py``) and by benchmarks.
 
 Legend of shape suffixes: S windows of text, W tokens of a window, N = S * W tokens, K experts of a token, H hidden size.
 """

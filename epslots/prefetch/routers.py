@@ -86,7 +86,7 @@ def find_routers(
 
     Args:
         modules: the experts modules in order, by their path (``experts.experts_modules``).
-        dtype: of the routers' weights; they share memory with the model's if these have it.
+        dtype: of the routers' weights; they share memory with the model's if these have the same.
     """
     return tuple(_find(model.get_submodule(path.rpartition(".")[0]), module, dtype) for path, module in modules.items())
 

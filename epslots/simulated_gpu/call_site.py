@@ -1,4 +1,4 @@
-"""Whose code calls: the innermost source line outside of torch and the simulation."""
+"""The caller of an operation: the innermost source line outside of torch and the simulation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class CallSite(NamedTuple):
 
 @cache
 def _owner(filename: str) -> str:
-    """Whose file it is; empty for torch, the simulation, and what stands between a line and them."""
+    """The package that a file belongs to; empty for torch, the simulation, and the frames between a line and them."""
     if filename.startswith((_HERE, _TORCH, "<")) or filename.endswith(("/contextlib.py", "/functools.py")):
         return ""
     if filename.startswith(_EPSLOTS):

@@ -62,7 +62,7 @@ class StepCapture:
         """Record an operation.
 
         Args:
-            compute: does it once more; None if no capture may have it. Returns ``results``, in new memory.
+            compute: does it once more; None if it isn't allowed in a capture. Returns ``results``, in new memory.
 
         Raises:
             RuntimeError: it can't be in a capture, or is on a stream outside of it.

@@ -76,7 +76,7 @@ def transfer(
 
     Args:
         kind: "H2D", "D2H" or "P2P".
-        compute: repeats it, for captures; None if no capture may have it.
+        compute: repeats it, for captures; None if it isn't allowed in a capture.
         hidden: whether the host waits for it, as it does for pageable memory.
     """
     if hidden:

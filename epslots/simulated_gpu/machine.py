@@ -332,7 +332,7 @@ class SimulatedMachine:
         Args:
             what: the synchronisation, to be counted once.
             operations: the last ones that are waited for.
-            clocks: what is done then.
+            clocks: vector clocks of the work that is done then.
 
         Raises:
             DeviceHangsError: it never ends.

@@ -1,8 +1,8 @@
 """NCCL groups on simulated GPUs: ranks are threads, each with a GPU of its own.
 
 It holds its users to NCCL's rules. A group is made with torch's watchdog tamed; all ranks queue the same operations in the
-same order; a group call that is opened on a thread is closed there. What a lost rank takes part in never ends on the others'
-devices, until their group is aborted: then it ends with undefined results.
+same order; a group call that is opened on a thread is closed there. An operation with a lost rank never ends on the
+others' devices, until their group is aborted: then it ends with undefined results.
 
 On the clock a collective begins when all ranks have come to it, and takes ``GpuSpec.collective_s`` and its bytes' time.
 """

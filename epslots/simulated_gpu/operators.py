@@ -1,4 +1,4 @@
-"""torch's operations on simulated GPUs: values by the CPU; what CUDA would refuse, wait for, launch and take as time.
+"""torch's operations on simulated GPUs: values by the CPU; the refusals, waits, launches and times of CUDA.
 
 ``execute`` gets every operation of a thread (``cuda_api.py`` enters the mode), those on plain tensors too.
 """

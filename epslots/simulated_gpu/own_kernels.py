@@ -88,7 +88,7 @@ def simulated_usage(score_TE: torch.Tensor, top_k: int, experts: int) -> torch.T
 
 
 class _TorchKernelsThere(TorchKernels):
-    """As part of a kernel, on a device's memory."""
+    """``TorchKernels`` as part of a kernel, on a device's memory."""
 
     def _copy(self, layer: DeviceLayer, expert: int, slot: int) -> None:
         record = self._loader.store.record(self._loader.store_layers[layer.number], expert)

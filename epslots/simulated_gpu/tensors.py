@@ -117,7 +117,7 @@ class GpuTensor(torch.Tensor):
         return f"GpuTensor({self.memory}, device='{self.device}')"
 
 
-# What most arguments of operations are, beside tensors; all else that isn't a nest is one, too.
+# The types of most arguments of operations, beside tensors; others that aren't nests are leaves, too.
 _LEAVES = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
 
 

@@ -1,4 +1,4 @@
-"""Records of a load on a simulated cluster: the ``Workload``, and the ``LoadFigures`` under it. Pure.
+"""A load on a simulated cluster: the ``Workload``, and the ``LoadFigures`` under it. Pure.
 
 ``cluster/simulation`` serves the one and measures the others; ``epslots simulate`` makes and prints them.
 """
@@ -73,7 +73,7 @@ class LoadFigures(msgspec.Struct, frozen=True):
         reused: share of the prompts' tokens that weren't computed, because a rank's cache held them.
         hand_overs, failed_hand_overs, hand_over_bytes: over the whole simulation.
         preempted: times that a request gave up its place in a cache.
-        imbalance: tokens of a step's busiest rank over the mean of those that have some, over all steps; by role.
+        step_skew: tokens of a step's busiest rank over the mean of those that have some, over all steps; by role.
         step_ms: mean of a group's steps, by role.
         hit_rate: hits per use of an expert.
         placements: that the controller has published.
@@ -92,7 +92,7 @@ class LoadFigures(msgspec.Struct, frozen=True):
     failed_hand_overs: int
     hand_over_bytes: int
     preempted: int
-    imbalance: dict[str, float]
+    step_skew: dict[str, float]
     step_ms: dict[str, float]
     hit_rate: float
     placements: int

@@ -98,12 +98,12 @@ class SimulatedGroup:
     """The ranks of one expert-parallel group.
 
     Args:
-        placement: where experts live at the start, and each rank's slots. Slots hold what ranks would fill them with.
+        placement: the placement at the start, and each rank's slots. Slots hold the experts that ranks would fill them with.
         policy: the eviction policy.
         expert_bytes: of any layer's expert.
         node_R: the node of each rank, if there are several.
-        holds_LRE: who holds what at the start, if it is otherwise.
-        speed_R: float64, how fast each rank computes; 1 = usual, by which all plan. None = all are usual.
+        holds_LRE: other residents at the start.
+        speed_R: float64, how fast each rank computes; 1 = usual, the speed that plans assume. None = all are usual.
 
     Attributes:
         model: the planners that real ranks have.
@@ -208,9 +208,9 @@ class SimulatedGroup:
 
     def _note_uses(self, layer: int, counts_RE: IntArray, used_E: BoolArray) -> None:
         self._steps_L[layer] += 1
-        row, experts = self._history.layer(layer, len(used_E)), len(used_E)
-        count_distances(self._reuse_LD[layer], stack_distances(row.last_use, used_E, self._score(layer)))
-        note_use(row, used_E, self._steps_L[layer], int(self.model.layers[layer].state.quota_R.sum()))
+        history, experts = self._history.layer(layer, len(used_E)), len(used_E)
+        count_distances(self._reuse_LD[layer], stack_distances(history.last_use, used_E, self._score(layer)))
+        note_use(history, used_E, self._steps_L[layer], int(self.model.layers[layer].state.quota_R.sum()))
         self._tokens_LE[layer, :experts] += counts_RE.sum(0)
         self._uses_LE[layer, :experts] += used_E
 

@@ -109,7 +109,7 @@ def timing_of(device: Device, expert_bytes: int, row_bytes: int, layer_ns: int =
 
 
 HOST_COPY_BYTES_S = 10e9
-"""Bytes a second of a thread's copy within a host's memory, as servers have it."""
+"""Bytes a second of a thread's copy within a host's memory; typical of servers."""
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ class GlooConnection:
         return work
 
     def _wait(self, work: dist.Work) -> None:
-        """Wait for a send or receive, and look now and then whether the connection stands: gloo itself doesn't."""
+        """Wait for a send or receive, and look now and then whether the connection is alive: gloo itself doesn't."""
         operation = self._waiting.start([work], time.monotonic() + self._deadline_s)
         try:
             while not operation.ends_within(_PROBE_EVERY_S):

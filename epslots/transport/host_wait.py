@@ -1,4 +1,4 @@
-"""Waiting on the host for what a device does: awake at first, and always by looking.
+"""Waiting on the host for a device's work: awake at first, and always by looking.
 
 A wait that blocks in the driver knows no deadline, and no other thread can end it: when a peer of the group is lost, the
 device stops, and with it a host that waits for it there.
@@ -12,7 +12,7 @@ from collections.abc import Callable
 HostWait = Callable[[Callable[[], bool]], None]
 """Waits until a question is answered with yes, such as ``event.query``; raises where that is given up."""
 
-# A sleep of 20 us takes about 80: what comes within the first millisecond is waited for awake.
+# A sleep of 20 us takes about 80: in the first millisecond a wait stays awake.
 _AWAKE_S = 1e-3
 _NAP_S = 20e-6
 

@@ -50,7 +50,7 @@ class Header:
         stop: whether any wants to stop.
         placement: the newest version that has arrived at all ranks.
         tokens_R: tokens of the step, by rank.
-        waiting_R: tokens of prompts that it could compute in the next one, by rank.
+        waiting_R: tokens of prompts that each rank could compute in the next step.
         levels_R: slots that each layer cedes to the rank's KV cache from this step on, by rank.
     """
 
@@ -161,7 +161,7 @@ class LockStep:
         return self.steps > 1
 
     def announce(self, load: tuple[int, int]) -> None:
-        """Send with the next header: this rank's tokens of that step, and its prompts' in the one after it."""
+        """Send this rank's load with the next header: the step's tokens, and those of prompts that wait."""
         self._load = load
 
     def cede(self, levels: int) -> None:

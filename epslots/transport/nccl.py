@@ -115,7 +115,7 @@ def form_within(
         stop: ends the attempt when it is done; its result is the reason.
 
     Returns:
-        What ``init`` returns.
+        The result of ``init``.
 
     Raises:
         PeerLost: not all ranks met. A further attempt is safe.

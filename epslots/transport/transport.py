@@ -202,7 +202,7 @@ def check_exchange(headers: Sequence[bytes]) -> None:
     for rank, header in enumerate(headers):
         count, *numbers = np.frombuffer(header, np.int64).tolist()
         if count < 0:
-            raise ExchangeError(f"exchange: rank {rank} gives what isn't a contiguous uint8 tensor, to or from another rank")
+            raise ExchangeError(f"exchange: an entry of rank {rank} isn't a contiguous uint8 tensor, to or from another rank")
         for number, (peer, nbytes) in enumerate(zip(numbers[::2], numbers[1::2], strict=True)):
             if number < count:
                 sent[rank, peer].append(nbytes)

@@ -1,4 +1,4 @@
-"""Links: what is urgent goes first, of guesses the newest; what is given up never comes; and as late as it says."""
+"""Links: urgent transfers go first, of prefetches the newest; cancelled ones never come; each takes the link's time."""
 
 from __future__ import annotations
 
@@ -86,26 +86,26 @@ def test_urgent_first_then_the_newest_guess(clock: Clock):
     link = second()
     first = link.start(slots(1), records(9), copy, urgent=False)
     clock.now += 0.1
-    guesses = link.start(slots(2), records(1, 2), copy, urgent=False)
+    prefetches = link.start(slots(2), records(1, 2), copy, urgent=False)
     clock.now += 0.1
     newer = link.start(slots(2), records(3, 4), copy, urgent=False)
     urgent = link.start(slots(2), records(5, 6), copy, urgent=True)
     clock.now += 100
     link.poll(first[0])
-    order = sorted((*first, *guesses, *newer, *urgent), key=lambda transfer: transfer.due)
-    assert order == [*first, *urgent, *newer, *guesses]
+    order = sorted((*first, *prefetches, *newer, *urgent), key=lambda transfer: transfer.due)
+    assert order == [*first, *urgent, *newer, *prefetches]
     assert [transfer.due - 100 for transfer in order] == [1.5 * (number + 1) for number in range(7)]
 
 
 def test_what_is_hurried_goes_before_what_is_started_later(clock: Clock):
     link = second()
     (first,) = link.start(slots(1), records(0), copy, urgent=True)
-    guesses = link.start(slots(3), records(1, 2, 3), copy, urgent=False)
-    for guess in guesses[1:]:
-        link.set_urgent(guess)
-        link.set_urgent(guess)  # twice is once
+    prefetches = link.start(slots(3), records(1, 2, 3), copy, urgent=False)
+    for prefetch in prefetches[1:]:
+        link.set_urgent(prefetch)
+        link.set_urgent(prefetch)  # twice is once
     (missed,) = link.start(slots(1), records(4), copy, urgent=True)
-    expected = {guesses[1]: 3.0, guesses[2]: 4.5, missed: 6.0, guesses[0]: 7.5}
+    expected = {prefetches[1]: 3.0, prefetches[2]: 4.5, missed: 6.0, prefetches[0]: 7.5}
     assert {transfer: due(clock, link, transfer) for transfer in expected} == expected
     link.set_urgent(first)
     assert link.poll(first)

@@ -275,16 +275,16 @@ def test_a_miss_is_read_before_guesses(cache_dir: Path, gate: Gate):
     store = open_disk_store(cache_dir, {WIDE: EXPERTS, NARROW: 1})
     link = DiskLink(SynchronousEngine(), store)
     there = [torch.zeros(WIDE.nbytes, dtype=torch.uint8) for _ in range(EXPERTS)]
-    guesses = link.start(there[:5], [store.request(0, expert) for expert in range(5)], put_record, urgent=False)
+    prefetches = link.start(there[:5], [store.request(0, expert) for expert in range(5)], put_record, urgent=False)
     (miss,) = link.start(there[5:], [store.request(0, 5)], put_record, urgent=True)
     assert link.busy and not link.poll(miss)
     read = {expert for expert in range(EXPERTS) if store._cells[WIDE].tier.cell_of[expert] >= 0}
-    assert read == {0, 1, 2, 3, 5}, "guess 4 waits: it would take what a miss needs"
+    assert read == {0, 1, 2, 3, 5}, "prefetch 4 waits: it would take what a miss needs"
     gate.open.set()
     link.wait(miss)
-    assert torch.equal(there[5], WHOLE[5]) and not there[0].any(), "guesses stay in RAM until they are needed"
-    for number, guess in enumerate(guesses):
-        link.wait(guess)
+    assert torch.equal(there[5], WHOLE[5]) and not there[0].any(), "prefetches stay in RAM until they are needed"
+    for number, prefetch in enumerate(prefetches):
+        link.wait(prefetch)
         assert torch.equal(there[number], WHOLE[number])
 
 

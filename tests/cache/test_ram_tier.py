@@ -1,4 +1,4 @@
-"""Which records stay in RAM: leased cells keep theirs, and the least likely to be fetched gives way."""
+"""Which records stay in RAM: leased cells keep theirs, and the record least likely to be fetched is evicted."""
 
 from __future__ import annotations
 

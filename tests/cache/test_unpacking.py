@@ -197,7 +197,7 @@ MAKERS = [("deepseek_v3", zoo.make_fp8, 2), ("deepseek_v3", ragged_fp8, 3), ("gp
 def test_every_expert_of_a_quantised_checkpoint(
     name: str, make: Callable[..., Path], forms: int, checkpoint: Checkpoints, tmp_path: Path
 ):
-    """What comes out of its record is what the model's conversions make of the weights, bit for bit."""
+    """Its record unpacks to the weights that the model's conversions make, bit for bit."""
     opened = Opened(make(checkpoint(name), tmp_path / "quantised"), torch.bfloat16)
     packed, plain = opened.reader(opened.packed), opened.reader(opened.plain)
     for index, layer in enumerate(opened.packed):

@@ -105,7 +105,7 @@ def test_prompts_from_a_file_a_jsonl_and_standard_input(
 
 @pytest.mark.parametrize("command", [("generate",), ("verify",), ("plan",), ("trace", "record", "t.npz", "--slots", "1")])
 def test_an_empty_model_is_not_the_shipped_one(command: tuple[str, ...], run: Callable[..., Run]):
-    """What a shell makes of ``--model "$MODEL"`` where there is no such variable."""
+    """As ``--model "$MODEL"`` arrives from a shell without that variable."""
     prompt = ["x"] if command[0] in ("generate", "trace") else []
     got = run(*command, "--model", "", *prompt)
     assert got.code == 2

@@ -124,7 +124,7 @@ def test_the_texts_are_parted():
 
 
 def test_recall_of_the_shipped_predictor(example: Any, held_out: torch.Tensor):
-    """What the project promises of the example model; ``epslots bench predict`` measures it on more text."""
+    """The project's promise for the example model; ``epslots bench predict`` measures it on more text."""
     seen = record(example, held_out, range(6), lambda done: None)
     fits, _ = read_predictor(example_model() / PREDICTOR_FILE_NAME)
     recall = []

@@ -13,7 +13,7 @@ from epslots.cli.tables import requests_table
 from epslots.generation.engine_stats import sum_engines
 
 
-def test_the_imbalance_of_steps_is_told():
+def test_the_skew_of_steps_is_told():
     """Of ranks that wait for each other; a rank alone waits for none."""
     engines = [msgspec.structs.replace(sum_engines(()), step_tokens=tokens, longest_tokens=90) for tokens in (90, 30)]
     ranks: list[Any] = [SimpleNamespace(rank=number, engine=engine) for number, engine in enumerate(engines)]

@@ -33,6 +33,7 @@ def test_every_setting_is_an_option_that_is_explained():
             assert "  " not in option.help
             assert option.rich_help_panel
         assert found["--temperature"].help.startswith("0 takes the likeliest token; ")
+        assert "--stop, --stop-tokens and --max-new-tokens" in found["--ignore-eos"].help
 
 
 def test_without_options_the_defaults_are_pythons():

@@ -112,7 +112,7 @@ class Budget:
 
 
 def send(image: Image, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], float, float]:
-    """What a source says; for how long its request stood still, and for how long it copied."""
+    """A source's messages; for how long its request stood still, and for how long it copied."""
     monkeypatch.setattr(cache_exchange.time, "monotonic", lambda: image.now_s)
     connection = Connection(ANSWERS)
     budget: Any = Budget()

@@ -94,7 +94,7 @@ def test_experts_move_while_tokens_flow(open_cluster: Open, folder: Path, ranks:
     stats = cluster.stats()
     assert stats.controller is not None
     assert stats.controller.placement > 1
-    assert stats.controller.refused == 0
+    assert stats.controller.placements_rejected == 0
     assert stats.controller.started == len(backend.controllers) == 1
     assert sum(layer.migrations for layer in stats.total.layers) > 0
     placement = cluster.placement()
@@ -317,7 +317,7 @@ def test_what_a_rank_can_not_follow_ends_nothing(open_cluster: Open, folder: Pat
         assert tokens_of(cluster.generate(PROMPTS, max_new_tokens=40, **GREEDY)) == expected(folder, PROMPTS, 40)
     stats = cluster.stats().controller
     assert stats is not None
-    assert stats.refused > 0
+    assert stats.placements_rejected > 0
     assert "does not follow a placement: the placement gives rank 0" in caplog.text
     assert cluster.placement().placement_version == 0
     assert cluster.ranks == 2

@@ -1,4 +1,4 @@
-"""What the controller decides: what it learns from, what it refuses, when it publishes, and that versions only grow."""
+"""The controller's decisions: it learns, refuses and publishes, and its versions only grow."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_slow_ranks_are_planned_for_and_explained():
 
 
 def test_groups_of_a_role_learn_together():
-    """Each from the windows of all, whatever the others' epochs are; and others' roles apart."""
+    """Each from the windows of all, at any epochs of the others; and other roles apart."""
     planner = Planner()
     groups = GroupControllers(lambda forecast: controller(planner, forecast=forecast))
 
@@ -389,6 +389,6 @@ def test_the_explanation_is_text_too():
     there.answer(meeting(placement_of(2)))
     there.answer(told(1, 2))
     text = str(explained(there))
-    assert "moving: placement 1, followed by all ranks: 0, copies to move: 5" in text
+    assert "moving: placement 1, followed by all ranks: 0, copies and slots to move: 5" in text
     assert "published: by itself: placement 1; balance 0.750 -> 0.875, saves 3e+06 us" in text
     assert "for 1e+06 us of moving 5 copies" in text

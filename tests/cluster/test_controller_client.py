@@ -510,7 +510,7 @@ def test_what_a_rank_can_not_follow_is_told(run: Run, caplog: pytest.LogCaptureF
             worker = ranks.members[1]
             worker.handle = cast(WorkerHandle, FakeController(FakeBackend()))
             controller_client.take_rejection(worker, "it is for 3 ranks")
-            assert controller_client.stats().refused == 1
+            assert controller_client.stats().placements_rejected == 1
 
     run(scenario())
     assert "rank 1 (node fake, controller 0) does not follow a placement: it is for 3 ranks" in caplog.text

@@ -1,4 +1,4 @@
-"""What hand-overs may copy between two steps: a share of the step's time, at the speed that copies have."""
+"""The bytes that hand-overs may copy between two steps: a share of the step's time, at the speed that copies have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The driver's side of a hand-over: who is told what, whichever message comes last."""
+"""The driver's side of a hand-over: its messages to both ranks, in any order of theirs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a driver finds of the last one's ranks on a real Ray: it adopts them, but for those that were to be ended."""
+"""On a real Ray, a driver adopts the last one's ranks, but for those that were to be ended."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def token_texts(answer: bytes) -> list[str]:
 
 
 def token_text(token: int) -> str:
-    """A token's text, as ``byte_level`` and OpenAI's API have it: token b is byte b, and others are words."""
+    """A token's text, as in ``byte_level`` and OpenAI's API: token b is byte b, and others are words."""
     return WORDS[token - 256] if token >= 256 else chr(token) if token < 128 else f"bytes:\\x{token:02x}"
 
 

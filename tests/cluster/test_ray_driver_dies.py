@@ -52,7 +52,7 @@ class Service:
         return socket.create_connection(("127.0.0.1", self._port), timeout=PATIENCE_S)
 
     def text(self) -> str:
-        """What it answers to the test's request."""
+        """Its answer to the test's request."""
         with self.connect() as connection:
             connection.sendall(raw_request(COMPLETIONS, BODY | {"stream": True}))
             found = read_until(connection, b"data: [DONE]\n\n")

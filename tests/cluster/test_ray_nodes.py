@@ -174,7 +174,7 @@ def test_too_many_ranks_are_refused_with_who_holds_the_rest(ray_nodes: RayNodes)
 
 
 def test_an_environment_can_be_had_of_a_node_without_agents(ray_nodes: RayNodes):
-    """What stands in for the agent becomes it, and what asked first is answered."""
+    """The stand-in becomes the agent, and the first question is answered."""
     with drive(ranks=0, address=ray_nodes.address):
         look = ray.remote(lambda: os.environ["OF_THE_TEST"]).options(runtime_env={"env_vars": {"OF_THE_TEST": "one"}})
         assert ray.get(look.remote(), timeout=PATIENCE_S) == "one"

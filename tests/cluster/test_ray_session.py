@@ -33,7 +33,7 @@ from tests.support.rank_helpers import PATIENCE_S
 from tests.support.ray_driver import pids_below
 from tests.support.ray_helpers import RayNodes, drive
 
-# A process with a backend and a worker, which ends as Ctrl-C has it.
+# A process with a backend and a worker, which ends as by Ctrl-C.
 DRIVER = """
 import threading
 import ray
@@ -121,7 +121,7 @@ def short_folder(ray_tokens: None) -> Iterator[Path]:
 
 
 def shared_memory(process: psutil.Process) -> set[str]:
-    """What a process has mapped of the shared memory that would outlive it."""
+    """The shared memory that a process has mapped and that would outlive it."""
     mapped = {line.split(maxsplit=5)[-1] for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines()}
     return {path for path in mapped if path.startswith("/dev/shm/") and not path.endswith("(deleted)")}
 
@@ -310,7 +310,7 @@ def lock_huge(folder: Path) -> None:
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What everybody's folder for temporary files is, for a while."""
+    """For a while, all users' folder for temporary files."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(processes, "_LONGEST_ROOT", 1000)
     return tmp_path

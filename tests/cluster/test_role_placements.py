@@ -1,4 +1,4 @@
-"""What one controller makes of a prefill group's windows and of a decode group's: both have experts of the same shares."""
+"""One controller's placements for a prefill group and a decode group, whose experts have the same shares."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Groups with roles: prompts are computed in one, decoded in another. Whatever is lost in between, tokens are the model's."""
+"""Groups with roles: prompts are computed in one, decoded in another. After any loss in between, tokens are the model's."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_prompts_and_decoding_run_apart(opened: tuple[Cluster, FakeBackend], fol
 
 
 def test_drawn_and_constrained_texts_go_on(opened: tuple[Cluster, FakeBackend], open_cluster: Open):
-    """What is drawn depends on seed and position, a stop string on the text: neither on the rank."""
+    """Draws depend on seed and position, a stop string on the text: neither on the rank."""
     cluster, _ = opened
     alone, _ = open_cluster(ranks=1)
     for settings in ({"temperature": 1.3, "seed": 7, "presence_penalty": 0.5}, {"temperature": 0.9, "seed": 2, "logprobs": 2}):
@@ -162,7 +162,7 @@ def meets(cluster: Cluster, trouble: Trouble, serve: Callable[[], object]) -> bo
 @BOTH
 @pytest.mark.parametrize("source", [True, False])
 def test_a_cut_connection_costs_nothing(opened: tuple[Cluster, FakeBackend], folder: Path, source: bool):
-    """At whichever message: the request goes on where it was, and moves later."""
+    """At any message: the request goes on where it was, and moves later."""
     cluster, backend = opened
 
     def serve() -> None:

@@ -361,7 +361,7 @@ def test_an_ended_request_is_awaited_but_not_told_of():
 
 
 class Books(RuleBasedStateMachine):
-    """Requests come, are served, cancelled and moved as chance has it; each of them ends exactly once."""
+    """Requests come, are served, cancelled and moved at random; each of them ends exactly once."""
 
     @initialize()
     def begin(self) -> None:
@@ -372,7 +372,7 @@ class Books(RuleBasedStateMachine):
         self.paused: set[str] = set()
         self.has: dict[str, dict[str, Request]] = {worker: {} for worker in self.workers}
         self.waiting: dict[str, list[int]] = {}
-        """What the user has, of requests that aren't done for him."""
+        """The tokens that the user has got, of requests that aren't done for him."""
         self.asked: dict[str, Request] = {}
         """As they were added."""
         self.logprobs: dict[str, int] = {}
@@ -445,7 +445,7 @@ class Books(RuleBasedStateMachine):
         self.after_outputs()
 
     def after_outputs(self) -> None:
-        """What the router does with each output."""
+        """The router's use of each output."""
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())

@@ -229,7 +229,7 @@ def test_figures_tell_a_load_that_is_too_much(monkeypatch: pytest.MonkeyPatch):
     assert light.tpot_ms.p50 <= light.tpot_ms.p99 <= light.tpot_ms.max
     assert light.hand_overs > 80 and light.hand_over_ms is not None and light.hand_over_ms.p50 >= 20.0, "its messages alone"
     assert light.hand_over_bytes > 0 and 0 < light.reused < 1
-    assert light.imbalance.keys() == {"prefill", "decode"} and min(light.imbalance.values()) >= 1
+    assert light.step_skew.keys() == {"prefill", "decode"} and min(light.step_skew.values()) >= 1
     assert light.tokens_per_s == pytest.approx(20 * 30, rel=0.4), "what comes in goes out"
 
 

@@ -334,7 +334,7 @@ def test_no_step_is_made_after_the_last_reader_has_left(open_cluster: Any):
 
 
 def polled(poll: Iterator[Portion | None]) -> list[Portion]:
-    """What has come."""
+    """The events that have come."""
     found = []
     for portion in poll:
         if portion is None:

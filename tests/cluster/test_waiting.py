@@ -1,4 +1,4 @@
-"""Who waits for whom: in order for each role, never for ranks that one doesn't want, and never for ever."""
+"""Requests wait in order for each role, never for ranks of another role, and never for ever."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ ALLOWED = {
 
 @dataclass
 class Module:
-    """What a module's statements assign.
+    """The names that a module's statements assign.
 
     Attributes:
         attributes: of each class, those that it declares, and those of ``self`` that it assigns.
@@ -112,4 +112,4 @@ def strangers() -> dict[str, set[str]]:
 def test_no_object_is_finished_from_elsewhere():
     found, known = strangers(), RECORDS.keys() | FOREIGN.keys()
     assert set().union(*(places for name, places in found.items() if name not in known)) == ALLOWED.keys()
-    assert known <= found.keys(), "names that nobody needs"
+    assert known <= found.keys(), "names that aren't needed"

@@ -72,7 +72,7 @@ def test_test_names_are_short():
 
 
 def test_test_modules_import_no_test_module():
-    """What tests share is in tests/support."""
+    """Shared code of tests is in tests/support."""
     for path in files("tests"):
         strangers = [name for name in imports(path) if re.match(r"tests\.(?!support)", name)]
         assert not strangers, f"{path.relative_to(ROOT)} imports {strangers}"

@@ -1,4 +1,4 @@
-"""What is used of Ray's internals, and why; a new version of Ray has to have all of it."""
+"""The internals of Ray that are used, and why; a new version of Ray has to have all of them."""
 
 from __future__ import annotations
 

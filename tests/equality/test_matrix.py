@@ -120,7 +120,7 @@ def test_equal(name: str, mode: str, checkpoint: Callable[[str], Path], shared_s
 
 
 def layout_of(name: str) -> object:
-    """What the code that runs experts tells architectures apart by."""
+    """The properties by which the code that runs experts tells architectures apart."""
     tiny, flags = zoo.ZOO[name], ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
     architecture = getattr(transformers, tiny.architecture)
     with torch.device("meta"):

@@ -32,7 +32,7 @@ KINDS = {
     "modelopt-qwen3_moe-FP8_DEFAULT_CFG": "e4m3",
     "modelopt-qwen3_moe-NVFP4_DEFAULT_CFG": "e2m1",
 }
-"""What an expert's codes are, by checkpoint."""
+"""The kind of an expert's codes, by checkpoint."""
 
 
 def test_every_checkpoint_is_tried():

@@ -236,7 +236,7 @@ def test_contract_latents_are_expanded_right_before_attention(name: str, monkeyp
 
 
 def tensors(sizes: Sizes, heads: int, queries: int, keys: int, rows: int = 1) -> Iterator[torch.Tensor]:
-    """What ``_absorbed`` and ``_expanded`` take, on the meta device."""
+    """The arguments of ``_absorbed`` and ``_expanded``, on the meta device."""
     yield torch.empty(rows, heads, queries, sizes.nope + sizes.rotary, device="meta")
     yield torch.empty(rows, keys, sizes.latent, device="meta")
     yield torch.empty(rows, keys, sizes.rotary, device="meta")

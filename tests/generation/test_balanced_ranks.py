@@ -34,7 +34,7 @@ def serve_on_gloo(rank: Rank, folder: Path, cache_dir: Path) -> list[tuple[dict[
     model = epslots.load(
         folder, slots=3, device="cpu", dtype="float32", progress=False, cache_dir=cache_dir, group=rank.transport()
     )
-    ChunkSize._least_worth = lambda *_: 8  # type: ignore[method-assign]  # whatever this machine's steps take
+    ChunkSize._least_worth = lambda *_: 8  # type: ignore[method-assign]  # at any speed of this machine
     found = []
     for cache in ("rows", "pages"):
         for decide in (lambda _: None, balanced_chunk):
@@ -62,5 +62,5 @@ def test_ranks_on_gloo_wait_less_for_each_other(checkpoint: Checkpoints, cache_d
     engines = [sum_engines([found[case][1] for found in results]) for case in range(4)]
     computed = sum(map(sum, LENGTHS)) + sum(map(len, LENGTHS)) * (NEW - 1)
     assert [engine.step_tokens for engine in engines] == [computed] * 4
-    rows, rows_balanced, pages, pages_balanced = (engine.imbalance for engine in engines)
+    rows, rows_balanced, pages, pages_balanced = (engine.step_skew for engine in engines)
     assert rows_balanced < rows and pages_balanced < pages

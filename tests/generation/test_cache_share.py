@@ -1,4 +1,4 @@
-"""Who gets a level of slots, the cache or the experts: by seconds of a window, with bounds and patience."""
+"""A level of slots goes to the cache or to the experts: by seconds of a window, with bounds and patience."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the memory plan grants, the engine allocates, to the byte: rows and pages of every architecture that can be planned."""
+"""The engine allocates the bytes that the memory plan grants: rows and pages of every architecture that can be planned."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Exchange(RuleBasedStateMachine):
         self.written, self.address = 0, self.pool.memory.data_ptr()
 
     def entry(self, tensor: CacheTensor, numbers: list[int]) -> torch.Tensor:
-        """What tokens with these numbers have in a tensor."""
+        """The values of tokens with these numbers in a tensor."""
         values = torch.tensor(numbers).view(-1, *[1] * len(tensor.shape)).expand(-1, *tensor.shape)
         return (values % 200).to(getattr(torch, tensor.dtype))
 

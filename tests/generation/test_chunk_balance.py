@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epslots.generation.chunk_balance import MOST_IMBALANCE, balanced_chunk
+from epslots.generation.chunk_balance import MOST_SKEW, balanced_chunk
 from epslots.generation.chunk_size import LEAST_PACE, ChunkSize
 from epslots.generation.row_plan import RowState, following_prompt_tokens, next_batch
 
 
-def imbalance(waiting: list[int], chunk: int) -> float:
+def skew(waiting: list[int], chunk: int) -> float:
     """Of the ranks that have prompts."""
     chunks = [min(tokens, chunk) for tokens in waiting if tokens]
     return max(chunks) / mean(chunks)
@@ -25,11 +25,11 @@ def test_the_longest_balanced_chunk_is_chosen(waiting: list[int]):
     chunk = balanced_chunk(waiting)
     longest = max(waiting, default=0)
     if chunk is None:
-        assert not longest or imbalance(waiting, longest) <= MOST_IMBALANCE * (1 + 1e-9)
+        assert not longest or skew(waiting, longest) <= MOST_SKEW * (1 + 1e-9)
     else:
         assert 0 < chunk < longest
-        assert imbalance(waiting, chunk) <= MOST_IMBALANCE * (1 + 1e-9)
-        assert imbalance(waiting, chunk + 1) > MOST_IMBALANCE * (1 - 1e-9)
+        assert skew(waiting, chunk) <= MOST_SKEW * (1 + 1e-9)
+        assert skew(waiting, chunk + 1) > MOST_SKEW * (1 - 1e-9)
     assert balanced_chunk(sorted(waiting)) == balanced_chunk([0, *reversed(waiting)]) == chunk
 
 

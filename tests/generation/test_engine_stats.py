@@ -32,11 +32,11 @@ def test_sums_over_ranks():
     assert sum_engines([]).kv_usage == 0
 
 
-def test_imbalance_is_the_longest_over_the_mean():
+def test_step_skew_is_the_longest_over_the_mean():
     """Of all steps together: 10 and 2 tokens, then 4 and 4."""
     total = sum_engines([stats(step_tokens=14, longest_tokens=14), stats(step_tokens=6, longest_tokens=14)])
-    assert total.imbalance == (10 + 4) / (6 + 4)
-    assert sum_engines([]).imbalance == 0
+    assert total.step_skew == (10 + 4) / (6 + 4)
+    assert sum_engines([]).step_skew == 0
 
 
 def test_numbers_survive_json():

@@ -1,4 +1,4 @@
-"""What bounds the exchange of cache and experts: room that can't be had, rows in the way, slots that can't be filled."""
+"""Bounds of the exchange of cache and experts: room that can't be had, rows in the way, slots that can't be filled."""
 
 from __future__ import annotations
 

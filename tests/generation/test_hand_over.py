@@ -90,7 +90,7 @@ def test_tokens_go_on_as_they_were(name: str, kind: str):
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_a_cache_travels_while_it_is_computed(name: str, kind: str):
-    """What is read after a step is final, or comes with the last token: windows, and states that steps change in place."""
+    """Parts read after a step are final, or come with the last token: windows, and states that steps change in place."""
     expected = {request.id: drawn(model_of(name), request) for request in (LONG, MATES[0])}
     try:
         source, target = opened(name, kind), opened(name, kind)
@@ -190,7 +190,7 @@ class TestRoom:
         assert is_empty(source) and is_empty(target)
 
     def test_a_held_place_is_given_up_for_others(self, kind: str):
-        """A request that is first in turn goes on, whatever is held; the held one is computed again."""
+        """A request that is first in turn goes on though another is held; the held one is computed again."""
         first, held = Request("first", prompt_of(20), 60), Request("held", prompt_of(30), 20)
         source = opened(self.name, kind, kv_tokens=96, prefix_cache=False)
         here = decode(source, [first, held], 1)
@@ -208,7 +208,7 @@ class TestRoom:
 
     @pytest.mark.parametrize("prepared", [False, True])
     def test_a_forgotten_request_may_come_back_at_once(self, kind: str, prepared: bool):
-        """Under its old id, whether it was held or is in a step that stands; nothing is said of its first end."""
+        """Under its old id, whether it was held or is in a step that is kept; nothing is said of its first end."""
         source = opened(self.name, kind)
         here = decode(source, [GREEDY, DRAWN], 2)
         assert source.prepare() if prepared else source.hold("greedy") is not None

@@ -89,7 +89,7 @@ class Got:
 
 
 class Plain:
-    """What plain transformers and the formulas make of each request alone."""
+    """Each request's output alone, by plain transformers and the formulas."""
 
     def __init__(self, model: PreTrainedModel, requests: Sequence[Request]) -> None:
         self.model, self.requests = model, {request.id: request for request in requests}

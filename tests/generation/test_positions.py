@@ -128,7 +128,7 @@ def test_a_batch_invariant_model_computes_its_angles_too(kind: str, expected: di
 
 
 def test_steps_that_are_made_again_change_nothing(kind: str, expected: dict[str, list[int]]):
-    """What was computed before the border was crossed keeps its angles, though all of it is computed anew."""
+    """Keys that were computed before the border was crossed keep their angles, though all are computed anew."""
     model = build(kind)
     batcher, crossing = batcher_for(model, kv_tokens=256), REQUESTS[2]
     batcher.add(crossing)

@@ -170,7 +170,7 @@ def test_a_sibling_of_a_cancelled_request_goes_on(built: Callable[[str], PreTrai
     batcher.close()
 
 
-def test_the_longest_unused_pages_give_way_first(built: Callable[[str], PreTrainedModel]):
+def test_the_longest_unused_pages_are_evicted_first(built: Callable[[str], PreTrainedModel]):
     """A beginning that is used again and again stays, however many other prompts come by."""
     model = built("mixtral")
     batcher = PagedBatcher(model, kv_tokens=160)
@@ -185,7 +185,7 @@ def test_the_longest_unused_pages_give_way_first(built: Callable[[str], PreTrain
     batcher.close()
 
 
-def test_of_one_request_the_last_pages_give_way_first(built: Callable[[str], PreTrainedModel]):
+def test_of_one_request_the_last_pages_are_evicted_first(built: Callable[[str], PreTrainedModel]):
     batcher = PagedBatcher(built("mixtral"), kv_tokens=96)
     finish(batcher, [Request("long", prompt_of(81), 1)])
     finish(batcher, [Request("other", prompt_of(33, seed=5), 1)])

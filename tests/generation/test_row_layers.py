@@ -1,4 +1,4 @@
-"""What pooled layers read and keep in a step: the past without the step's own tokens, and each state once."""
+"""The reads and writes of pooled layers in a step: the past without the step's own tokens, and each state once."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Case:
         return Guilt(self.model, self._token, self._layer, number)
 
     def text(self, number: float) -> list[int]:
-        """What ``generate`` makes of the request then."""
+        """The tokens of ``generate`` for the request then."""
         guilt = self.guilt(number)
         try:
             return generated(self.model, self.guilty)

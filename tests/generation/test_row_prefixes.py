@@ -142,7 +142,7 @@ def test_a_conversation_goes_on_from_its_own_row(name: str, rows: int):
     batcher.close()
 
 
-def test_kept_rows_give_way_to_requests():
+def test_kept_rows_are_evicted_for_requests():
     model = MODELS["deepseek_v3"].build()
     requests = [Request(f"r{i}", prompt_of(length, seed=i), 9) for i, length in enumerate((40, 30, 50, 20, 55, 48, 3))]
     batcher = RowBatcher(model, kv_tokens=64, max_requests=2, max_batch_tokens=32)
@@ -154,7 +154,7 @@ def test_kept_rows_give_way_to_requests():
 
 
 def test_a_kept_row_is_cut_where_tokens_are_short():
-    """The end of "first" gives way to "second", while "beside" holds the other row; its beginning is shared."""
+    """The end of "first" is evicted for "second", while "beside" holds the other row; its beginning is shared."""
     model = MODELS["deepseek_v3"].build()
     requests = [Request("first", (*COMMON, *prompt_of(20, seed=1)), 2), Request("beside", prompt_of(6), 30)]
     requests.append(Request("second", (*COMMON, *prompt_of(30, seed=2)), 5))

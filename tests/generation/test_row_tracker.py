@@ -85,7 +85,7 @@ def asked_in_each_step(model: PreTrainedModel) -> Watched:
 
 
 def hidden_alone(model: PreTrainedModel, ids: tuple[int, ...]) -> torch.Tensor:
-    """What the layer's experts are given of a sequence that runs alone, [T, H]."""
+    """The inputs of the layer's experts for a sequence that runs alone, [T, H]."""
     seen: list[torch.Tensor] = []
     module = list(zoo.experts_modules(model).values())[LAYER]
     handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2)))
@@ -96,7 +96,7 @@ def hidden_alone(model: PreTrainedModel, ids: tuple[int, ...]) -> torch.Tensor:
 
 
 def positions(batcher: Batcher) -> list[tuple[str, int]]:
-    """Whose the rows of the prepared batch are: (request, place in its sequence)."""
+    """The (request, place in its sequence) of each row of the prepared batch."""
     if isinstance(batcher, RowBatcher):
         assert batcher._isolation is not None and batcher._batch is not None
         width = batcher._batch.width

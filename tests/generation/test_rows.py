@@ -46,7 +46,7 @@ def build(name: str) -> PreTrainedModel:
 
 @cache
 def tokens_of(name: str, length: int) -> list[int]:
-    """What ``generate`` makes of ``prompt_of(length)``: a request of fewer new tokens gets their beginning."""
+    """The tokens of ``generate`` for ``prompt_of(length)``: a request of fewer new tokens gets their beginning."""
     return generated(model_of(name), Request("alone", prompt_of(length), MOST_NEW))
 
 

@@ -1,4 +1,4 @@
-"""What a process may use of its machine: the tightest of all limits that can be seen, in fake trees of control groups."""
+"""A process's limits on its machine: the tightest of all limits that can be seen, in fake trees of control groups."""
 
 from __future__ import annotations
 

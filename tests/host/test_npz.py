@@ -151,7 +151,9 @@ def test_what_is_small_may_be_packed_tightly(tmp_path: Path):
 def test_more_than_there_is_memory_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_is_made: None):
     monkeypatch.setattr("epslots.npz.tightest_memory_limit", lambda: MemoryLimit("the cgroup", "/job", 4 * MIB, MIB))
     np.savez(tmp_path / "a.npz", ids=np.zeros(MIB, np.int16))
-    with pytest.raises(ConfigError, match=r"holds arrays of 2 MiB; allowed: what is free, 1 MiB free of the cgroup's 4 MiB"):
+    with pytest.raises(
+        ConfigError, match=r"holds arrays of 2 MiB; allowed: the free memory, 1 MiB free of the cgroup's 4 MiB"
+    ):
         read_arrays(tmp_path / "a.npz", "a trace")
 
 

@@ -21,7 +21,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 class WriteOnly:
-    """What a program puts in the place of a stream, with one method."""
+    """A program's replacement of a stream, with one method."""
 
     def __init__(self) -> None:
         self.text = ""

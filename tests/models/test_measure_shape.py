@@ -53,7 +53,7 @@ def cache_of(model: PreTrainedModel, tokens: int, rows: int = 1) -> Any:
 
 
 def kept(cache: Any, record: CacheTensor) -> torch.Tensor:
-    """The tensor in a model's cache that a record describes."""
+    """The tensor in a model's cache that a ``CacheTensor`` describes."""
     holder = cache if record.layer == OF_THE_CACHE else cache.layers[record.layer]
     value = getattr(holder, record.path[0])
     for key in record.path[1:]:

@@ -78,7 +78,7 @@ def test_in_whatever_order_experts_are_named(checkpoint: Checkpoints, cache_dir:
 
 
 def test_results_enter_those_of_the_step(checkpoint: Checkpoints, cache_dir: Path):
-    """What others computed stays; ids beyond the last expert, and experts without a pair, are passed over."""
+    """Others' results stay; ids beyond the last expert, and experts without a pair, are passed over."""
     layer = Layer(checkpoint("mixtral"), cache_dir)
     rows, ids = layer.random_rows(6, experts=4)
     ids[3] = layer.spec.num_experts

@@ -183,7 +183,7 @@ def test_a_kernel_gemm_equals_torchs(name: str):
     ],
 )
 def test_each_gpu_has_its_product(gpu: str, dtype: torch.dtype, product: Product, monkeypatch: pytest.MonkeyPatch):
-    """What torch has a kernel for is torch's; the rest is ours, where Triton is there."""
+    """Torch's kernel where it has one; else ours, where Triton is there."""
     with simulated_gpus(gpu):
         weights = {name: torch.zeros(2, 16, 16, dtype=dtype, device="cuda") for name in ("gate_up_proj", "down_proj")}
         assert choose_product(list(weights.values())) is product

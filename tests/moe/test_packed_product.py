@@ -187,7 +187,7 @@ def other_defaults() -> Iterator[None]:
 
 
 def test_defaults_at_import_and_in_calls_are_not_read():
-    """What loops read is float32 on the CPU, though the module is first imported under a model's defaults."""
+    """Loops read float32 on the CPU, though the module is first imported under a model's defaults."""
     spec = importlib.util.find_spec(packed_product.__name__)
     assert spec is not None and spec.loader is not None
     again = importlib.util.module_from_spec(spec)

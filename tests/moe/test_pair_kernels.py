@@ -130,7 +130,7 @@ def test_pairs_behind_the_last_key_are_sorted_too(kind: str):
 
 @pytest.mark.skipif(INTERPRETER, reason="compiled loops")
 def test_compiled_loops_read_long_integers_alone():
-    """Others are sorted by torch; and what the loops write is on the CPU, whatever the default device."""
+    """Others are sorted by torch; and the loops' results are on the CPU, under any default device."""
     ids, key_E, keys = torch.tensor([2, 0, 1, 2]), torch.arange(3), Keys.between(0, 3, CPU)
     compiled = kernels(3, "compiled")
     wanted = compiled.sort(ids, key_E, keys, 2, absent=False)

@@ -1,4 +1,4 @@
-"""A layer's step is the phases that ``moe_layer.py`` lists, in that order, whoever takes part and whoever holds what."""
+"""A layer's step is the phases that ``moe_layer.py`` lists, in that order, for any ranks and any residents."""
 
 from __future__ import annotations
 

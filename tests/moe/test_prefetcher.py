@@ -389,7 +389,7 @@ def test_an_interrupted_wait_leaves_the_model_as_it_was(at: int, checkpoint: Che
 
 
 class TestMemory:
-    """What the plan leaves for the predictor is what it takes."""
+    """The predictor takes the memory that the plan leaves for it."""
 
     def _taken(self, model: PreTrainedModel) -> int:
         """Bytes of the estimators' tensors that aren't the model's own."""

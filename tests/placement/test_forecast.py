@@ -17,7 +17,7 @@ def topic(seed: int) -> np.ndarray:
 
 
 def after(*topics: int, pairs: int = PAIRS, seed: int = 0) -> ExpectedLoad:
-    """What is expected after windows of these topics."""
+    """The load that is expected after windows of these topics."""
     random, forecast = np.random.default_rng(seed), Forecast()
     for number in topics:
         window = random.multinomial(pairs, topic(number))

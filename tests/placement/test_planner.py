@@ -129,7 +129,7 @@ def test_copies_lie_on_different_nodes_and_nodes_are_level():
     loads = random.integers(10, 1000, (8, 24))
 
     def apart(**settings: bool) -> float:
-        """The share of replicated experts that are on both nodes; and how level nodes are."""
+        """The share of replicated experts that are on both nodes; and how equally nodes are loaded."""
         held = holders(propose(start([24] * 8, 8, 4), certain(loads, 1), hardware(8, nodes=2), **settings).placement)
         by_node = held.reshape(8, 2, 4, 24).sum(2)
         node_loads = rank_loads(held, loads).reshape(8, 2, 4).sum(2)
@@ -248,7 +248,7 @@ def test_every_change_of_the_sum_is_what_it_is_computed_to_be():
     search = Search(
         slots_of(held, room), np.repeat(np.arange(ranks), room), np.ones((layers, ranks * room), bool), field, held
     )
-    first = search.imbalance()
+    first = search.excess()
     moves = search.improve(np.zeros(layers), 50, 2)
     found = search.holds_LRE[:, :, :experts]
     shares = found / found.sum(1, keepdims=True)
@@ -258,8 +258,8 @@ def test_every_change_of_the_sum_is_what_it_is_computed_to_be():
     by_node = np.diagonal(nodes, axis1=1, axis2=2) / np.array([3.5, 2.5])
     total = by_rank + 0.7 * by_node.sum(1)
     level = spread_factor(ranks) * np.sqrt((total - 1.7 * ranks) / ranks)
-    assert (moves > 5).all() and (search.imbalance() < 0.7 * first).all()
-    assert search.imbalance() == pytest.approx(level)
+    assert (moves > 5).all() and (search.excess() < 0.7 * first).all()
+    assert search.excess() == pytest.approx(level)
     assert (found.sum(2) <= room).all() and found.any(1).all()
     lying = np.sort(search.expert_LS.reshape(layers, ranks, room), axis=2)
     assert np.array_equal(lying, np.sort(slots_of(found, room).reshape(layers, ranks, room), axis=2))

@@ -60,7 +60,7 @@ def test_each_group_expects_its_own_traffic(pairs: list[int]):
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60))
 def test_an_idle_group_keeps_no_window_waiting(order: list[int]):
-    """Whichever group has windows when: a group's last window is learned from with its next one, at the latest."""
+    """In any order of the groups' windows: a group's last window is learned from with its next one, at the latest."""
     pooled, added = PooledForecast(), list[int]()
     pooled._forecast.add = lambda tokens, *_: added.append(int(tokens.sum()))  # type: ignore[method-assign]
     one = np.ones((1, 2), np.int64)

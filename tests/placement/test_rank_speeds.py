@@ -1,4 +1,4 @@
-"""Speeds of ranks, learned from their windows: whatever their share of the work; and placements that follow them."""
+"""Speeds of ranks, learned from their windows, at any share of the work; and placements that follow from them."""
 
 from __future__ import annotations
 

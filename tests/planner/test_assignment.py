@@ -110,7 +110,7 @@ def test_replicas_share_their_tokens_and_own_tokens_stay():
     assert np.ptp(found.computed_RU) <= COSTS.expert_compute / COSTS.pair_compute
     few = np.array([[3], [1], [0]])
     found = assign(few, holds(3, 1, (0, 0), (1, 0)), np.ones(3, int), np.zeros(1, int), COSTS)
-    assert found.computed_RU.tolist() == few.tolist(), "nothing to level: all stays"
+    assert found.computed_RU.tolist() == few.tolist(), "all stays: an equal split would save too little"
 
 
 def test_a_swamped_rank_sheds_to_one_that_copies_from_it():

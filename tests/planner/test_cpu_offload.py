@@ -1,4 +1,4 @@
-"""Which misses the host's CPU computes: cheaper than fetching, until that has cost as much; level with a concurrent link."""
+"""Which misses the host's CPU computes: cheaper than fetching, until that has cost as much; as long as a concurrent link."""
 
 from __future__ import annotations
 

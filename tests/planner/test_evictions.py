@@ -1,4 +1,4 @@
-"""Who holds what after a step, for all ranks at once."""
+"""The residents of all ranks after a step."""
 
 from __future__ import annotations
 

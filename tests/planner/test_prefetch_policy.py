@@ -1,4 +1,4 @@
-"""What is fetched ahead, and when that ends: likely, absent, at home, within all bounds, never in the place of the likely."""
+"""Prefetches: of likely and absent experts, at home, within all bounds, never in the place of likelier ones; their end."""
 
 from __future__ import annotations
 

@@ -268,7 +268,7 @@ def test_a_caller_says_what_follows_what():
 
 
 def test_rows_kept_in_place_follow_their_own():
-    """A captured step reads and writes the same memory, whichever requests it has; a repeated row changes nothing."""
+    """A captured step reads and writes the same memory, for any requests; a repeated row changes nothing."""
     estimator = fitted(history=True)
     found, steps = predictor(estimator), torch.randn(3, 3, 5)
     found.keep_rows_at(torch.tensor([2, 0]), 4)

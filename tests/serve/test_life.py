@@ -248,7 +248,7 @@ def test_draining_lets_running_requests_end():
 
 
 def test_draining_has_its_time():
-    """What runs longer gets an error that says to try again."""
+    """Requests that run longer get an error that says to try again."""
     with ScriptedCluster(WORDS, held=True) as cluster, serving(cluster, drain_s=0) as client:
         with client.asking(COMPLETIONS, LONG | {"stream": True}) as stream:
             cluster.wait_for(lambda: len(cluster.requests) == 1)

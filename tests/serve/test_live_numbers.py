@@ -164,10 +164,10 @@ def test_a_frame_without_ranks(busy: BusyCluster):
 @pytest.mark.parametrize(
     ("version", "left", "words"),
     [
-        (0, 0, "The ranks follow the default placement, fully."),
-        (7, 0, "The ranks follow placement 7, fully."),
-        (7, 1, "The ranks follow placement 7; 1 copy still to move."),
-        (7, 12, "The ranks follow placement 7; 12 copies still to move."),
+        (0, 0, "The ranks follow the default placement, and have reached it."),
+        (7, 0, "The ranks follow placement 7, and have reached it."),
+        (7, 1, "The ranks follow placement 7; 1 copy or slot still to move."),
+        (7, 12, "The ranks follow placement 7; 12 copies and slots still to move."),
     ],
 )
 def test_the_placement_in_words(busy: BusyCluster, version: int, left: int, words: str):
@@ -199,8 +199,10 @@ def test_each_group_has_a_paragraph():
         stats = cluster.stats()
         late = tuple(replace(rank, placement=6, pending_migrations=3) if rank.rank == 3 else rank for rank in stats.ranks)
         prefill, decode = placement_words(replace(stats, ranks=late), [None, cluster.explain(1)])
-    assert prefill == "Group 0, prefill: The ranks follow placement 7, fully. The controller watches the load."
-    assert decode.startswith("Group 1, decode: The ranks follow placement 6; 3 copies still to move. Placement 8 was")
+    assert prefill == "Group 0, prefill: The ranks follow placement 7, and have reached it. The controller watches the load."
+    assert decode.startswith(
+        "Group 1, decode: The ranks follow placement 6; 3 copies and slots still to move. Placement 8 was"
+    )
     assert decode.endswith("The controller watches the load.")
     with BusyCluster((2, 1, 8), roles=("mixed", "mixed")) as cluster:
         words = placement_words(replace(cluster.stats(), controllers=()), ())

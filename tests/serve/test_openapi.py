@@ -78,7 +78,7 @@ def test_plain_answers_are_of_the_pages_types(client: Client, page: dict[str, An
 
 
 def test_requests_are_of_the_pages_types(page: dict[str, Any]):
-    """What is accepted is valid by the page, and what isn't is not."""
+    """Accepted bodies are valid by the page, and refused ones aren't."""
     for path, body in BODIES:
         name = "CompletionRequest" if path == COMPLETIONS else "ChatRequest"
         holds(page, name, body)

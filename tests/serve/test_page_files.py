@@ -70,7 +70,7 @@ def test_nothing_comes_from_elsewhere_or_stands_inline():
 
 
 def test_text_never_becomes_markup():
-    """What the model, users and other machines wrote is set as text alone."""
+    """Words of the model, of users and of other machines are set as text alone."""
     for file in (*SCRIPTS, STATIC / "vendor/uPlot.iife.min.js"):
         code = file.read_text()
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", code), file.name

@@ -1,4 +1,4 @@
-"""Who is let in, and what strangers can't do: keys, hosts, origins, sizes, times."""
+"""The service's bounds for strangers: keys, hosts, origins, sizes, times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a decoded layer may cost: kernels of ours, host synchronisations, uploads, and what its computing waits for.
+"""The budget of a decoded layer: kernels of ours, host synchronisations, uploads, and the waits of its computing.
 
 The model has the operations of Qwen3-MoE on an H100 in bf16. The figures are today's: they may only be lowered.
 """
@@ -72,7 +72,7 @@ def test_misses_wait_for_the_counts_alone(checkpoint: Callable[[str], Path], sha
 
 @pytest.mark.parametrize(("slots", "most"), [("100%", 11), ("50%", 18)])
 def test_a_layer_of_a_captured_step(slots: str, most: int, checkpoint: Callable[[str], Path], shared_stores: Path):
-    """What a layer more costs an engine: four kernels are the row cache's, for keys and values, the others the experts'."""
+    """The cost of a further layer: four kernels are the row cache's, for keys and values, the others the experts'."""
     kernels = []
     for name in ("qwen3_moe_short", "qwen3_moe"):
         with simulated_gpus("h100") as gpu:
@@ -91,7 +91,7 @@ def test_a_layer_of_a_captured_step(slots: str, most: int, checkpoint: Callable[
 
 
 def test_a_complete_layer_never_waits(checkpoint: Callable[[str], Path], shared_stores: Path):
-    """Also where the next one may miss: its guesses come to the host while the layer's kernels are queued."""
+    """Also where the next one may miss: its predictions come to the host while the layer's kernels are queued."""
     with simulated_gpus("h100") as gpu:
         model = qwen(checkpoint("qwen3_moe"), shared_stores, f"{47 * 64 * 32 * 3 * 2}B")
         complete = [runner.cache.holds_all for runner in runtime_of(model).runners]
@@ -139,12 +139,12 @@ def test_compute_never_waits_for_a_dropped_guess(gpu: SimulatedMachine):
     """Its copy can't be taken back; but the next copy into the slot is all that comes after it."""
     engine = CudaEngine(torch.device("cuda:0"))
     slots = [torch.zeros(5 * MB, dtype=torch.uint8, device="cuda") for _ in range(2)]
-    guess, record = (torch.full((5 * MB,), value, dtype=torch.uint8).pin_memory() for value in (1, 2))
+    prefetch, record = (torch.full((5 * MB,), value, dtype=torch.uint8).pin_memory() for value in (1, 2))
     torch.cuda.synchronize()
 
-    (guessed,) = engine.start(slots[:1], [guess], put, urgent=False)
+    (prefetched,) = engine.start(slots[:1], [prefetch], put, urgent=False)
     began = gpu.now_s
-    assert engine.cancel(guessed)
+    assert engine.cancel(prefetched)
     other = torch.ones(1, device="cuda").item()
     assert other == 1 and gpu.now_s - began < 5e-3
     (needed,) = engine.start(slots[:1], [record], put, urgent=True)
@@ -159,8 +159,8 @@ def test_other_writers_come_after_a_dropped_guess(gpu: SimulatedMachine):
     engine, slot = CudaEngine(torch.device("cuda:0")), torch.zeros(5 * MB, dtype=torch.uint8, device="cuda")
     torch.cuda.synchronize()
     record = torch.ones(5 * MB, dtype=torch.uint8).pin_memory()
-    (guessed,) = engine.start([slot], [record], put, urgent=False)
-    engine.cancel(guessed)
+    (prefetched,) = engine.start([slot], [record], put, urgent=False)
+    engine.cancel(prefetched)
     engine.wait_cancelled([slot])
     slot.fill_(3)
     assert gpu.races == []

@@ -1,4 +1,4 @@
-"""What the memory plan promises against what is then asked for, counted by a device."""
+"""The memory that the plan promises, against the memory that a device then counts."""
 
 from __future__ import annotations
 

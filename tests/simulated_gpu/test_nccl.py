@@ -48,7 +48,7 @@ def gpus() -> Iterator[SimulatedMachine]:
 
 
 def on_ranks(hub: NcclHub, work: Callable[[TorchTransport], Any], deadline_s: float = PATIENCE_S) -> list[Any]:
-    """What ``work`` returns on each rank, a thread with a GPU of its own."""
+    """The results of ``work`` on each rank, a thread with a GPU of its own."""
 
     def one(local: Any) -> Any:
         device = torch.device("cuda", local.rank)

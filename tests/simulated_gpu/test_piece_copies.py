@@ -37,7 +37,7 @@ def apart(work: Callable[[], T]) -> T:
 
 
 class Copies:
-    """What was observed."""
+    """The observations."""
 
     def __init__(self) -> None:
         self.nbytes, self.seconds = 0, 0.0
@@ -70,7 +70,7 @@ class HandOver:
         self.writer = apart(lambda: PieceWriter(target.device, 2 * PIECE, self.written))
 
     def bring(self, under_way: list[ReadPiece]) -> list[torch.Tensor]:
-        """What the threads of both ends do between two steps of theirs."""
+        """The work of both ends' threads between two steps of theirs."""
 
         def carry() -> list[torch.Tensor]:
             staged = [self.writer.bring(self.reader.arrived(piece).clone()) for piece in under_way]
@@ -133,7 +133,7 @@ def break_off(source: CacheImage, target: CacheImage) -> None:
 
 
 def test_a_hand_over_that_breaks_leaves_no_copy(gpu: SimulatedMachine):
-    """Its memory is free again, whatever was under way: others use it only then."""
+    """Its memory is free again only when the copies under way have ended."""
     break_off(image_of(1)[1], image_of(2)[1])
     assert gpu.races == []
 

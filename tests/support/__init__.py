@@ -1,4 +1,4 @@
-"""What tests share: tiny models, fakes of Ray and of links, ranks as processes, drivers of state machines."""
+"""Shared parts of tests: tiny models, fakes of Ray and of links, ranks as processes, drivers of state machines."""
 
 from pathlib import Path
 

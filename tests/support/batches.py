@@ -25,7 +25,7 @@ from tests.support.remembered import Reference, remembered
 
 
 def drawn(model: PreTrainedModel, request: Request, grammar: GrammarProgress | None = None) -> list[int]:
-    """What a request's tokens have to be: drawn one by one, from the model run anew over all before.
+    """The tokens that a request has to get: drawn one by one, from the model run anew over all before.
 
     Where the tokens of a pass change one another, with a cache: the prompt is one pass, and so is each new token.
     """
@@ -50,7 +50,7 @@ def requests_of(sizes: tuple[tuple[int, int], ...], seed: int = 2) -> list[Reque
 
 
 def generated(model: PreTrainedModel | Reference, request: Request) -> list[int]:
-    """What plain transformers makes of the request alone."""
+    """The request's tokens by plain transformers, alone."""
     settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": sorted(request.stop_tokens) or None}
     ids = torch.tensor([request.prompt])
     return model.generate(ids, max_new_tokens=request.max_new_tokens, **settings)[0, len(request.prompt) :].tolist()
@@ -61,7 +61,7 @@ def expected_of(
     requests: Sequence[Request],
     make: Callable[[PreTrainedModel, Request], list[int]] = generated,
 ) -> dict[str, list[int]]:
-    """What ``make`` gives for each request, by id: computed once a session for models alike, which nothing may disturb."""
+    """The results of ``make`` for each request, by id: computed once a session for models alike, which nothing may disturb."""
     kind = type(model).__name__, model.config.to_json_string(), model.config._attn_implementation
     weights = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())).hexdigest()
     key = (*kind, getattr(model.config, "_experts_implementation", None), weights, make.__name__, requests)

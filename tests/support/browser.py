@@ -180,7 +180,7 @@ class Page:
 
     @property
     def complaints(self) -> list[str]:
-        """What scripts raised, and what the console got of errors and warnings; refusals of a content policy among them."""
+        """Errors of scripts, and the console's errors and warnings; refusals of a content policy among them."""
         self.run("0")  # what came before is here then
         found = []
         for event in self._events:

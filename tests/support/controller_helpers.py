@@ -1,4 +1,4 @@
-"""What ranks of a small model would tell a controller."""
+"""Reports of a small model's ranks to a controller."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def placement_of(ranks: int, version: int = 0, slots: int = SLOTS) -> Placement:
 
 
 def group_state_of(placement: Placement, *, epoch: int = 0, number: int = 1, **changes: Any) -> GroupState:
-    """What a rank says of a group that follows a placement."""
+    """A rank's state of a group that follows a placement."""
     usual: dict[str, Any] = {
         "number": number,
         "epoch": epoch,

@@ -66,7 +66,7 @@ def store() -> HostStore:
 
 
 def make_loader(quotas: tuple[int, ...], *, apart: bool = False) -> Any:
-    """What ``DeviceSlots`` needs of a loader. ``apart``: the device's tables are memory of their own, as on a GPU."""
+    """The part of a loader that ``DeviceSlots`` needs. ``apart``: the device's tables are memory of their own, as on a GPU."""
     pool = SlotPool([LAYERS[index] for index in STORE_LAYERS], quotas, CPU)
     if apart:
         pool.slot_of_device, pool.expert_of_device = pool.slot_of_device.clone(), pool.expert_of_device.clone()

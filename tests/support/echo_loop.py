@@ -1,4 +1,4 @@
-"""What runs in a worker's process in place of a ``RankLoop``: it says back what it is told.
+"""``EchoLoop`` runs in a worker's process in place of a ``RankLoop``: most commands are answered by themselves.
 
 torch is imported when it is needed: it would take each worker's start two seconds.
 """

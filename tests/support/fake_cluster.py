@@ -50,7 +50,7 @@ class FakeCluster:
 
 
 def answers(index: int, asked: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Result]:
-    """What a model would say, once for each choice. With the seed 13, choice 1 fails."""
+    """The words of a model, once for each choice. With the seed 13, choice 1 fails."""
     own = dict(asked)
     prompt = own.pop("prompt")
     try:

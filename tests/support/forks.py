@@ -12,7 +12,7 @@ from typing import Any
 
 
 def in_a_child(work: Callable[[], Any]) -> Any:
-    """What a function returns in a forked child; fails if the child hangs or dies."""
+    """A function's result in a forked child; fails if the child hangs or dies."""
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:

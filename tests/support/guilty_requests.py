@@ -63,7 +63,7 @@ WAYS: dict[str, Callable[[], float | Exception]] = {
 
 
 def error_of(way: str) -> str:
-    """What the guilty request's error says."""
+    """The text of the guilty request's error."""
     return "NaN or infinite" if way in ("nan", "inf") else way
 
 

@@ -1,4 +1,4 @@
-"""What modules import, read from their source."""
+"""Modules' imports, read from their source."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def compiled(kernel: Any, types: Types, constants: dict[str, Any], capability: i
 
 
 def assembled(binary: Any, capability: int, folder: Path) -> str:
-    """What NVIDIA's assembler reports about a compiled kernel: registers, stack and spills."""
+    """The report of NVIDIA's assembler about a compiled kernel: registers, stack and spills."""
     import triton
 
     code = folder / "kernel.ptx"

@@ -20,7 +20,7 @@ from tests.support.rank_helpers import FORKED
 
 
 def _worker(commands: Connection, events: Connection) -> None:
-    """What a process does: commands in the main thread, events in another, steps in a third."""
+    """A rank's process: commands in the main thread, events in another, steps in a third."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     loop = RankLoop(form_transport)

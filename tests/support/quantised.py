@@ -267,7 +267,7 @@ SCHEMES: dict[str, Scheme] = {
 
 
 def is_quantised(key: str, weight: torch.Tensor) -> bool:
-    """Projections alone, as the tools' defaults have it: no embedding, norm, router or output layer."""
+    """Projections alone, as by the tools' defaults: no embedding, norm, router or output layer."""
     return key.endswith(".weight") and weight.dim() == 2 and "_proj" in key
 
 

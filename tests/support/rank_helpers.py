@@ -55,7 +55,7 @@ class RankError(Exception):
 
 @dataclass(frozen=True)
 class Rank:
-    """What a process knows of itself: its rank among ``size``, and a folder that all ranks share."""
+    """A process's own data: its rank among ``size``, and a folder that all ranks share."""
 
     rank: int
     size: int
@@ -181,7 +181,7 @@ def until_stopped(pid: int) -> None:
 
 
 def _main(fn: Callable[..., Any], rank: Rank, args: tuple[Any, ...], timeout: float) -> None:
-    """What a process does: leave ``result<rank>`` in the folder, or ``failure<rank>`` and exit with 1."""
+    """The main function of a process: leave ``result<rank>`` in the folder, or ``failure<rank>`` and exit with 1."""
     torch.set_num_threads(1)
     warnings.filterwarnings("error", module="epslots")
     rank.end_after(timeout)

@@ -22,7 +22,7 @@ _here: dict[str, Any] = {}
 
 
 def remembered(key: object, make: Callable[[], Value]) -> Value:
-    """What ``make`` returns; from memory, or from another process's file.
+    """The result of ``make``; from memory, or from another process's file.
 
     Args:
         key: everything that the value depends on, as an object with a ``repr`` of its own.

@@ -14,7 +14,7 @@ WAITING = {
     ),
     "ray": ("tests/cluster/test_ray_",),
 }
-"""What starts Ray takes long and mostly waits, so it begins first; more than two Rays at once would be slow.
+"""The order of tests: modules that start Ray mostly wait, so they begin first; more than two Rays at once would be slow.
 
 Modules whose Ray outlives its driver (test_ray_adoption, test_ray_driver_dies) are in one group: beside each other, one's Ray
 didn't come up.
@@ -75,7 +75,7 @@ def unit_of(nodeid: str) -> str:
 
 
 class GroupScheduling(LoadScopeScheduling):
-    """What waits for Ray first, then what takes long, each in their order; then modules, those with the most tests first.
+    """Modules that wait for Ray, then those that take long, each in their order; then others, those with most tests first.
 
     With enough processes, one that has waited for Ray gets nothing else: it has left the cores to the others until then, and
     processes beyond the cores slow each other down.

@@ -1,4 +1,4 @@
-"""What forked ranks need of the heavy modules, and all that is compiled: loaded once, in the server that forks them."""
+"""The heavy modules and compiled code of forked ranks, loaded once, in the server that forks them."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def pair(checkpoint: Checkpoints, cache_dir: Path) -> Grouped:
 
 
 def errors_of(size: int, work: Callable[[LocalTransport], Any], hub: LocalHub | None = None) -> list[GroupError | None]:
-    """What each rank raised."""
+    """The error of each rank."""
 
     def one(transport: LocalTransport) -> GroupError | None:
         try:

@@ -44,7 +44,7 @@ def ends_of(
 
 
 def together(*functions: Callable[[], Any]) -> list[Any]:
-    """What functions return or raise, each in a thread of its own."""
+    """The results or errors of functions, each in a thread of its own."""
     futures: list[Future[Any]] = [Future() for _ in functions]
 
     def run(function: Callable[[], Any], future: Future[Any]) -> None:

@@ -114,7 +114,7 @@ def test_a_group_goes_on_whatever_strangers_send():
 
 
 def attacks(rank: Rank) -> None:
-    """What the stranger does, before rank 1 comes in each epoch."""
+    """The stranger's acts, before rank 1 comes in each epoch."""
     for epoch in range(EPOCHS):
         kept: list[socket.socket] = []
         addresses = ports_once_there(rank, f"forming {epoch}")

@@ -18,7 +18,7 @@ const TILES = [
   ['kv', 'KV cache', 'Share of the caches in use', (f) => (f.totals ? percent(f.totals.kv_usage) : NONE), '%', (f) => f.totals && `${count(f.totals.preempted)} preempted`],
   ['hits', 'Hit rate', 'Uses of an expert that found it in a slot', (f) => share(f.rates?.hit_rate), '%', (f) => f.totals && `${percent(f.totals.hit_rate)} % since the start`],
   ['zero', 'Zero-miss steps', 'Steps in which a rank missed in no layer', (f) => share(f.rates?.zero_miss), '%', (f) => f.totals && `${percent(f.totals.zero_miss)} % since the start`],
-  ['balance', 'Balance', 'Mean load of the ranks over the largest one’s; 1 = level', (f) => (f.totals ? f.totals.balance.toFixed(3) : NONE), '', (f) => f.rates && `${bytes(f.rates.host_bytes + f.rates.peer_bytes)}/s fetched`],
+  ['balance', 'Balance', 'Mean load of the ranks over the largest one’s; 1 = equal loads', (f) => (f.totals ? f.totals.balance.toFixed(3) : NONE), '', (f) => f.rates && `${bytes(f.rates.host_bytes + f.rates.peer_bytes)}/s fetched`],
 ];
 
 function share(value) {
