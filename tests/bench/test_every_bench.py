@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not os.environ.get("EPSLOTS_EVERY_BENCH"), reason="EPSLOTS_EVERY_BENCH=1: an hour"),
     pytest.mark.timeout(3600),
 ]
-SHORT = {"rounds": "1", "minutes": "0.2", "slots": "50%"}
+SHORT = {"rounds": "1", "minutes": "1", "slots": "50%"}
 NEEDS_A_GPU = {"gpu"}  # test_gpu_kit.py runs it on the simulated one
 
 
