@@ -58,6 +58,26 @@ def block_of(shape: torch.Size, grid: torch.Size, stated: object) -> tuple[int, 
     return rows // grid[0], columns // grid[1]
 
 
+def group_of(shape: torch.Size, grid: torch.Size, size: object, *, exact: bool) -> tuple[int, int]:
+    """The block of scales that each stand for some neighbouring inputs of one output.
+
+    Args:
+        shape: of the weights.
+        grid: of the scales.
+        size: inputs of a group, as stated; -1 and None = all.
+        exact: refuse other groups than stated; else, the shapes decide.
+
+    Raises:
+        ValueError: there is none.
+    """
+    block = block_of(shape, grid, (1, size))
+    if block[0] > 1:
+        raise ValueError(f"scales of {grid[0]} x {grid[1]} groups aren't those of {shape[0]} outputs")
+    if exact and isinstance(size, int) and size > 0 and -(-shape[1] // size) != grid[1]:
+        raise ValueError(f"group_size={size}, but {shape[1]} inputs have {grid[1]} scales")
+    return block
+
+
 FORMAT = StoredFormat(
     "fp8",
     {"weight": ("weight", "weight_scale_inv", "activation_scale")},
