@@ -23,7 +23,9 @@ def check(settings: Settings) -> None:
     version = str("llm-awq" if settings.get("backend") == "llm-awq" else stated).lower()
     bits = settings.get("bits", settings.get("w_bit", 4))
     if version != "gemm" or bits != 4:
-        raise UnsupportedModelError(f"AWQ stored it in {bits} bits in the layout {version!r}; epslots reads 4 bits in gemm's")
+        raise UnsupportedModelError(
+            f"AWQ stored it in {bits!r} bits in the layout {version!r}; epslots reads 4 bits in gemm's"
+        )
 
 
 def read(parts: StoredParts, settings: Settings) -> Matrix:

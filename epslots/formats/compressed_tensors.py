@@ -13,9 +13,9 @@ Layouts follow from the tensors; only settings that no shape shows are read. Sca
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
+import regex
 import torch
 
 from epslots.errors import UnsupportedModelError
@@ -37,6 +37,8 @@ _KNOWN = {
     *("float-quantized", "int-quantized", "naive-quantized", "mxfp8-quantized", "dense"),
     *("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mixed-precision"),
 }
+
+_SECONDS = 1  # crafted patterns take for ever
 
 
 def check(settings: Settings) -> None:
@@ -120,13 +122,20 @@ def _scheme(parts: StoredParts, settings: Settings) -> dict[str, Any]:
         return dict(groups[0]["weights"])
     for group in groups:
         for target in group.get("targets") or ():
-            pattern = target[3:] if str(target).startswith("re:") else rf"(.*\.)?{re.escape(str(target))}$"
-            if re.match(pattern, parts.where):
+            pattern = target[3:] if str(target).startswith("re:") else rf"(.*\.)?{regex.escape(str(target))}$"
+            if _matches(pattern, parts.where):
                 return dict(group["weights"])
     every = [group for group in groups if "Linear" in (group.get("targets") or ())]
     if len(every) != 1:
         raise ValueError(f"none of {len(groups)} config_groups matches {parts.where}")
     return dict(every[0]["weights"])
+
+
+def _matches(pattern: str, path: str) -> bool:
+    try:
+        return regex.match(pattern, path, timeout=_SECONDS) is not None
+    except TimeoutError:
+        raise ValueError(f"config_groups has the target {pattern!r}, which takes more than {_SECONDS} s to match") from None
 
 
 FORMAT = StoredFormat(

@@ -3,8 +3,8 @@
 weight             F8_E4M3 [rows, columns]; or I8 [rows, columns / 2], two E2M1 codes a byte, low half first
 weight_scale_inv   F32, BF16, F8_E8M0 or U8 (exponents), one for each block; the block is the one that the configuration
                    states if the last ones are cut short (DeepSeek-V3's kv_a_proj_with_mqa has 576 rows of 128), else it
-                   follows from the shapes. One number = for the whole matrix
-activation_scale   of activations in 8 bits; not used
+                   follows from the shapes. One number = for the whole matrix. AutoFP8 calls it weight_scale
+activation_scale   or input_scale; of activations in 8 bits; not used
 """
 
 from __future__ import annotations
@@ -80,9 +80,13 @@ def group_of(shape: torch.Size, grid: torch.Size, size: object, *, exact: bool) 
 
 FORMAT = StoredFormat(
     "fp8",
-    {"weight": ("weight", "weight_scale_inv", "activation_scale")},
+    {"weight": ("weight", "weight_scale_inv", "activation_scale", "input_scale")},
     ("weight_scale_inv",),
     read,
     check,
-    renames=((r"^(.+)\.scale", r"\1.weight_scale_inv"), (r"\.qscale_weight", ".weight_scale_inv")),  # DeepSeek-V4's, Mistral's
+    renames=(
+        (r"^(.+)\.scale", r"\1.weight_scale_inv"),  # DeepSeek-V4's
+        (r"\.qscale_weight", ".weight_scale_inv"),  # Mistral's
+        (r"\.weight_scale$", ".weight_scale_inv"),  # AutoFP8's
+    ),
 )

@@ -25,7 +25,7 @@ def check(settings: Settings) -> None:
     bits, layout = settings.get("bits"), _layout(settings)
     if bits not in (4, 8) or layout not in ("gptq", "gptq_v2"):
         raise UnsupportedModelError(
-            f"GPTQ stored it with {bits} bits in the layout {layout!r}; epslots reads 4 and 8 bits in gptq's and gptq_v2's: "
+            f"GPTQ stored it with {bits!r} bits in the layout {layout!r}; epslots reads 4 and 8 bits in gptq's and gptq_v2's: "
             f"use such a checkpoint of the same model, or the unquantised one"
         )
 

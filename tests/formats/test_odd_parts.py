@@ -140,3 +140,12 @@ def test_modelopts_settings_may_be_one_level_deeper():
     parts, expected, settings = stored("modelopt nvfp4")
     deeper = {"quant_method": "modelopt", "quantization": {"quant_algo": settings["quant_algo"], "kv_cache_quant_algo": "FP8"}}
     assert (read(parts, deeper).weights() - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def test_targets_that_take_for_ever_are_refused():
+    parts, _, settings = stored("ct int4")
+    group = settings["config_groups"]["group_0"]
+    endless = group | {"targets": ["re:" + "(.|..|...)+" * 4 + "[0-9]{3}"]}
+    stated = settings | {"config_groups": {"a": endless, "b": group}}
+    with pytest.raises(ValueError, match="takes more than"):
+        find_format(stated, "it").read(StoredParts(parts, "model.layers.0.mlp.experts.0.up_proj"), stated)
