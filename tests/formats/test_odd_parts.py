@@ -11,6 +11,7 @@ import torch
 from epslots.errors import UnsupportedModelError
 from epslots.formats.known_formats import find_format
 from epslots.formats.matrix import Matrix, StoredParts
+from tests.support import zoo
 from tests.support.quantised import GROUP, SCHEMES, Tensors, ct, ct_int4, gptq, nvfp4
 
 ACT_ORDER = ct("pack-quantized", group_size=GROUP, actorder="group")
@@ -149,3 +150,11 @@ def test_targets_that_take_for_ever_are_refused():
     stated = settings | {"config_groups": {"a": endless, "b": group}}
     with pytest.raises(ValueError, match="takes more than"):
         find_format(stated, "it").read(StoredParts(parts, "model.layers.0.mlp.experts.0.up_proj"), stated)
+
+
+def test_gpt_oss_scales_are_exponents():
+    """As floats they would be taken for numbers to multiply by."""
+    blocks, scales = zoo.quantise_mxfp4(random_weight())
+    parts = {"down_proj_blocks": blocks, "down_proj_scales": scales.float()}
+    with pytest.raises(ValueError, match="float32; known are exponents"):
+        read(parts, {"quant_method": "mxfp4"})
