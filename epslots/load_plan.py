@@ -41,7 +41,7 @@ from epslots.units import format_bytes, parse_prefetch, parse_slots
 logger = logging.getLogger(__name__)
 
 # Part of every store's key: raise it when the records of an unchanged checkpoint would come out differently.
-RECORDS_VERSION = 3
+RECORDS_VERSION = 4
 
 
 @dataclass(frozen=True)

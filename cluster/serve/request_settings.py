@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ API_NAMES = {
 """The API's names of settings, by those that the cluster's messages begin with."""
 GRAMMARS = ("json_schema", "regex", "grammar")
 """The settings that are a grammar."""
+
+_TOKEN = re.compile(r"0|-?[1-9][0-9]{0,18}")
 
 
 @dataclass(frozen=True)
@@ -118,10 +121,10 @@ def _stops(given: str | list[str] | None) -> tuple[str, ...]:
 
 
 def _biases(given: Mapping[str, float]) -> dict[int, float]:
-    try:
-        return {int(token): bias for token, bias in given.items()}
-    except ValueError:
-        raise refused(f"logit_bias: its names must be token ids (given: {shown(sorted(given)[:3])})", "logit_bias") from None
+    # int() also takes " 5", "+5", "1_0" and "05": two names of one token, of which one would count.
+    if not all(_TOKEN.fullmatch(token) for token in given):
+        raise refused(f"logit_bias: its names must be token ids (given: {shown(sorted(given)[:3])})", "logit_bias")
+    return {int(token): bias for token, bias in given.items()}
 
 
 def api_names(body: CommonRequest) -> dict[str, str]:
@@ -169,7 +172,7 @@ def _grammar(kind: str, value: Any) -> dict[str, Any]:
             return {"json_schema": True} if value else {}
         case "choice":
             # One terminal: as a rule for each, a few hundred would be too many.
-            choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in value)
+            choices = " | ".join(map(json.dumps, value))
             return {"grammar": f"start: CHOICE\nCHOICE: {choices}"}
         case _:
             return {kind: value}

@@ -8,7 +8,7 @@ scales    F16 [groups, rows]
 from __future__ import annotations
 
 from epslots.errors import UnsupportedModelError
-from epslots.formats.fp8 import block_of
+from epslots.formats.fp8 import group_of
 from epslots.formats.matrix import Matrix, StoredParts, make_matrix, split_words
 from epslots.formats.stored_format import Settings, StoredFormat
 
@@ -18,9 +18,14 @@ _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 def check(settings: Settings) -> None:
     """Refuse other layouts and numbers of bits."""
-    version, bits = str(settings.get("version", "gemm")).lower(), settings.get("bits", settings.get("w_bit", 4))
+    # As transformers: the older name counts, and one of its backends is a layout.
+    stated = settings.get("version") or settings.get("format") or "gemm"
+    version = str("llm-awq" if settings.get("backend") == "llm-awq" else stated).lower()
+    bits = settings.get("bits", settings.get("w_bit", 4))
     if version != "gemm" or bits != 4:
-        raise UnsupportedModelError(f"AWQ stored it in {bits} bits in the layout {version!r}; epslots reads 4 bits in gemm's")
+        raise UnsupportedModelError(
+            f"AWQ stored it in {bits!r} bits in the layout {version!r}; epslots reads 4 bits in gemm's"
+        )
 
 
 def read(parts: StoredParts, settings: Settings) -> Matrix:
@@ -28,7 +33,8 @@ def read(parts: StoredParts, settings: Settings) -> Matrix:
     codes = split_words(parts["qweight"], order=_PLACES).t()
     group = parts["scales"].t().contiguous()
     zero = split_words(parts["qzeros"], order=_PLACES).t().contiguous()
-    return make_matrix(codes, "int4", group=group, zero=zero, block=block_of(codes.shape, group.shape, None))
+    block = group_of(codes.shape, group.shape, settings.get("group_size", settings.get("q_group_size")), exact=True)
+    return make_matrix(codes, "int4", group=group, zero=zero, block=block)
 
 
 FORMAT = StoredFormat(

@@ -13,21 +13,32 @@ Layouts follow from the tensors; only settings that no shape shows are read. Sca
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
+import regex
 import torch
 
 from epslots.errors import UnsupportedModelError
 from epslots.formats.fp8 import block_of
-from epslots.formats.matrix import Matrix, StoredParts, is_of_rows, make_matrix, sort_columns, split_bytes, split_words
+from epslots.formats.matrix import (
+    Matrix,
+    StoredParts,
+    is_exponents,
+    is_of_rows,
+    make_matrix,
+    make_nvfp4,
+    sort_columns,
+    split_bytes,
+    split_words,
+)
 from epslots.formats.stored_format import Settings, StoredFormat
 
 _KNOWN = {
     *("float-quantized", "int-quantized", "naive-quantized", "mxfp8-quantized", "dense"),
     *("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mixed-precision"),
 }
-_NVFP4_COLUMNS = 16
+
+_SECONDS = 1  # crafted patterns take for ever
 
 
 def check(settings: Settings) -> None:
@@ -55,9 +66,8 @@ def read(parts: StoredParts, settings: Settings) -> Matrix:
     if packed.dtype == torch.int32:
         return _words(packed, scales, parts, settings)
     codes = split_bytes(packed)
-    if scales.dtype == torch.float8_e4m3fn:
-        row = 1 / parts["weight_global_scale"].float()
-        return make_matrix(codes, "e2m1", group=scales, row=row, block=(1, _NVFP4_COLUMNS))
+    if "weight_global_scale" in parts or not is_exponents(scales):
+        return make_nvfp4(codes, scales, 1 / parts["weight_global_scale"].float())
     return make_matrix(codes, "e2m1", group=scales, block=block_of(codes.shape, scales.shape, None))
 
 
@@ -67,13 +77,18 @@ def _plain(codes: torch.Tensor, scales: torch.Tensor, parts: StoredParts, settin
     if is_of_rows(scales, codes.shape[0]):
         return make_matrix(codes, row=scales)
     stated = _scheme(parts, settings).get("block_structure")
+    if isinstance(stated, str):  # of older versions, as "128x128"
+        stated = [int(size) for size in stated.split("x") if size.isdecimal()]
     return make_matrix(codes, group=scales, block=block_of(codes.shape, scales.shape, stated))
 
 
 def _words(packed: torch.Tensor, scales: torch.Tensor, parts: StoredParts, settings: Settings) -> Matrix:
     scheme = _scheme(parts, settings)
     bits, kind = scheme.get("num_bits"), None
-    asymmetric, permuted = "weight_zero_point" in parts, "weight_g_idx" in parts
+    asymmetric = "weight_zero_point" in parts or scheme.get("symmetric") is False
+    permuted = "weight_g_idx" in parts
+    if scales.dim() < 2:  # of the matrix, or of its rows
+        scales = scales.reshape(-1, 1).expand(len(packed), 1)
     if bits == 4:
         codes, kind = split_words(packed), "int4"
     elif bits == 8 and not asymmetric and not permuted:
@@ -82,8 +97,14 @@ def _words(packed: torch.Tensor, scales: torch.Tensor, parts: StoredParts, setti
         raise ValueError(f"codes of {bits} bits aren't known; those of 4 are, and symmetric ones of 8 in their order")
     zero = split_words(parts["weight_zero_point"].t().contiguous()).t()[: len(codes)] if asymmetric else None
     block = block_of(codes.shape, scales.shape, (1, scheme.get("group_size")))
-    codes, perm = sort_columns(codes, parts["weight_g_idx"], block[1]) if permuted else (codes, None)
+    codes, perm = sort_columns(codes, _column_groups(parts["weight_g_idx"], block[1]), block[1]) if permuted else (codes, None)
     return make_matrix(codes, kind, group=scales, zero=zero, perm=perm, block=block)
+
+
+def _column_groups(stored: torch.Tensor, width: int) -> torch.Tensor:
+    """The group of each column. llm-compressor leaves -1 where no token reached an expert: there is no act order then."""
+    unset = not stored.is_meta and bool((stored < 0).any())
+    return torch.arange(len(stored), device=stored.device) // width if unset else stored
 
 
 def _groups(settings: Settings) -> list[dict[str, Any]]:
@@ -101,13 +122,20 @@ def _scheme(parts: StoredParts, settings: Settings) -> dict[str, Any]:
         return dict(groups[0]["weights"])
     for group in groups:
         for target in group.get("targets") or ():
-            pattern = target[3:] if str(target).startswith("re:") else rf"(.*\.)?{re.escape(str(target))}$"
-            if re.match(pattern, parts.where):
+            pattern = target[3:] if str(target).startswith("re:") else rf"(.*\.)?{regex.escape(str(target))}$"
+            if _matches(pattern, parts.where):
                 return dict(group["weights"])
     every = [group for group in groups if "Linear" in (group.get("targets") or ())]
     if len(every) != 1:
         raise ValueError(f"none of {len(groups)} config_groups matches {parts.where}")
     return dict(every[0]["weights"])
+
+
+def _matches(pattern: str, path: str) -> bool:
+    try:
+        return regex.match(pattern, path, timeout=_SECONDS) is not None
+    except TimeoutError:
+        raise ValueError(f"config_groups has the target {pattern!r}, which takes more than {_SECONDS} s to match") from None
 
 
 FORMAT = StoredFormat(

@@ -3,8 +3,8 @@
 weight             F8_E4M3 [rows, columns]; or I8 [rows, columns / 2], two E2M1 codes a byte, low half first
 weight_scale_inv   F32, BF16, F8_E8M0 or U8 (exponents), one for each block; the block is the one that the configuration
                    states if the last ones are cut short (DeepSeek-V3's kv_a_proj_with_mqa has 576 rows of 128), else it
-                   follows from the shapes. One number = for the whole matrix
-activation_scale   of activations in 8 bits; not used
+                   follows from the shapes. One number = for the whole matrix. AutoFP8 calls it weight_scale
+activation_scale   or input_scale; of activations in 8 bits; not used
 """
 
 from __future__ import annotations
@@ -58,11 +58,35 @@ def block_of(shape: torch.Size, grid: torch.Size, stated: object) -> tuple[int, 
     return rows // grid[0], columns // grid[1]
 
 
+def group_of(shape: torch.Size, grid: torch.Size, size: object, *, exact: bool) -> tuple[int, int]:
+    """The block of scales that each stand for some neighbouring inputs of one output.
+
+    Args:
+        shape: of the weights.
+        grid: of the scales.
+        size: inputs of a group, as stated; -1 and None = all.
+        exact: refuse other groups than stated; else, the shapes decide.
+
+    Raises:
+        ValueError: there is none.
+    """
+    block = block_of(shape, grid, (1, size))
+    if block[0] > 1:
+        raise ValueError(f"scales of {grid[0]} x {grid[1]} groups aren't those of {shape[0]} outputs")
+    if exact and isinstance(size, int) and size > 0 and -(-shape[1] // size) != grid[1]:
+        raise ValueError(f"group_size={size}, but {shape[1]} inputs have {grid[1]} scales")
+    return block
+
+
 FORMAT = StoredFormat(
     "fp8",
-    {"weight": ("weight", "weight_scale_inv", "activation_scale")},
+    {"weight": ("weight", "weight_scale_inv", "activation_scale", "input_scale")},
     ("weight_scale_inv",),
     read,
     check,
-    renames=((r"^(.+)\.scale", r"\1.weight_scale_inv"), (r"\.qscale_weight", ".weight_scale_inv")),  # DeepSeek-V4's, Mistral's
+    renames=(
+        (r"^(.+)\.scale", r"\1.weight_scale_inv"),  # DeepSeek-V4's
+        (r"\.qscale_weight", ".weight_scale_inv"),  # Mistral's
+        (r"\.weight_scale$", ".weight_scale_inv"),  # AutoFP8's
+    ),
 )

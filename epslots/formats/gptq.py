@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from epslots.errors import UnsupportedModelError
-from epslots.formats.fp8 import block_of
+from epslots.formats.fp8 import group_of
 from epslots.formats.matrix import Matrix, StoredParts, check_columns, make_matrix, sort_columns, split_words
 from epslots.formats.stored_format import Settings, StoredFormat
 
@@ -22,12 +22,17 @@ _MIDDLE = 128
 
 def check(settings: Settings) -> None:
     """Refuse other numbers of bits, and layouts of other kernels."""
-    bits, layout = settings.get("bits"), settings.get("checkpoint_format", "gptq")
+    bits, layout = settings.get("bits"), _layout(settings)
     if bits not in (4, 8) or layout not in ("gptq", "gptq_v2"):
         raise UnsupportedModelError(
-            f"GPTQ stored it with {bits} bits in the layout {layout!r}; epslots reads 4 and 8 bits in gptq's and gptq_v2's: "
+            f"GPTQ stored it with {bits!r} bits in the layout {layout!r}; epslots reads 4 and 8 bits in gptq's and gptq_v2's: "
             f"use such a checkpoint of the same model, or the unquantised one"
         )
+
+
+def _layout(settings: Settings) -> str:
+    """As transformers finds it: the older name counts."""
+    return str(settings.get("checkpoint_format") or settings.get("format") or "gptq").lower()
 
 
 def read(parts: StoredParts, settings: Settings) -> Matrix:
@@ -36,9 +41,10 @@ def read(parts: StoredParts, settings: Settings) -> Matrix:
     codes = split_words(parts["qweight"].t().contiguous(), bits)
     group = parts["scales"].t().contiguous()
     zero = split_words(parts["qzeros"], bits).t().contiguous()
-    if settings.get("checkpoint_format", "gptq") == "gptq":
+    if _layout(settings) == "gptq":
         zero = zero + 1
-    block, perm = block_of(codes.shape, group.shape, None), None
+    # Some modules may have groups of another size (``dynamic``), which g_idx shows.
+    block, perm = group_of(codes.shape, group.shape, settings.get("group_size"), exact="g_idx" not in parts), None
     if settings.get("desc_act"):
         codes, perm = sort_columns(codes, parts["g_idx"], block[1])
     elif "g_idx" in parts:

@@ -16,6 +16,8 @@ from epslots.layout import NIBBLE_COLUMNS, NIBBLES, PackedForm
 
 # Dtypes of groups' scales; float8_e8m0fnu is kept as the bytes that it is.
 _SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.uint8)
+_EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
+_NVFP4_COLUMNS = 16
 _KINDS = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8"}
 
 
@@ -86,7 +88,7 @@ def make_matrix(
         group: scales of blocks, [row blocks, column blocks].
         block: rows and columns of a block.
         zero: of blocks, integers from 0 to 16, in the shape of ``group``.
-        row: scale of each row, or one for all.
+        row: scale of each row, or one for all; in uint8, exponents.
         perm: the input that each column reads, int [columns].
 
     Raises:
@@ -108,7 +110,8 @@ def make_matrix(
     if zero is not None:
         parts["zero"] = zero.to(torch.uint8)
     if row is not None:
-        parts["row"] = row.float().reshape(-1).expand(rows) if row.numel() == 1 else row.float().reshape(-1)
+        row = (row.view(torch.float8_e8m0fnu) if row.dtype == torch.uint8 else row).float().reshape(-1)
+        parts["row"] = row.expand(rows) if row.numel() == 1 else row
     if perm is not None:
         parts["perm"] = perm.int()
     dtype = None if group is None else _name(group.dtype)
@@ -119,6 +122,22 @@ def make_matrix(
                 f"{name} has shape {list(parts[name].shape)}, and a matrix of {rows} x {columns} has {list(shape)}"
             )
     return Matrix(form, parts)
+
+
+def make_nvfp4(codes: torch.Tensor, scales: torch.Tensor, whole: torch.Tensor) -> Matrix:
+    """A matrix of E2M1 codes in groups of 16.
+
+    Args:
+        codes: one of four bits in each uint8, [rows, columns].
+        scales: of groups, floats.
+        whole: the scale of the matrix, by which the others are multiplied.
+
+    Raises:
+        ValueError: shapes or dtypes don't fit together.
+    """
+    if is_exponents(scales):
+        raise ValueError(f"scales are {_name(scales.dtype)}, beside a scale of the matrix: known are floats")
+    return make_matrix(codes, "e2m1", group=scales, row=whole, block=(1, _NVFP4_COLUMNS))
 
 
 def join(matrices: Iterable[Matrix]) -> list[Matrix]:
@@ -201,6 +220,11 @@ def check_columns(groups: torch.Tensor, width: int) -> None:
 def is_of_rows(scales: torch.Tensor, rows: int) -> bool:
     """Whether there is one scale for the whole matrix, or one for each row."""
     return scales.numel() == 1 or (scales.dtype != torch.uint8 and scales.shape in ((rows,), (rows, 1)))
+
+
+def is_exponents(scales: torch.Tensor) -> bool:
+    """Whether scales are exponents of two."""
+    return scales.dtype in _EXPONENTS
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -14,16 +14,16 @@ import torch
 
 from epslots.errors import UnsupportedModelError
 from epslots.formats.fp8 import block_of
-from epslots.formats.matrix import Matrix, StoredParts, is_of_rows, make_matrix, split_bytes
+from epslots.formats.matrix import Matrix, StoredParts, is_exponents, is_of_rows, make_matrix, make_nvfp4, split_bytes
 from epslots.formats.stored_format import Settings, StoredFormat
 
 _KNOWN = {"NVFP4", "W4A16_NVFP4", "MXFP4", "MXFP8", "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MIXED_PRECISION"}
-_NVFP4_COLUMNS = 16
 
 
 def check(settings: Settings) -> None:
     """Refuse algorithms that ``read`` doesn't know."""
-    algorithm = settings.get("quant_algo")
+    deeper = settings.get("quantization")  # the content of hf_quant_config.json
+    algorithm = settings.get("quant_algo") or (deeper.get("quant_algo") if isinstance(deeper, dict) else None)
     if str(algorithm).upper() not in _KNOWN:
         raise UnsupportedModelError(f"modelopt quantised it with {algorithm!r}; epslots reads {', '.join(sorted(_KNOWN))}")
 
@@ -33,10 +33,9 @@ def read(parts: StoredParts, settings: Settings) -> Matrix:
     codes, scales = parts["weight"], parts["weight_scale"]
     if codes.dtype == torch.uint8:
         codes = split_bytes(codes)
-        if scales.dtype == torch.uint8:
+        if "weight_scale_2" not in parts and is_exponents(scales):
             return make_matrix(codes, "e2m1", group=scales, block=block_of(codes.shape, scales.shape, None))
-        row = parts["weight_scale_2"]
-        return make_matrix(codes, "e2m1", group=scales, row=row, block=(1, _NVFP4_COLUMNS))
+        return make_nvfp4(codes, scales, parts["weight_scale_2"])
     if scales.dtype == torch.float32 and scales.dim() == 4:  # [row blocks, 1, column blocks, 1]
         scales = scales[:, 0, :, 0]
     if is_of_rows(scales, codes.shape[0]):

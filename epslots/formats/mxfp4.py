@@ -8,7 +8,7 @@ down_proj likewise. In the model, gpt-oss has these matrices as [experts, inputs
 
 from __future__ import annotations
 
-from epslots.formats.matrix import Matrix, StoredParts, make_matrix, split_bytes
+from epslots.formats.matrix import Matrix, StoredParts, is_exponents, make_matrix, split_bytes
 from epslots.formats.stored_format import Settings, StoredFormat
 
 _BLOCK, _BYTES = 32, 16
@@ -21,6 +21,8 @@ def read(parts: StoredParts, settings: Settings) -> Matrix:
     blocks, scales = parts[f"{name}_blocks"], parts[f"{name}_scales"]
     if blocks.dim() != 3 or blocks.shape[2] != _BYTES:
         raise ValueError(f"blocks of one expert have shape {list(blocks.shape)}, not [outputs, inputs / 32, 16]")
+    if not is_exponents(scales):
+        raise ValueError(f"scales are {scales.dtype}; known are exponents, of torch.uint8")
     return make_matrix(split_bytes(blocks.flatten(1)), "e2m1", group=scales, block=(1, _BLOCK))
 
 

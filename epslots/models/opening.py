@@ -18,6 +18,7 @@ from epslots.models.experts import expert_layers, experts_modules
 from epslots.models.experts_interface import IMPLEMENTATION
 from epslots.models.json_file import read_json_object
 from epslots.models.pretrained import build_skeleton, has_language_head, quiet, read_config, resolve_class, resolve_dtype
+from epslots.models.quantiser import take_failure
 from epslots.models.tensor_check import check_tensors
 
 
@@ -94,6 +95,7 @@ def load_dense(opened: OpenModel, *, device: torch.device, show_progress: bool) 
     folder = checkpoint.folder
     generation_config = read_generation_config(folder) if has_language_head(opened.model_class) else None
     attention = {} if opened.attention is None else {"attn_implementation": opened.attention}
+    take_failure()  # of an earlier checkpoint
     try:
         with quiet(progress=show_progress):
             model, report = opened.model_class.from_pretrained(
@@ -110,7 +112,7 @@ def load_dense(opened: OpenModel, *, device: torch.device, show_progress: bool) 
                 **attention,
             )
     except Exception as error:  # a crafted checkpoint can make any line of transformers fail
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+        reason = take_failure() or f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
         raise CheckpointError(f"{folder}: {reason}") from error
     _check_report(folder, report, opened)
     for parameter in model.parameters():

@@ -122,7 +122,7 @@ def check_packing(source: TensorSource, headers: Mapping[str, TensorHeader]) -> 
     for head, names in by_matrix(source.keys).items():
         scales = [names[name] for name in operation.format.scales if name in names]
         keys = {name: source.keys[pattern] for name, pattern in names.items()}
-        if not scales and not (len(names) == 1 and headers[keys["weight"][0]].dtype not in FLOATS):
+        if not scales and not (len(names) == 1 and headers[next(iter(keys.values()))[0]].dtype not in FLOATS):
             _check_floats([key for listed in keys.values() for key in listed], headers)
             continue
         plain = next((key for key in keys.get("weight", ()) if headers[key].dtype in FLOATS), None)

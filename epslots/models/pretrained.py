@@ -70,8 +70,9 @@ def read_config(folder: Path) -> PretrainedConfig:
             raise
         # Where transformers looks for it. From here on it applies to the whole model of a composite configuration.
         text = config.get_text_config(decoder=True)
-        quantisation = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
-        quantisation = quantisation or _modelopt_settings(folder)
+        places = (getattr(config, "quantization_config", None), getattr(text, "quantization_config", None))
+        quantisation = next((found for found in places if found is not None), None)
+        quantisation = _modelopt_settings(folder) if quantisation is None else quantisation
     if quantisation is not None:
         if not isinstance(quantisation, dict):
             raise CheckpointError(f"{path}: quantization_config is {quantisation!r}, not an object")

@@ -8,6 +8,7 @@ gives the model the matrix's weights. ``expert_reader.py`` runs the same operati
 from __future__ import annotations
 
 import re
+import threading
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -24,6 +25,8 @@ from epslots.formats.matrix import Matrix, StoredParts
 from epslots.formats.stored_format import Settings, StoredFormat
 
 METHOD = "epslots"
+
+_of_thread = threading.local()
 
 Values = dict[str, list[torch.Tensor] | torch.Tensor]
 
@@ -74,10 +77,14 @@ class Dequantise(ConversionOps):
         for head, names in by_matrix(listed).items():
             where = module_path(full_layer_name, head)
             count = max(len(listed[pattern]) for pattern in names.values())
-            weights = [
-                self._weights({name: listed[pattern][number] for name, pattern in names.items()}, where).to(dtype)
-                for number in range(count)
-            ]
+            try:
+                weights = [
+                    self._weights({name: listed[pattern][number] for name, pattern in names.items()}, where).to(dtype)
+                    for number in range(count)
+                ]
+            except ValueError as error:
+                _of_thread.failure = f"{where}: {error}"
+                raise
             if head:
                 result[f"{head}.weight"] = weights
             else:
@@ -130,6 +137,13 @@ class StoredQuantiser(HfQuantizer):
 
     def is_serializable(self, *_: Any) -> bool:
         return False
+
+
+def take_failure() -> str | None:
+    """Why this thread's last dequantisation failed, once: transformers' error only says that some conversion did."""
+    failure: str | None = getattr(_of_thread, "failure", None)
+    _of_thread.failure = None
+    return failure
 
 
 def but_for(pattern: str, names: Iterable[str]) -> str:

@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 # Buffers of older checkpoints that models now compute from their configuration.
 _RECOMPUTED = (r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$", r"(^|\.)position_ids$")
-# Scales for keys and values in 8 bits, beside a quantised checkpoint's weights: caches here keep them as they are.
-_OF_CACHES = re.compile(r"\.[kv]_scale$")
+# Scales for queries, keys and values in 8 bits, beside a quantised checkpoint's weights: here they stay as they are.
+_OF_CACHES = re.compile(r"\.(([qkv]|kv|prob)(_output)?_scale|[qkv]_proj\.output_scale|[qkv]_zero_point)$")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 

@@ -125,6 +125,12 @@ def test_fused_experts_of_no_dimension(shape: tuple[int, ...], variant: Callable
         ExpertReader(opened.checkpoint, opened.skeleton, opened.layers, conversions_of(opened.skeleton))
 
 
+def test_mxfp4_without_its_scales(variant: Callable[..., Path], checkpoint: Checkpoints, tmp_path: Path):
+    packed = zoo.make_mxfp4(checkpoint("gpt_oss"), tmp_path / "mxfp4")
+    scales = "model.layers.0.mlp.experts.down_proj_scales"
+    refused(variant(packed, lambda tensors: tensors.pop(scales)), "no tensor like down_proj_scales, and .*_blocks is stored as U8")
+
+
 def test_mxfp4_without_quantization_config(variant: Callable[..., Path], checkpoint: Checkpoints, tmp_path: Path):
     packed = zoo.make_mxfp4(checkpoint("gpt_oss"), tmp_path / "mxfp4")
     refused(variant(packed, lambda tensors: None, quantization_config=None), r"experts\.\w+_blocks would be left out")
@@ -272,6 +278,43 @@ def test_older_modelopt_checkpoints(checkpoint: Checkpoints, tmp_path: Path):
     model, plain = (load_dense(open_model(x, "float32"), device=CPU, show_progress=False) for x in (folder, made.twin))
     for name, expected in plain.state_dict().items():
         assert (model.get_parameter(name) - expected).abs().max() <= 1e-6 * expected.abs().max(), name
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_scale", "self_attn.kv_scale", "self_attn.k_proj.output_scale"])
+def test_scales_of_caches_are_left_out(name: str, checkpoint: Checkpoints, tmp_path: Path):
+    made = make_quantised(checkpoint("qwen3_moe"), "ct fp8 tensor", tmp_path)
+    tensors = zoo.read_tensors(made.folder) | {f"model.layers.0.{name}": torch.tensor(0.5)}
+    open_model(zoo.write_checkpoint(made.folder, tmp_path / "cache", tensors), "float32")
+    plain = zoo.read_tensors(made.twin) | {f"model.layers.0.{name}": torch.tensor(0.5)}
+    refused(zoo.write_checkpoint(made.twin, tmp_path / "plain", plain), "would be left out")
+
+
+def test_fp8_with_the_names_of_autofp8(checkpoint: Checkpoints, tmp_path: Path):
+    made = make_quantised(checkpoint("qwen3_moe"), "fp8 whole", tmp_path)
+    tensors = {key.replace("scale_inv", "scale"): tensor for key, tensor in zoo.read_tensors(made.folder).items()}
+    tensors |= {key.replace("weight_scale", "input_scale"): torch.tensor(0.5) for key in tensors if "weight_scale" in key}
+    folder = zoo.write_checkpoint(made.folder, tmp_path / "auto", tensors)
+    model, plain = (load_dense(open_model(x, "float32"), device=CPU, show_progress=False) for x in (folder, made.twin))
+    for name, expected in plain.state_dict().items():
+        assert (model.get_parameter(name) - expected).abs().max() <= 1e-6 * expected.abs().max(), name
+
+
+def test_an_empty_quantization_config_is_refused(checkpoint: Checkpoints, tmp_path: Path):
+    tensors = zoo.read_tensors(checkpoint("qwen3_moe"))
+    folder = zoo.write_checkpoint(checkpoint("qwen3_moe"), tmp_path / "empty", tensors, quantization_config={})
+    with pytest.raises(UnsupportedModelError, match="quantised with None"):
+        open_model(folder, "float32")
+
+
+def test_why_a_dense_matrix_cannot_be_unpacked(checkpoint: Checkpoints, tmp_path: Path):
+    """transformers names no reason."""
+    made = make_quantised(checkpoint("qwen3_moe"), "gptq", tmp_path)
+    key = "model.layers.0.self_attn.q_proj.g_idx"
+    tensors = zoo.read_tensors(made.folder)
+    tensors[key] = tensors[key].flip(0)
+    opened = open_model(zoo.write_checkpoint(made.folder, tmp_path / "mixed", tensors), "float32")
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_proj: g_idx mixes groups, which needs desc_act=true"):
+        load_dense(opened, device=CPU, show_progress=False)
 
 
 def test_which_models_predict_tokens(checkpoint: Checkpoints, variant: Callable[..., Path]):

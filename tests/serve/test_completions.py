@@ -221,7 +221,7 @@ def test_grammars_of_vllms_names(client: Client, cluster: ScriptedCluster, given
 
 
 def test_all_choices_that_are_allowed_fit_a_grammar():
-    choices = [f'{number} "of\n" é' for number in range(1024)]
+    choices = [f'{number} "of\n" é😀\x7f' for number in range(1024)]
     (text,) = grammar_of(CompletionRequest(prompt="a", guided_choice=choices)).values()
     compiler, grammar = GrammarCompiler(byte_level(), 257, (256,)), Grammar("lark", text)
     ends = {}

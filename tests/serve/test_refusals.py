@@ -58,6 +58,10 @@ COMPLETION_CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "a", "stop": ["x"] * 65}, "stop", "at most 64 items"),
     ({"prompt": "a", "stop": 5}, "stop", "valid string; or: Input should be a valid list"),
     ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "token ids"),
+    *(
+        ({"prompt": "a", "logit_bias": {name: 1}}, "logit_bias", "token ids")
+        for name in (" 5", "+5", "05", "0_5", "\u0665", "5\n", "9" * 5000)
+    ),
     ({"prompt": "a", "logit_bias": {"5": 101}}, "logit_bias", "less than or equal to 100"),
     ({"prompt": "a", "logit_bias": {"5000": 1}}, "logit_bias", "allowed: 0 to 2047"),
     ({"prompt": "a", "logit_bias": {str(t): 1 for t in range(1025)}}, "logit_bias", "at most 1024"),
