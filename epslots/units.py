@@ -22,7 +22,7 @@ _COUNT = re.compile(rf"\s*{_DIGITS}\s*", re.ASCII)
 
 
 def parse_count(text: str) -> int | None:
-    """A whole number from 0 as people write it; None if the text is none, or it has more than 18 digits."""
+    """A whole number from 0 as people write it; None if the text is none, or has over 18 digits."""
     return int(text) if _COUNT.fullmatch(text) else None
 
 
