@@ -5,15 +5,25 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from epslots.errors import ConfigError
+from epslots.errors import ConfigError, shown
 
 _UNITS = {"B": 1} | {
     f"{prefix}{suffix}": base**power
     for power, prefix in enumerate("KMGT", start=1)
     for suffix, base in (("iB", 1024), ("B", 1000))
 }
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d+)?)\s*([KMGT]i?B|B)\s*", re.IGNORECASE)
 _CANONICAL = {unit.lower(): unit for unit in _UNITS}
+
+
+# Python refuses to read an int of some thousand digits, and floats end at 1e308; no byte or token is counted beyond int64.
+_DIGITS = r"\d{1,18}"
+_COUNT = re.compile(rf"\s*{_DIGITS}\s*", re.ASCII)
+
+
+def parse_count(text: str) -> int | None:
+    """A whole number from 0 as people write it; None if the text is none, or has over 18 digits."""
+    return int(text) if _COUNT.fullmatch(text) else None
 
 
 def parse_bytes(text: str, setting: str = "size") -> int:
@@ -24,8 +34,8 @@ def parse_bytes(text: str, setting: str = "size") -> int:
     """
     match = _SIZE.fullmatch(text)
     size = int(float(match[1]) * _UNITS[_CANONICAL[match[2].lower()]]) if match else 0
-    if size <= 0:
-        raise ConfigError(f"{setting}={text!r} is not a size: give a number and a unit ({', '.join(_UNITS)}): 12GiB")
+    if not 0 < size < 2**63:
+        raise ConfigError(f"{setting}={shown(text)} is not a size: give a number and a unit ({', '.join(_UNITS)}): 12GiB")
     return size
 
 
@@ -63,7 +73,7 @@ class LinkSpeed:
         return self.latency_s + size / self.bytes_per_s
 
 
-_LINK = re.compile(r"([^,]+?)\s*/\s*s\s*(?:,\s*(\d+(?:\.\d+)?)\s*(us|ms|s)\s*)?", re.IGNORECASE)
+_LINK = re.compile(r"([^,]+?)\s*/\s*s\s*(?:,\s*(\d{1,18}(?:\.\d+)?)\s*(us|ms|s)\s*)?", re.IGNORECASE)
 _PER_SECOND = {"us": 1e6, "ms": 1e3, "s": 1.0}
 
 
@@ -75,7 +85,9 @@ def parse_link(text: str) -> LinkSpeed:
     """
     match = _LINK.fullmatch(text)
     if not match:
-        raise ConfigError(f"link={text!r}: allowed: bytes a second, and the latency of a transfer if any: 8GB/s or 8GB/s,20us")
+        raise ConfigError(
+            f"link={shown(text)}: allowed: bytes a second, and the latency of a transfer if any: 8GB/s or 8GB/s,20us"
+        )
     latency_s = float(match[2]) / _PER_SECOND[match[3].lower()] if match[2] else 0.0
     return LinkSpeed(parse_bytes(match[1], "link"), latency_s)
 
@@ -119,23 +131,23 @@ def parse_slots(value: int | str | SlotsSetting) -> SlotsSetting:
     if isinstance(value, SlotsSetting):
         return value
     allowed = 'allowed: a positive int (slots per MoE layer), "25%" (over 0, up to 100), "12GiB" or "auto"'
+    if isinstance(value, bool) or not isinstance(value, int | str) or (isinstance(value, int) and value >= 2**63):
+        raise ConfigError(f"slots={shown(value)}: {allowed}")
     text = str(value).strip()
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ConfigError(f"slots={value!r}: {allowed}")
     if text == "auto":
         return SlotsSetting()
-    if re.fullmatch(r"[+-]?\d+", text):
+    if re.fullmatch(rf"[+-]?{_DIGITS}", text):
         if int(text) <= 0:
             raise ConfigError(f"slots={value!r} leaves no slot to compute in: {allowed}")
         return SlotsSetting(per_layer=int(text))
     if percent := re.fullmatch(r"([+-]?\d+(?:\.\d+)?)\s*%", text):
         share = float(percent[1]) / 100
         if not 0 < share <= 1:
-            raise ConfigError(f"slots={value!r} is not a share of a layer's experts: {allowed}")
+            raise ConfigError(f"slots={shown(value)} is not a share of a layer's experts: {allowed}")
         return SlotsSetting(share=share)
     if _SIZE.fullmatch(text):
         return SlotsSetting(total_bytes=parse_bytes(text, "slots"))
-    raise ConfigError(f"slots={value!r}: {allowed}")
+    raise ConfigError(f"slots={shown(value)}: {allowed}")
 
 
 @dataclass(frozen=True)
@@ -177,7 +189,8 @@ def parse_kv_tokens(text: str) -> int | str:
     Raises:
         ConfigError: it is neither.
     """
-    given = text.strip()
-    if given != "auto" and not (given.isdecimal() and given.isascii()):
-        raise ConfigError(f"kv_tokens={text!r}; allowed: a number of tokens, or 'auto'")
-    return given if given == "auto" else int(given)
+    if text.strip() == "auto":
+        return "auto"
+    if (tokens := parse_count(text)) is None:
+        raise ConfigError(f"kv_tokens={shown(text)}; allowed: a number of tokens, or 'auto'")
+    return tokens

@@ -10,12 +10,12 @@ import typer
 
 from epslots.cli.column_table import Columns, column_table
 from epslots.cli.options import DecodeRanksOption, GroupsOption, PrefillRanksOption
-from epslots.errors import ConfigError
+from epslots.errors import ConfigError, shown
 from epslots.models.cluster_plan import HandOverCost, RolePlan, plan_hand_overs, plan_roles
 from epslots.models.memory_plan import MemoryPlan
 from epslots.rank_groups import RankGroups, divide_ranks
 from epslots.simulation.timing import DEVICES, hand_over_of
-from epslots.units import format_bytes
+from epslots.units import format_bytes, parse_count
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,10 +61,12 @@ class GroupPlanOptions:
     def _tokens(self, kv_tokens: int) -> list[int]:
         if self.hand_over_tokens is None:
             return [max(1, kv_tokens // 2)]
-        parts = self.hand_over_tokens.split(",")
-        if not all(part.strip().isdecimal() for part in parts):
-            raise ConfigError(f"--hand-over-tokens {self.hand_over_tokens!r}; allowed: numbers of tokens, separated by commas")
-        return list(map(int, parts))
+        counts = [parse_count(part) for part in self.hand_over_tokens.split(",")]
+        found = [count for count in counts if count is not None]
+        if len(found) < len(counts):
+            given = shown(self.hand_over_tokens)
+            raise ConfigError(f"--hand-over-tokens {given}; allowed: numbers of tokens, separated by commas")
+        return found
 
 
 _ROLE_COLUMNS: Columns[RolePlan] = (

@@ -18,7 +18,7 @@ from epslots.cli.options import POLICY_HELP
 from epslots.cli.simulate_load import ArrivalOptions, DivisionOptions, EngineOptions, find_simulator, print_load
 from epslots.cli.trace import slots_of_layers
 from epslots.compiled import prepare
-from epslots.errors import ConfigError
+from epslots.errors import ConfigError, shown
 from epslots.given_files import read_given
 from epslots.placement.placement import MOST_RANKS, Placement
 from epslots.placement.placement_file import read_placement
@@ -29,7 +29,7 @@ from epslots.simulation.grouped_cluster import GroupedCluster
 from epslots.simulation.simulate import GROUP_SIZE, Outcome, RecordedTraffic, SimulatedCluster, simulate
 from epslots.simulation.timing import DEFAULT_DEVICE, DEVICES, HandOverTiming, Timing, hand_over_of, timing_of
 from epslots.streams import table_console
-from epslots.units import format_bytes, parse_bytes
+from epslots.units import format_bytes, parse_bytes, parse_count
 
 _LANES_MAX = 2**22
 _TIMING_FILE_BYTES_MAX = 1 << 20
@@ -243,8 +243,8 @@ def _simulate_load(
 
 
 def _positive(name: str, given: str) -> int:
-    if not given.strip().isdecimal() or not 0 < int(given) < _NUMBER_MAX:
-        raise ConfigError(f"{name} {given!r}: allowed: numbers from 1, separated by commas")
+    if not 0 < (parse_count(given) or 0) < _NUMBER_MAX:
+        raise ConfigError(f"{name} {shown(given)}: allowed: numbers from 1, below {_NUMBER_MAX:,}, separated by commas")
     return int(given)
 
 

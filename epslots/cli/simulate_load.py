@@ -18,12 +18,12 @@ from epslots.cli.column_table import Columns, column_table
 from epslots.cli.extensions import load_extension
 from epslots.cli.options import DecodeRanksOption, PrefillRanksOption
 from epslots.config import DEFAULT_BATCH_TOKENS, DEFAULT_REQUESTS, EngineConfig
-from epslots.errors import ConfigError
+from epslots.errors import ConfigError, shown
 from epslots.rank_groups import RankGroups, divide_ranks
 from epslots.simulation.load import LoadFigures, SimulateLoad, Workload
 from epslots.simulation.timing import HAND_OVER_FIXED_S
 from epslots.streams import table_console
-from epslots.units import format_bytes, parse_bytes
+from epslots.units import format_bytes, parse_bytes, parse_count
 
 GROUP, NAME = "epslots.simulators", "load"
 _PLAIN_WIDTH = 170
@@ -147,9 +147,10 @@ def _rate(given: str) -> float:
 
 def _pair(name: str, given: str) -> tuple[int, int]:
     least, _, most = given.partition("-")
-    if not least.strip().isdecimal() or not (most or least).strip().isdecimal():
-        raise ConfigError(f"{name} {given!r}; allowed: a number of tokens, or the least and the most: 200-3000")
-    return int(least), int(most or least)
+    first, last = parse_count(least), parse_count(most or least)
+    if first is None or last is None:
+        raise ConfigError(f"{name} {shown(given)}; allowed: a number of tokens, or the least and the most: 200-3000")
+    return first, last
 
 
 def _by_role(values: dict[str, float]) -> str:

@@ -91,12 +91,17 @@ class TextOptions:
 
 def _biases(given: Sequence[str]) -> Iterator[tuple[int, float]]:
     """Tokens and the numbers added to their logits, from ``TOKEN=NUMBER``."""
+    seen: set[int] = set()
     for text in given:
-        token, _, bias = text.partition("=")
+        name, _, number = text.partition("=")
         try:
-            yield int(token), float(bias)
+            token, bias = int(name), float(number)
         except ValueError as error:
             raise ConfigError(f"--logit-bias {shown(text)}; allowed: TOKEN=NUMBER, such as 198=-100") from error
+        if token in seen:
+            raise ConfigError(f"--logit-bias {shown(text)}; allowed: each token once")
+        seen.add(token)
+        yield token, bias
 
 
 def _read(name: str, path: str) -> str:

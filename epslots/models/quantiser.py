@@ -8,9 +8,9 @@ gives the model the matrix's weights. ``expert_reader.py`` runs the same operati
 from __future__ import annotations
 
 import re
-import threading
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from epslots.formats.stored_format import Settings, StoredFormat
 
 METHOD = "epslots"
 
-_of_thread = threading.local()
+_failure: ContextVar[str | None] = ContextVar("_failure", default=None)
 
 Values = dict[str, list[torch.Tensor] | torch.Tensor]
 
@@ -83,7 +83,7 @@ class Dequantise(ConversionOps):
                     for number in range(count)
                 ]
             except ValueError as error:
-                _of_thread.failure = f"{where}: {error}"
+                _failure.set(f"{where}: {error}")
                 raise
             if head:
                 result[f"{head}.weight"] = weights
@@ -141,8 +141,8 @@ class StoredQuantiser(HfQuantizer):
 
 def take_failure() -> str | None:
     """Why this thread's last dequantisation failed, once: transformers' error only says that some conversion did."""
-    failure: str | None = getattr(_of_thread, "failure", None)
-    _of_thread.failure = None
+    failure = _failure.get()
+    _failure.set(None)
     return failure
 
 

@@ -64,6 +64,7 @@ def test_groups_in_words(run: Run):
             "hand_over_tokens=9999999; allowed: 1 to",
         ),
         (("--prefill-ranks", "1", "--decode-ranks", "1", "--hand-over-tokens", "lots"), "--hand-over-tokens 'lots'; allowed"),
+        (("--prefill-ranks", "1", "--decode-ranks", "1", "--hand-over-tokens", "9" * 5000), "--hand-over-tokens '9999"),
     ],
 )
 def test_divisions_that_can_not_be(run: Run, options: tuple[str, ...], message: str):

@@ -60,6 +60,7 @@ def test_options_become_settings(tmp_path: Path):
     ("given", "message"),
     [
         ({"logit_bias": ["5"]}, "--logit-bias '5'; allowed: TOKEN=NUMBER"),
+        ({"logit_bias": ["5=1", "05=2"]}, "--logit-bias '05=2'; allowed: each token once"),
         ({"logit_bias": ["a=5"]}, "--logit-bias 'a=5'; allowed: TOKEN=NUMBER"),
         ({"logit_bias": ["5=nan"]}, "logit_bias=.*; allowed"),
         ({"max_new_tokens": 0}, "max_new_tokens=0; allowed: at least 1"),

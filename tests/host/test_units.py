@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from epslots.errors import ConfigError
-from epslots.units import SlotsSetting, format_bytes, format_count, parse_bytes, parse_slots
+from epslots.units import (
+    SlotsSetting,
+    format_bytes,
+    format_count,
+    parse_bytes,
+    parse_count,
+    parse_kv_tokens,
+    parse_link,
+    parse_prefetch,
+    parse_slots,
+)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +57,33 @@ def test_bad_slots_are_refused_with_what_is_allowed(value: object):
     with pytest.raises(ConfigError, match=r"slots") as caught:
         parse_slots(value)  # type: ignore[arg-type]
     assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "parse",
+    [
+        *(parse_bytes, parse_slots, parse_kv_tokens, parse_prefetch),
+        *(lambda digits, unit=unit: parse_bytes(digits + unit) for unit in ("GiB", "B")),
+        *(lambda digits, after=after: parse_link(digits + after) for after in ("GB/s", "us")),
+        lambda digits: parse_link(f"8GB/s,{digits}us"),
+        lambda digits: parse_slots(digits + "%"),
+    ],
+)
+@pytest.mark.parametrize("digits", ["9" * 400, "9" * 5000])
+def test_endless_numbers_are_refused_and_cut_short(digits: str, parse: Callable[[str], object]):
+    """Python's int and float fail on them, each in its own way."""
+    with pytest.raises(ConfigError) as caught:
+        parse(digits)
+    assert len(str(caught.value)) < 400
+
+
+def test_numbers_that_no_memory_holds():
+    for size in ("9000000TiB", "999999999999999999GiB"):
+        with pytest.raises(ConfigError, match="is not a size"):
+            parse_bytes(size)
+    with pytest.raises(ConfigError, match="slots=<int>"):
+        parse_slots(10**5000)
+    assert (parse_count(" 12 "), parse_count("\u0665"), parse_count("-1"), parse_count("")) == (12, None, None, None)
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,9 @@ def test_fused_experts_of_no_dimension(shape: tuple[int, ...], variant: Callable
 def test_mxfp4_without_its_scales(variant: Callable[..., Path], checkpoint: Checkpoints, tmp_path: Path):
     packed = zoo.make_mxfp4(checkpoint("gpt_oss"), tmp_path / "mxfp4")
     scales = "model.layers.0.mlp.experts.down_proj_scales"
-    refused(variant(packed, lambda tensors: tensors.pop(scales)), "no tensor like down_proj_scales, and .*_blocks is stored as U8")
+    refused(
+        variant(packed, lambda tensors: tensors.pop(scales)), "no tensor like down_proj_scales, and .*_blocks is stored as U8"
+    )
 
 
 def test_mxfp4_without_quantization_config(variant: Callable[..., Path], checkpoint: Checkpoints, tmp_path: Path):

@@ -321,6 +321,8 @@ def test_the_command_with_a_placement(run: Run, trace: Path, tmp_path: Path):
         (("--machine", "abacus"), "--machine 'abacus': allowed: a100"),
         (("--policy", "best"), "--policy 'best': allowed: lru"),
         (("--batch", "1,0"), "--batch '0': allowed: numbers from 1"),
+        (("--batch", "1000000"), "--batch '1000000': allowed: numbers from 1, below 1,000,000"),
+        (("--batch", "9" * 5000), "--batch '9999"),
         (("--timing", "nowhere.json"), "nowhere.json can't be read"),
         (("--nodes", "9"), "nodes=9: allowed: 1 to 8"),
         (("--slots", "auto"), "slots='auto': allowed here"),
