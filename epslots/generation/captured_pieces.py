@@ -1,0 +1,196 @@
+"""Decoding steps that are captured in pieces: a CUDA graph for all that is between two MoE layers, which run as ever.
+
+For ranks of a group, and wherever else the host plans a layer's step. A captured pass calls no layer: each call ends a piece,
+allocates the layer's result, which stays in place, and begins the next piece. So peers notice nothing of a capture, and it may
+fail; ranks needn't agree about captures, since the exchanges of replayed steps are those of all others. Layers are given the
+requests without their repetitions, and the next piece repeats their results.
+
+A piece's results lie in the graphs' memory: the next replay overwrites them. Layers have read them by then, on the same stream.
+Other engines capture in pieces around attention: vLLM ("piecewise") and SGLang ("breakable CUDA graphs").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from epslots.generation.step_graphs import Call, CaptureError, DecodingStep, GraphMemory, Step, StepGraphs
+from epslots.group.join import step_of_all_ranks
+from epslots.models.layer_calls import Layer, calls_taken_by
+from epslots.runtime import predictor_of
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """A graph, and the layer after it.
+
+    Attributes:
+        hidden_BH, index_BK, weights_BK: the layer's arguments; the graph leaves them here.
+        result_BH: where the next piece reads the layer's result.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    layer: Layer
+    hidden_BH: torch.Tensor
+    index_BK: torch.Tensor
+    weights_BK: torch.Tensor
+    result_BH: torch.Tensor
+
+    def run(self, count: int) -> None:
+        """Replay the graph, and make the layer's step with so many requests."""
+        self.graph.replay()
+        given = (tensor[:count] for tensor in (self.hidden_BH, self.index_BK, self.weights_BK))
+        self.result_BH[:count].copy_(self.layer(*given))
+
+
+class _Recorder:
+    """Captures a pass of the model as pieces; within its context, ``take`` gets the calls of the layers.
+
+    Attributes:
+        pieces: those that end at a layer.
+        last: the graph after all layers; the running one until then.
+    """
+
+    def __init__(self, step: DecodingStep, memory: GraphMemory) -> None:
+        self._step, self._memory = step, memory
+        self._capture = ExitStack()
+        self.pieces: list[_Piece] = []
+        # By shape and dtype: the hidden states that a layer is given, and its result. All layers use them one after another.
+        self._shared: dict[tuple[torch.Size, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __enter__(self) -> _Recorder:
+        self._begin()
+        row_B = self._step.row_B
+        number_B = torch.arange(len(row_B), device=row_B.device)
+        self._picked_B = torch.where(number_B < self._step.count_1, number_B, 0)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._capture.__exit__(kind, error, trace)
+
+    def _begin(self) -> None:
+        self.last = torch.cuda.CUDAGraph()
+        self._capture.enter_context(self._memory.capturing(self.last))
+
+    def take(
+        self, layer: Layer, hidden_BH: torch.Tensor, index_BK: torch.Tensor, weights_BK: torch.Tensor
+    ) -> torch.Tensor:
+        """End a piece at a call of a layer; returns what will be its result, within the next piece."""
+        if len(hidden_BH) != len(self._picked_B):
+            raise RuntimeError(f"an MoE layer is given {len(hidden_BH)} rows for {len(self._picked_B)} requests")
+        given_BH, result_BH = self._shared_like(hidden_BH)
+        given_BH.copy_(hidden_BH)
+        self._capture.close()
+        self.pieces.append(_Piece(self.last, layer, given_BH, index_BK, weights_BK, result_BH))
+        self._begin()
+        return result_BH.index_select(0, self._picked_B)
+
+    def _shared_like(self, hidden_BH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key = hidden_BH.shape, hidden_BH.dtype
+        if key not in self._shared:
+            self._shared[key] = tuple(torch.empty(key[0], dtype=key[1], device=hidden_BH.device) for _ in range(2))
+        return self._shared[key]
+
+
+class PiecewiseStep(StepGraphs[Step]):
+    """The steps of one size.
+
+    Args:
+        requests: the most that run.
+    """
+
+    def __init__(self, step: Step, call: Call, memory: GraphMemory, model: PreTrainedModel, requests: int) -> None:
+        super().__init__(step, call, memory)
+        self._model, self._requests = model, requests
+        self._warm = False
+        self._recorded: tuple[list[_Piece], torch.cuda.CUDAGraph, torch.Tensor] | None = None
+
+    @property
+    def captured(self) -> bool:
+        return self._recorded is not None
+
+    @torch.no_grad()
+    def run(self) -> torch.Tensor:
+        # Once the step's header has come back from all ranks, the device waits for none: capturing waits for the device.
+        with step_of_all_ranks(self._model):
+            self.failure = None
+            if self._warm and self._recorded is None:
+                try:
+                    self._capture()
+                except CaptureError as error:
+                    self.failure = error
+            with self._rows_in_place():
+                return self._forward() if self._recorded is None else self._replay(*self._recorded)
+
+    def _replay(self, pieces: list[_Piece], last: torch.cuda.CUDAGraph, logits: torch.Tensor) -> torch.Tensor:
+        count = self.step.count
+        for piece in pieces:
+            piece.run(count)
+        last.replay()
+        return logits
+
+    def _forward(self) -> torch.Tensor:
+        with self.step.inputs() as inputs, calls_taken_by(self._without_repetitions):
+            logits = self._call(inputs)
+        self._warm = True
+        return logits
+
+    def _without_repetitions(
+        self, layer: Layer, hidden_BH: torch.Tensor, index_BK: torch.Tensor, weights_BK: torch.Tensor
+    ) -> torch.Tensor:
+        count = self.step.count
+        result = layer(hidden_BH[:count], index_BK[:count], weights_BK[:count])
+        return torch.cat([result, result[:1].expand(len(hidden_BH) - count, -1)])
+
+    def _capture(self) -> None:
+        with self._memory.taken_by_a_step():
+            recorder = _Recorder(self.step, self._memory)
+            with recorder, self.step.inputs() as inputs, calls_taken_by(recorder.take):
+                logits = self._call(inputs)
+            states = self._capture_states()
+        self._recorded, self._states = (recorder.pieces, recorder.last, logits), states
+
+    @contextmanager
+    def _rows_in_place(self) -> Iterator[None]:
+        """Within the context, the predictor keeps each request's rows at its place."""
+        predictor = predictor_of(self._model)
+        if predictor is None:
+            yield
+            return
+        predictor.keep_rows_at(self.step.row_B[: self.step.count], self._requests)
+        try:
+            yield
+        finally:
+            predictor.keep_rows_at(None)
+
+
+class PiecewiseSteps:
+    """The way of ``PiecewiseStep``.
+
+    Args:
+        requests: the most that run.
+    """
+
+    def __init__(self, model: PreTrainedModel, requests: int) -> None:
+        self._model, self._requests = model, requests
+        self.taken = False
+
+    @property
+    def lock(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def take(self) -> bool:
+        self.taken = True
+        return False
+
+    def give_back(self) -> None:
+        self.taken = False
+
+    def graphs(self, step: Step, call: Call, memory: GraphMemory) -> PiecewiseStep[Step]:
+        return PiecewiseStep(step, call, memory, self._model, self._requests)
