@@ -1,13 +1,13 @@
-"""Captured decoding: a batcher's decoding steps as CUDA graphs, one or more for each padded size, replayed from the 3rd on.
+"""Captured decoding: a batcher's decoding steps as CUDA graphs, for each padded size, replayed from the 3rd step on.
 
-A forward pass launches some thousand small kernels. A captured one (``step_graphs.py``) launches them at once: whole, where the
-device can decide about slots (``captured_whole.py``), else in pieces around the MoE layers (``captured_pieces.py``): in a
-group, and where ``device_obstacle`` has a reason. Choosing tokens, delivering and stopping stay the batcher's, after the replay.
+A forward pass launches some thousand small kernels. A captured one (``step_graphs.py``) has them launched at once: whole,
+where the device can decide about slots (``captured_whole.py``); else in pieces around the MoE layers
+(``captured_pieces.py``): in a group, and where ``device_obstacle`` has a reason. Choosing tokens, delivering and stopping
+stay the batcher's.
 
-Only on CUDA, and while every running request decodes: prompts have no fixed shape. A step takes the usual path where its rows
-could need more experts than a layer has slots (*crowded*; not in pieces), where it would read more positions than graphs have
-memory for (*ragged*), while routes are observed, and for some time after a capture ran out of memory (``capture_pause.py``);
-so do all steps where ``CapturedDecoding.obstacle`` is set.
+Only on CUDA, and while all running requests decode. A step takes the usual path where its rows could need more experts than
+a layer has slots (*crowded*; not in pieces), where it would read more positions than graphs have memory for (*ragged*), while
+routes are observed, and after a capture ran out of memory (``capture_pause.py``); so do all where ``obstacle`` is set.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class CapturedDecoding(Generic[Step]):
         self._latest: StepGraphs[Step] | None = None
         self.obstacle = self._first_obstacle(of_cache) if config.capture else "it was asked for"
         self.whole_obstacle: str | None = None
+        self._present_obstacle = self._few_slots() if self.obstacle is None else None
         self._pause = CapturePause()
         self.replays = self._crowded = self._ragged = 0
 
@@ -78,9 +79,10 @@ class CapturedDecoding(Generic[Step]):
     def reason(self) -> str | None:
         """Why steps aren't captured, as a sentence's end; None if they may be.
 
-        ``obstacle``, or that a capture ran out of memory when a step was last asked for.
+        Besides ``obstacle``, the state when a step was last asked for: a layer has too few slots, or a capture ran out of
+        memory.
         """
-        return self.obstacle or self._pause.reason
+        return self.obstacle or self._present_obstacle or self._pause.reason
 
     def _first_obstacle(self, of_cache: str | None) -> str | None:
         model = self._model
@@ -102,6 +104,8 @@ class CapturedDecoding(Generic[Step]):
             return False
         if self._way is None or not self._way.taken:
             self._open()
+        if self._way is None:
+            return False
         crowded = rows > self._sizes.rows
         ragged = not crowded and (longest is None or not self._sizes.serves(rows, longest))
         self._crowded += crowded
@@ -114,24 +118,32 @@ class CapturedDecoding(Generic[Step]):
         counters.crowded_steps, counters.ragged_steps = self._crowded, self._ragged
         counters.graph_bytes, counters.failed_captures = self._memory.nbytes, self._pause.failures
 
+    def _few_slots(self) -> str | None:
+        """Why the device can't decide about one token's experts, though it decides; None if it can, or the host decides."""
+        runtime = runtime_of(self._model)
+        return None if device_obstacle(runtime, 0) is not None else device_obstacle(runtime, runtime.plan.shape.top_k)
+
     def _open(self) -> None:
         """Choose the way by the layers' slots as they are now: layers may have moved some, and a group may have formed."""
-        runtime = runtime_of(self._model)
-        # Slots that have moved may serve more rows than planned: the memory plan counted the graphs of those.
-        limits = (most_rows(runtime), runtime.plan.served_tokens)
-        most = min([self._requests, *(limit for limit in limits if limit is not None)])
-        pairs = max(most, 1) * runtime.plan.shape.top_k
-        found = device_obstacle(runtime, pairs)
-        if found is not None:
-            most = self._requests
-            if found != self.whole_obstacle:
-                logger.info("%s decodes by CUDA graphs in pieces: %s", type(self._model).__name__, found)
+        if (few := self._few_slots()) is not None:
+            if few != self._present_obstacle:
+                logger.warning("%s decodes uncaptured for now: %s", type(self._model).__name__, few)
+            self._present_obstacle, self._way = few, None
+            return
+        runtime, most = runtime_of(self._model), self._requests
+        if (found := device_obstacle(runtime, 0)) is None:
+            # Slots that have moved may serve more rows than planned: the memory plan counted the graphs of those.
+            limits = (most_rows(runtime), runtime.plan.served_tokens)
+            most = min([most, *(limit for limit in limits if limit is not None)])
+        elif found != self.whole_obstacle:
+            logger.info("%s decodes by CUDA graphs in pieces: %s", type(self._model).__name__, found)
         if self._way is None or most != self._sizes.rows or (found is None) != (self.whole_obstacle is None):
-            in_pieces = found is not None
-            self._way = PiecewiseSteps(self._model, most) if in_pieces else WholeSteps(runtime, pairs, self._requests)
+            pairs = max(most, 1) * runtime.plan.shape.top_k
+            whole = found is None
+            self._way = WholeSteps(runtime, pairs, self._requests) if whole else PiecewiseSteps(self._model, self._requests)
             self._sizes = replace(self._sizes, rows=most)
             self._free_graphs()
-        self.whole_obstacle = found
+        self._present_obstacle, self.whole_obstacle = None, found
 
     def padded(self, rows: int) -> int:
         """Requests of the graph that serves so many, B."""

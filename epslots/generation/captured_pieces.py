@@ -1,12 +1,12 @@
-"""Decoding steps that are captured in pieces: a CUDA graph for all that is between two MoE layers, which run as ever.
+"""Decoding steps captured in pieces: a CUDA graph for all that is between two MoE layers, which run as ever.
 
-For ranks of a group, and wherever else the host plans a layer's step. A captured pass calls no layer: each call ends a piece,
-allocates the layer's result, which stays in place, and begins the next piece. So peers notice nothing of a capture, and it may
-fail; ranks needn't agree about captures, since the exchanges of replayed steps are those of all others. Layers are given the
-requests without their repetitions, and the next piece repeats their results.
+For ranks of a group, and where else the host plans a layer's step. A captured pass calls no layer: each call ends a piece, and
+the next one begins by reading the layer's result where it will be. So peers notice nothing of a capture, and it may fail;
+ranks needn't agree about captures, since a replayed step's exchanges are those of all others. Layers are given the requests
+without their repetitions, and the next piece repeats their results.
 
-A piece's results lie in the graphs' memory: the next replay overwrites them. Layers have read them by then, on the same stream.
-Other engines capture in pieces around attention: vLLM ("piecewise") and SGLang ("breakable CUDA graphs").
+What a graph leaves for a layer is overwritten by the next replay. The layer has read it by then, on the same stream. Others
+capture in pieces around attention: vLLM ("piecewise", its PR 10059) and SGLang ("breakable CUDA graphs", its PR 19102).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from epslots.runtime import predictor_of
 
 
 @dataclass(frozen=True, eq=False)
-class _Piece:
+class _CapturedPiece:
     """A graph, and the layer after it.
 
     Attributes:
@@ -54,13 +54,13 @@ class _Recorder:
 
     Attributes:
         pieces: those that end at a layer.
-        last: the graph after all layers; the running one until then.
+        rest: the graph after all layers; the running one until then.
     """
 
     def __init__(self, step: DecodingStep, memory: GraphMemory) -> None:
         self._step, self._memory = step, memory
         self._capture = ExitStack()
-        self.pieces: list[_Piece] = []
+        self.pieces: list[_CapturedPiece] = []
         # By shape and dtype: the hidden states that a layer is given, and its result. All layers use them one after another.
         self._shared: dict[tuple[torch.Size, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -75,26 +75,25 @@ class _Recorder:
         self._capture.__exit__(kind, error, trace)
 
     def _begin(self) -> None:
-        self.last = torch.cuda.CUDAGraph()
-        self._capture.enter_context(self._memory.capturing(self.last))
+        self.rest = torch.cuda.CUDAGraph()
+        self._capture.enter_context(self._memory.capturing(self.rest))
 
-    def take(
-        self, layer: Layer, hidden_BH: torch.Tensor, index_BK: torch.Tensor, weights_BK: torch.Tensor
-    ) -> torch.Tensor:
+    def take(self, layer: Layer, hidden_BH: torch.Tensor, index_BK: torch.Tensor, weights_BK: torch.Tensor) -> torch.Tensor:
         """End a piece at a call of a layer; returns what will be its result, within the next piece."""
         if len(hidden_BH) != len(self._picked_B):
             raise RuntimeError(f"an MoE layer is given {len(hidden_BH)} rows for {len(self._picked_B)} requests")
         given_BH, result_BH = self._shared_like(hidden_BH)
         given_BH.copy_(hidden_BH)
         self._capture.close()
-        self.pieces.append(_Piece(self.last, layer, given_BH, index_BK, weights_BK, result_BH))
+        self.pieces.append(_CapturedPiece(self.rest, layer, given_BH, index_BK, weights_BK, result_BH))
         self._begin()
         return result_BH.index_select(0, self._picked_B)
 
     def _shared_like(self, hidden_BH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         key = hidden_BH.shape, hidden_BH.dtype
         if key not in self._shared:
-            self._shared[key] = tuple(torch.empty(key[0], dtype=key[1], device=hidden_BH.device) for _ in range(2))
+            hidden, result = (torch.empty(key[0], dtype=key[1], device=hidden_BH.device) for _ in range(2))
+            self._shared[key] = hidden, result
         return self._shared[key]
 
 
@@ -109,7 +108,7 @@ class PiecewiseStep(StepGraphs[Step]):
         super().__init__(step, call, memory)
         self._model, self._requests = model, requests
         self._warm = False
-        self._recorded: tuple[list[_Piece], torch.cuda.CUDAGraph, torch.Tensor] | None = None
+        self._recorded: tuple[list[_CapturedPiece], torch.cuda.CUDAGraph, torch.Tensor] | None = None
 
     @property
     def captured(self) -> bool:
@@ -128,11 +127,11 @@ class PiecewiseStep(StepGraphs[Step]):
             with self._rows_in_place():
                 return self._forward() if self._recorded is None else self._replay(*self._recorded)
 
-    def _replay(self, pieces: list[_Piece], last: torch.cuda.CUDAGraph, logits: torch.Tensor) -> torch.Tensor:
+    def _replay(self, pieces: list[_CapturedPiece], rest: torch.cuda.CUDAGraph, logits: torch.Tensor) -> torch.Tensor:
         count = self.step.count
         for piece in pieces:
             piece.run(count)
-        last.replay()
+        rest.replay()
         return logits
 
     def _forward(self) -> torch.Tensor:
@@ -154,7 +153,7 @@ class PiecewiseStep(StepGraphs[Step]):
             with recorder, self.step.inputs() as inputs, calls_taken_by(recorder.take):
                 logits = self._call(inputs)
             states = self._capture_states()
-        self._recorded, self._states = (recorder.pieces, recorder.last, logits), states
+        self._recorded, self._states = (recorder.pieces, recorder.rest, logits), states
 
     @contextmanager
     def _rows_in_place(self) -> Iterator[None]:

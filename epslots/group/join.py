@@ -73,6 +73,7 @@ def join(
         PeerLost: a rank is gone, or could not load.
     """
     runtime, last = runtime_of(model), group_of(model)
+    runtime.telemetry.collect()  # the device gives back the slots that it decides about, with their tables and histories
     for loader in runtime.loaders:
         loader.vacate_unconfirmed()
     if settings is None:
@@ -234,7 +235,9 @@ def _step_with_every_pass(model: nn.Module) -> None:
 
 @contextmanager
 def step_of_all_ranks(model: nn.Module) -> Iterator[None]:
-    """Within the context, a rank of a group runs its MoE layers as a step of all ranks; a rank alone just runs them.
+    """Within the context, a rank's MoE layers run as a step of all ranks of its group.
+
+    A rank alone has no such step.
 
     Raises:
         StepFailed: what failed within can't be completed without this rank's tokens, though ``completes`` asks for it.

@@ -82,6 +82,28 @@ class SimulatedRanks:
         self.engines = [engine for engine, _ in found]
         return {id: tokens for _, of_rank in found for id, tokens in of_rank.items()}
 
+    def open_all(self, steps: int, *requests: Request) -> None:
+        """Join, open an engine on each rank with the request of its number, and make so many steps together."""
+
+        def work(transport: TorchTransport) -> Engine:
+            self.join(transport)
+            engine = self.open(self.models[transport.rank])
+            engine.batcher.add(requests[transport.rank])
+            for _ in range(steps):
+                engine.step()
+            return engine
+
+        self.engines = on_ranks(self.hub, work)
+
+    def run(self, work: Callable[[Engine], Any]) -> list[Any]:
+        """The results of ``work`` with each rank's engine, in threads."""
+
+        def one(local: Any) -> Any:
+            torch.cuda.set_device(self.models[local.rank].device)
+            return work(self.engines[local.rank])
+
+        return run_threads(one, len(self.engines))
+
     def close(self) -> None:
         """Close the engines."""
         for engine in self.engines:
