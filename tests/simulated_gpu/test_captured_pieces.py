@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 import epslots
 from epslots.errors import PeerLost
 from epslots.generation import capture_pause
-from epslots.generation.engine import Engine
 from epslots.generation.cache_tensors import tensors_of
+from epslots.generation.engine import Engine
 from epslots.generation.paged_cache import paging_obstacle
 from epslots.generation.row_support import row_support
 from epslots.group.join import join
