@@ -61,7 +61,8 @@ class _Recorder:
         self._step, self._memory = step, memory
         self._capture = ExitStack()
         self.pieces: list[_CapturedPiece] = []
-        # By shape and dtype: the hidden states that a layer is given, and its result. All layers use them one after another.
+        # By shape and dtype: the hidden states that a layer is given, and its result. Layers use them one after another, and
+        # the model gets a copy: it may keep a result beyond the next layer.
         self._shared: dict[tuple[torch.Size, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __enter__(self) -> _Recorder:
@@ -82,12 +83,15 @@ class _Recorder:
         """End a piece at a call of a layer; returns what will be its result, within the next piece."""
         if len(hidden_BH) != len(self._picked_B):
             raise RuntimeError(f"an MoE layer is given {len(hidden_BH)} rows for {len(self._picked_B)} requests")
-        given_BH, result_BH = self._shared_like(hidden_BH)
-        given_BH.copy_(hidden_BH)
+        if len(hidden_BH) == 1:  # a few KB a layer are worth two kernels
+            given_BH, result_BH = hidden_BH, torch.empty_like(hidden_BH)
+        else:
+            given_BH, result_BH = self._shared_like(hidden_BH)
+            given_BH.copy_(hidden_BH)
         self._capture.close()
         self.pieces.append(_CapturedPiece(self.rest, layer, given_BH, index_BK, weights_BK, result_BH))
         self._begin()
-        return result_BH.index_select(0, self._picked_B)
+        return result_BH if given_BH is hidden_BH else result_BH.index_select(0, self._picked_B)
 
     def _shared_like(self, hidden_BH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         key = hidden_BH.shape, hidden_BH.dtype

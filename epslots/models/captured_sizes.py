@@ -81,14 +81,16 @@ class CapturedSizes:
         """Memory of graphs in pieces, beyond ``nbytes``.
 
         A piece keeps the experts that were chosen, and their weights. The layers of a graph share their hidden states and
-        results.
+        results; of one request, each keeps its own.
 
         Args:
             shape: the model.
         """
-        chosen = len(shape.layers) * shape.top_k * (_ID_BYTES + ITEM_BYTES["float32"])
-        shared = 2 * shape.hidden_size * ITEM_BYTES[shape.dtype]
-        return sum(batch * (chosen + shared) + len(shape.layers) * PIECE_BYTES for batch, _ in self.graphs())
+        layers = len(shape.layers)
+        chosen = layers * shape.top_k * (_ID_BYTES + ITEM_BYTES["float32"])
+        states = 2 * shape.hidden_size * ITEM_BYTES[shape.dtype]
+        kept = sum(batch * chosen + states * (layers if batch == 1 else batch) for batch, _ in self.graphs())
+        return kept + len(self.graphs()) * layers * PIECE_BYTES
 
 
 def _row_tensors(shape: ModelShape) -> tuple[CacheTensor, ...]:

@@ -265,13 +265,21 @@ def test_graphs_of_decoding_steps_need_room() -> None:
 
 
 def test_pieces_of_decoding_steps_need_room() -> None:
-    """Each step's graphs, chosen experts, and hidden states and results of one layer; but none of a layer's activations."""
+    """Each step's graphs, chosen experts, and hidden states and results of a layer; but none of a layer's activations.
+
+    Steps of one request keep those of all layers.
+    """
     engine = EngineConfig(kv_tokens=500, max_requests=5, max_batch_tokens=10)
     arguments: dict[str, Any] = {"memory_bytes": 8 * 1024 * MIB, "kind": "cuda", "engine": engine}
     whole, shape = plan_of(tiny_shape(), AUTO, **arguments), tiny_shape()
-    layers, rows = len(shape.layers), 4 * (1 + 2 + 4 + 5)
-    chosen, shared = layers * shape.top_k * (8 + 4), 2 * shape.hidden_size * 2
-    more = rows * (chosen + shared) + 16 * layers * PIECE_BYTES - moe_workspace_bytes(shape, 5, 1)
+    layers, rows = len(shape.layers), 4 * (2 + 4 + 5)
+    chosen, states = layers * shape.top_k * (8 + 4), 2 * shape.hidden_size * 2
+    more = (
+        rows * (chosen + states)
+        + 4 * (chosen + layers * states)
+        + 16 * layers * PIECE_BYTES
+        - moe_workspace_bytes(shape, 5, 1)
+    )
     for changes in ({"ranks": 2}, {"captures": False}):
         plan = plan_of(tiny_shape(), AUTO, **arguments | changes)
         assert plan.captures_in_pieces and plan.captured_sizes == whole.captured_sizes
