@@ -43,6 +43,7 @@ REQUESTS = [
     [request(0, 8), request(1, 14, temperature=0.8, top_p=0.9, seed=1), request(2, 11)],
     [request(3, 5), request(4, 7, prompt=30, temperature=1.0, top_k=5, seed=2)],
 ]
+REQUESTS = [[replace(one, logprobs=0) for one in rank] for rank in REQUESTS]
 ALL = [one for rank in REQUESTS for one in rank]
 
 
@@ -76,12 +77,15 @@ def test_a_groups_replays_give_the_usual_tokens(
     usual = on_cpu(checkpoint(name), shared_stores, slots=slots)
     if cache == "pages" and paging_obstacle(usual) is not None:
         pytest.skip("its requests can't be kept in pages")
-    expected = serve(usual, ALL, cache=cache)
+    logprobs: dict[str, list[float]] = {}
+    expected = run_engine(Engine(usual, cache=cache, kv_tokens=512), ALL, logprobs)
     settings: dict[str, Any] = {"slots": slots, "host_compute": "off", "costs": TOKENS_TRAVEL}
     with simulated_gpus("h100", count=2) as gpu:
         ranks = SimulatedRanks(checkpoint(name), shared_stores, engine={"cache": cache, "max_requests": 4}, **settings)
         gpu.reset()
         assert ranks.serve(REQUESTS) == expected
+        for id, of_request in logprobs.items():
+            assert ranks.logprobs[id] == pytest.approx(of_request, abs=2e-5), "repeated rows write what the first one does"
         assert gpu.races == []
         found = [engine.batcher.stats() for engine in ranks.engines]
         for engine, stats in zip(ranks.engines, found, strict=True):
@@ -98,11 +102,14 @@ def test_a_groups_replays_give_the_usual_tokens(
 @pytest.mark.parametrize("costs", list(ALL_COSTS))
 def test_tokens_and_experts_travel_between_pieces(costs: str, checkpoint: Callable[[str], Path], shared_stores: Path):
     """However a layer's step goes, it has read what a piece left for it before the next one is replayed."""
-    expected = serve(on_cpu(checkpoint("qwen3_moe"), shared_stores), ALL, cache="rows")
+    usual, logprobs = on_cpu(checkpoint("qwen3_moe"), shared_stores), dict[str, list[float]]()
+    expected = run_engine(Engine(usual, cache="rows", kv_tokens=512), ALL, logprobs)
     with simulated_gpus("h100", count=2) as gpu:
         ranks = SimulatedRanks(checkpoint("qwen3_moe"), shared_stores, costs=ALL_COSTS[costs], engine={"max_requests": 4})
         gpu.reset()
         assert ranks.serve(REQUESTS) == expected
+        for id, of_request in logprobs.items():
+            assert ranks.logprobs[id] == pytest.approx(of_request, abs=2e-5)
         assert gpu.races == [] and all(engine.batcher.stats().replayed_steps > 1 for engine in ranks.engines)
         ranks.close()
 
@@ -221,6 +228,10 @@ def test_a_failed_capture_breaks_no_step(
         assert (found[0].replayed_steps, found[0].graph_bytes, len(tried)) == (0, 0, 3)
         assert found[1].capture_obstacle is None and found[1].replayed_steps > 1
         assert "decodes uncaptured" in caplog.text and gpu.races == []
+        steps = [one.steps for one in found]
+        for engine in ranks.engines:  # none was broken off and made once more; the last one finds that no rank has work
+            group = group_of(engine.model)
+            assert group is not None and group.lockstep.steps == max(steps) + 1
         ranks.close()
 
 

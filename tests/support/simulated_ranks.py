@@ -48,6 +48,9 @@ def on_ranks(hub: NcclHub, work: Callable[[TorchTransport], Any], deadline_s: fl
 class SimulatedRanks:
     """Ranks that are one model, each with an engine.
 
+    Attributes:
+        logprobs: of the tokens that ``serve`` returned, for requests that ask for them.
+
     Args:
         costs: of ``join``.
         engine: settings of ``Engine``.
@@ -61,6 +64,7 @@ class SimulatedRanks:
         self._costs, self._engine = costs, {"kv_tokens": 512} | engine
         self.hub = NcclHub(ranks)
         self.engines: list[Engine] = []
+        self.logprobs: dict[str, list[float]] = {}
 
     def join(self, transport: TorchTransport) -> None:
         """Make this rank's model one with the others'."""
@@ -76,7 +80,7 @@ class SimulatedRanks:
         def work(transport: TorchTransport) -> tuple[Engine, dict[str, list[int]]]:
             self.join(transport)
             engine = self.open(self.models[transport.rank])
-            return engine, run_engine(engine, requests[transport.rank])
+            return engine, run_engine(engine, requests[transport.rank], self.logprobs)
 
         found = on_ranks(self.hub, work)
         self.engines = [engine for engine, _ in found]
@@ -110,12 +114,16 @@ class SimulatedRanks:
             engine.batcher.close()
 
 
-def run_engine(engine: Engine, requests: Sequence[Request]) -> dict[str, list[int]]:
-    """The tokens of a rank's requests, while the group has work."""
+def run_engine(
+    engine: Engine, requests: Sequence[Request], logprobs: dict[str, list[float]] | None = None
+) -> dict[str, list[int]]:
+    """The tokens of a rank's requests, while the group has work; their log-probabilities are entered."""
     tokens: dict[str, list[int]] = {}
     for request in requests:
         engine.batcher.add(request)
     for output in engine.run():
         assert output.error is None
         tokens.setdefault(output.id, []).extend(output.tokens)
+        if logprobs is not None:
+            logprobs.setdefault(output.id, []).extend(one.logprob for one in output.logprobs)
     return tokens
