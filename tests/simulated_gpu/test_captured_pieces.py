@@ -277,11 +277,39 @@ def test_a_rank_whose_host_plans_replays_pieces(cache: str, checkpoint: Callable
         assert run_engine(engine, ALL) == expected
         stats = engine.batcher.stats()
         assert stats.replayed_steps > 3 and stats.capture_obstacle is None and stats.crowded_steps == 0
-        assert engine.batcher._captured.whole_obstacle == "the host store isn't pinned, so the GPU can't read it"
+        assert stats.whole_obstacle == "the host store isn't pinned, so the GPU can't read it"
         assert epslots.stats(model).total("prefetches") > 0
         assert not any(runner.slots_are_lent for runner in runtime_of(model).runners)
         assert gpu.races == []
         engine.batcher.close()
+
+
+def test_prompts_of_another_rank_pass_by_a_replay(checkpoint: Callable[[str], Path], shared_stores: Path):
+    """It computes them on the usual path, and is idle in between: the first rank's steps are replayed all the same."""
+    mine, theirs = request(0, 30), [request(number, 4, prompt=number * 20) for number in (1, 2, 3)]
+    expected = serve(on_cpu(checkpoint("qwen3_moe"), shared_stores), [mine, *theirs], cache="rows")
+    with simulated_gpus("h100", count=2) as gpu:
+        ranks = two_ranks(checkpoint("qwen3_moe"), shared_stores)
+        ranks.open_all(6, mine, theirs[0])
+        before = ranks.engines[0].batcher.stats()
+
+        def go_on(engine: Engine) -> dict[str, list[int]]:
+            tokens: dict[str, list[int]] = {}
+            for step in range(24):
+                if engine is ranks.engines[1] and step in (3, 12):
+                    engine.batcher.add(theirs[1 + (step == 12)])
+                engine.step()
+                for output in engine.batcher.outputs():
+                    tokens.setdefault(output.id, []).extend(output.tokens)
+            return tokens
+
+        first, second = ranks.run(go_on)
+        assert first | second == expected
+        after, other = (engine.batcher.stats() for engine in ranks.engines)
+        assert after.replayed_steps - before.replayed_steps == 24
+        assert other.steps == 12 and other.prompt_tokens == sum(len(one.prompt) for one in theirs)
+        assert gpu.races == []
+        ranks.close()
 
 
 def test_slots_move_while_pieces_are_replayed(checkpoint: Callable[[str], Path], shared_stores: Path):
