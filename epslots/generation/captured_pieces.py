@@ -60,6 +60,7 @@ class _Recorder:
     def __init__(self, step: DecodingStep, memory: GraphMemory) -> None:
         self._step, self._memory = step, memory
         self._capture = ExitStack()
+        self._picked_B: torch.Tensor | None = None
         self.pieces: list[_CapturedPiece] = []
         # By shape and dtype: the hidden states that a layer is given, and its result. Layers use them one after another, and
         # the model gets a copy: it may keep a result beyond the next layer.
@@ -67,9 +68,6 @@ class _Recorder:
 
     def __enter__(self) -> _Recorder:
         self._begin()
-        row_B = self._step.row_B
-        number_B = torch.arange(len(row_B), device=row_B.device)
-        self._picked_B = torch.where(number_B < self._step.count_1, number_B, 0)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -81,8 +79,9 @@ class _Recorder:
 
     def take(self, layer: Layer, hidden_BH: torch.Tensor, index_BK: torch.Tensor, weights_BK: torch.Tensor) -> torch.Tensor:
         """End a piece at a call of a layer; returns what will be its result, within the next piece."""
-        if len(hidden_BH) != len(self._picked_B):
-            raise RuntimeError(f"an MoE layer is given {len(hidden_BH)} rows for {len(self._picked_B)} requests")
+        picked_B = self._picked()
+        if len(hidden_BH) != len(picked_B):
+            raise RuntimeError(f"an MoE layer is given {len(hidden_BH)} rows for {len(picked_B)} requests")
         if len(hidden_BH) == 1:  # a few KB a layer are worth two kernels
             given_BH, result_BH = hidden_BH, torch.empty_like(hidden_BH)
         else:
@@ -91,7 +90,15 @@ class _Recorder:
         self._capture.close()
         self.pieces.append(_CapturedPiece(self.rest, layer, given_BH, index_BK, weights_BK, result_BH))
         self._begin()
-        return result_BH if given_BH is hidden_BH else result_BH.index_select(0, self._picked_B)
+        return result_BH if given_BH is hidden_BH else result_BH.index_select(0, picked_B)
+
+    def _picked(self) -> torch.Tensor:
+        """The request that each place stands for, int64 [B]; found in the first piece."""
+        if self._picked_B is None:
+            row_B = self._step.row_B
+            number_B = torch.arange(len(row_B), device=row_B.device)
+            self._picked_B = torch.where(number_B < self._step.count_1, number_B, 0)
+        return self._picked_B
 
     def _shared_like(self, hidden_BH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         key = hidden_BH.shape, hidden_BH.dtype

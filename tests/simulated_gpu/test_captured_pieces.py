@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -235,10 +236,38 @@ def test_a_failed_capture_breaks_no_step(
         ranks.close()
 
 
+def test_a_layer_that_fails_between_pieces_breaks_no_group(checkpoint: Callable[[str], Path], shared_stores: Path):
+    """The rank takes part in the rest of the step without tokens, and makes its requests' step in parts afterwards."""
+    expected = serve(on_cpu(checkpoint("qwen3_next"), shared_stores), ALL, cache="rows")
+    with simulated_gpus("h100", count=2) as gpu:
+        ranks, failed = two_ranks(checkpoint("qwen3_next"), shared_stores), list[int]()
+        runner: Any = runtime_of(ranks.models[0]).runners[1]
+        prepare = runner.prepare
+
+        def fail(hidden_TH: torch.Tensor, *rest: torch.Tensor) -> Any:
+            if called_by_a_piece():
+                failed.append(len(hidden_TH))
+                if len(failed) == 3:
+                    raise RuntimeError("as it happens")
+            return prepare(hidden_TH, *rest)
+
+        runner.prepare = fail
+        assert ranks.serve(REQUESTS) == expected
+        assert len(failed) > 5 and gpu.races == []
+        assert all(engine.batcher.stats().replayed_steps > 1 for engine in ranks.engines)
+        ranks.close()
+
+
+def called_by_a_piece() -> bool:
+    """Whether a layer's step is made after a replay."""
+    return any(Path(frame.filename).name == "captured_pieces.py" for frame in traceback.extract_stack())
+
+
+@pytest.mark.parametrize("full", [1, 2])
 def test_a_capture_without_memory_is_tried_again(
-    checkpoint: Callable[[str], Path], shared_stores: Path, monkeypatch: pytest.MonkeyPatch
+    full: int, checkpoint: Callable[[str], Path], shared_stores: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Some steps later; a piece that found memory before is freed."""
+    """Some steps later, when the first piece found none, or the second; and no capture stays open."""
     monkeypatch.setattr(capture_pause, "FIRST_PAUSE", 3)
     expected = serve(on_cpu(checkpoint("qwen3_moe"), shared_stores), REQUESTS[0][:1], cache="rows")
     with simulated_gpus("h100") as gpu:
@@ -251,7 +280,7 @@ def test_a_capture_without_memory_is_tried_again(
             tried.append(engine.batcher.stats().steps)
             try:
                 with graph(*args, **settings):
-                    gpu.memory_bytes = gpu.allocated[0] if len(tried) == 2 else memory_bytes
+                    gpu.memory_bytes = gpu.allocated[0] if len(tried) == full else memory_bytes
                     yield
             finally:
                 gpu.memory_bytes = memory_bytes
@@ -259,7 +288,7 @@ def test_a_capture_without_memory_is_tried_again(
         monkeypatch.setattr(torch.cuda, "graph", crowded)
         assert run_engine(engine, REQUESTS[0][:1]) == expected
         layers, stats = len(runtime_of(model).runners), engine.batcher.stats()
-        assert tried == [2, 2, *[2 + 4] * (layers + 1)]
+        assert tried == [*[2] * full, *[2 + 4] * (layers + 1)]
         assert (stats.failed_captures, stats.capture_obstacle, stats.replayed_steps) == (1, None, 1) and gpu.races == []
         engine.batcher.close()
 
