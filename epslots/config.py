@@ -133,7 +133,7 @@ class LoadConfig(EngineConfig, frozen=True, kw_only=True):
         prefix_cache: prompts that begin alike share what was computed for their common beginning.
         step_target_ms: choose the prompt tokens of a step so that it takes about this long, because decoding waits for it;
             None = only ``max_batch_tokens`` limits them.
-        capture: on a GPU, let an ``Engine`` of one rank decode by CUDA graphs, where the model allows it.
+        capture: on a GPU, let an ``Engine`` decode by CUDA graphs, where the model allows it.
         link: an emulated link between host and device, such as ``"8GB/s,20us"``, to see on a CPU how fetches overlap with
             compute. Default: the device's own link; on a CPU, fetches take no time of their own.
         prefetch: fetch the experts that the next layer is expected to need while this one computes: ``"auto"`` (where a link

@@ -34,6 +34,7 @@ from epslots.models.model_shape import ModelShape
 from epslots.models.opening import OpenModel, open_model
 from epslots.models.slot_format import choose_slot_format
 from epslots.moe.product_choice import Product, planned_products
+from epslots.planner.cache_policy import own_name
 from epslots.prefetch.setup import planned_bytes
 from epslots.private_files import default_cache_dir
 from epslots.units import format_bytes, parse_prefetch, parse_slots
@@ -199,7 +200,7 @@ def _plan_memory(
             memory_bytes=free[0],
             memory_note=free[1],
             captures=Product.BY_SLOT not in products and not config.execute_predicted,
-            fetches=gpu_fetches,
+            fetches=gpu_fetches and (isinstance(config.policy, str) or own_name(config.policy) is not None),
         ),
         ranks=ranks,
         engine=config.engine,

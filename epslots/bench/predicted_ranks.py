@@ -2,7 +2,7 @@
 
 Each rank is a thread with a simulated GPU of its own, joined by simulated NCCL.
 
-A step is a bare forward pass of the model, on the usual path: none is captured. Models are those of ``predicted_steps.py``.
+Each has an engine that decodes a request, captured in pieces or on the usual path. Models are those of ``predicted_steps.py``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedConfig, PreTrainedModel
 
-import epslots
-from epslots.bench.engines import random_prompt
+from epslots.bench.engines import Decoding, open_engine, random_requests
 from epslots.bench.models import LARGE_EXPERTS, random_checkpoint, release, use_sums
 from epslots.bench.predicted_steps import (
+    KV_TOKENS,
     PROMPT,
     RECALL,
     REST_S,
@@ -48,7 +49,7 @@ from epslots.transport.torch_transport import TorchTransport
 _DEADLINE_S = 600.0
 
 RankRun = Callable[..., StepTimes]
-"""Called with a kind of GPU and a share of slots; keywords: ``ranks`` and ``hit_rate``. Returns the first rank's times."""
+"""Called with a kind of GPU and a share of slots; keywords: ``ranks``, ``hit_rate``, ``captured``. The first rank's times."""
 
 
 @contextmanager
@@ -63,11 +64,13 @@ def predicted_ranks(
     true = shape_of_config(config, "the model", "bfloat16")
     kept: list[HostStore] = []  # in memory it lives as long as it is held
 
-    def run(spec: GpuSpec, share: float, *, ranks: int = 2, hit_rate: float = 1.0) -> StepTimes:
+    def run(spec: GpuSpec, share: float, *, ranks: int = 2, hit_rate: float = 1.0, captured: bool = False) -> StepTimes:
         with simulated_gpus(spec, count=ranks) as gpu, replaced(torch_transport, "dist", simulated_dist(dist)):
             nccl.set_environment()
             nbytes = true.layers[0].layout.nbytes
-            models = [load_twin(gpu, folder, cache_dir, sizes, nbytes, share, device=f"cuda:{n}") for n in range(ranks)]
+            room: dict[str, Any] = {"kv_tokens": KV_TOKENS, "max_requests": 1, "max_batch_tokens": PROMPT, "capture": captured}
+            load = partial(load_twin, gpu, folder, cache_dir, sizes, nbytes, share, **room)
+            models = [load(device=f"cuda:{n}") for n in range(ranks)]
             steps_of = _Steps(gpu, NcclHub(ranks), steps, true.top_k, hit_rate)
             with ThreadPoolExecutor(ranks) as threads:
                 found = list(threads.map(steps_of, range(ranks), models))
@@ -88,7 +91,6 @@ class _Steps:
         self._gpu, self._hub, self._steps, self._top_k, self._hit_rate = gpu, hub, steps, top_k, hit_rate
         self._warm, self._done = threading.Barrier(hub.size, action=gpu.reset), threading.Barrier(hub.size)
 
-    @torch.no_grad()
     def __call__(self, rank: int, model: PreTrainedModel) -> dict[str, Any]:
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
@@ -104,20 +106,18 @@ class _Steps:
             raise
 
     def _decode(self, model: PreTrainedModel, script: ScriptedRouting, rank: int) -> dict[str, Any]:
-        gpu, plan_s = self._gpu, charge_plans(self._gpu, runtime_of(model).runners)
-        with epslots.sync_ranks(model):
-            ids = torch.tensor([random_prompt(model, PROMPT, rank)]).to(model.device)
-            output = model(ids, use_cache=True)
-            for number in range(WARM_UP + self._steps):
-                if number == WARM_UP:
-                    self._warm.wait()
-                    planned_s, began_s, before = plan_s(), gpu.now_s, use_sums(model)
-                script.next_step()
-                token = output.logits[:, -1:].argmax(-1)
-                output = model(token, past_key_values=output.past_key_values, use_cache=True)
-                if number < WARM_UP:
-                    gpu.spend(REST_S)
+        gpu, plan_s, engine = self._gpu, charge_plans(self._gpu, runtime_of(model).runners), open_engine(model)
+        decoding = Decoding(engine, random_requests(model, 1, PROMPT, WARM_UP + self._steps + 1, seed=rank))
+        for number in range(WARM_UP + self._steps):
+            if number == WARM_UP:
+                self._warm.wait()
+                planned_s, began_s, before = plan_s(), gpu.now_s, use_sums(model)
+            script.next_step()
+            decoding.step()
+            if number < WARM_UP:
+                gpu.spend(REST_S)
         self._done.wait()
         times = times_of(gpu, self._steps, began_s, plan_s() - planned_s) if rank == 0 else {}
         uses = {name: count / self._steps for name, count in use_sums(model, since=before).items()}
+        engine.batcher.close()
         return times | hits_of(uses)

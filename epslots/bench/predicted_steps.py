@@ -42,7 +42,7 @@ RECALL = 0.865  # of the next layer's experts on held-out text (``bench predict`
 # The host's time to plan a layer's step, with nothing and with something missing (``bench exchange``).
 PLAN_S, PLAN_MISSES_S = 77e-6, 121e-6
 PROMPT, WARM_UP = 520, 4  # tokens; no number of tokens on the way is one of the tiny widths
-_KV_TOKENS = 1024
+KV_TOKENS = 1024
 # After a step of the warm-up, so that what was fetched ahead for the prompt has arrived.
 REST_S = 0.1
 
@@ -121,7 +121,7 @@ class PredictedSteps:
             requests: that decode together.
             captured: whether steps are.
         """
-        room: dict[str, Any] = {"kv_tokens": _KV_TOKENS * requests, "max_requests": requests, "max_batch_tokens": PROMPT}
+        room: dict[str, Any] = {"kv_tokens": KV_TOKENS * requests, "max_requests": requests, "max_batch_tokens": PROMPT}
         with simulated_gpus(spec) as gpu:
             model = load_twin(gpu, self.folder, self.cache_dir, self.sizes, self.record_bytes, share, capture=captured, **room)
             found = self._each(gpu, model, cases, requests, captured)

@@ -131,11 +131,13 @@ def _tables(spec: GpuSpec, model: str, run: PredictedSteps, shares: list[float])
 def _tables_of_ranks(spec: GpuSpec, model: str, run: RankRun) -> Tables:
     """Two ranks that hold everything each, everything together, and as much as one rank with half of the slots."""
     rows: Rows = []
-    resident, (source, rates) = run(spec, 1.0), next(iter(HIT_RATES.items()))
-    for share, routing, hit_rate in ((1.0, "any", 1.0), (0.5, "any", 1.0), (0.25, source, _hit_rate(rates, 0.5))):
-        found = resident if share == 1 else run(spec, share, hit_rate=hit_rate)
-        name: dict[str, Any] = {"path": "usual", "slots of each": f"{100 * share:g}%", "routing of": routing}
-        rows.append(name | {"layers": found.layers} | _row(found, resident) | _reasons(found))
+    source, rates = next(iter(HIT_RATES.items()))
+    for path, captured in (("in pieces", True), ("usual", False)):
+        resident = run(spec, 1.0, captured=captured)
+        for share, routing, hit_rate in ((1.0, "any", 1.0), (0.5, "any", 1.0), (0.25, source, _hit_rate(rates, 0.5))):
+            found = resident if share == 1 else run(spec, share, hit_rate=hit_rate, captured=captured)
+            name: dict[str, Any] = {"path": path, "slots of each": f"{100 * share:g}%", "routing of": routing}
+            rows.append(name | {"layers": found.layers} | _row(found, resident) | _reasons(found))
     return {f"PREDICTED: two ranks with a request of {model} each, on two {spec.name}": rows}
 
 

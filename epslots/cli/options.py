@@ -220,7 +220,7 @@ class LoadConfigOptions:
     ] = _DEFAULTS.step_target_ms
     capture: Annotated[
         bool,
-        typer.Option("--capture/--no-capture", help="On a GPU, let a rank alone decode by CUDA graphs, where it can."),
+        typer.Option("--capture/--no-capture", help="On a GPU, decode by CUDA graphs, where the model allows it."),
     ] = _DEFAULTS.capture
 
     def config(self, kv_tokens: int | str = _DEFAULTS.kv_tokens) -> LoadConfig:

@@ -172,6 +172,10 @@ def requests_table(ranks: Sequence[OneRankStats]) -> Table:
     for one in ranks:
         if one.engine.capture_obstacle is not None:
             table.caption += escape(f"\nrank {one.rank} decodes without CUDA graphs: {one.engine.capture_obstacle}")
+        elif one.engine.whole_obstacle is not None:
+            table.caption += escape(
+                f"\nrank {one.rank} decodes by CUDA graphs between MoE layers: {one.engine.whole_obstacle}"
+            )
         for steps, why in (
             (one.engine.crowded_steps, "they could need more experts than a layer has slots"),
             (one.engine.ragged_steps, "one request is far longer than the others"),

@@ -1,6 +1,6 @@
 """A model's slots while the device decides about them, instead of the host's plans.
 
-An engine takes them for a row of captured steps (``generation/captured_decoding.py``), and gives them back before any other
+An engine takes them for a row of captured steps (``generation/captured_whole.py``), and gives them back before any other
 step. ``device_slots.py`` has the decision itself.
 """
 

@@ -310,6 +310,7 @@ class Batcher(ABC):
             **usage._asdict(),
             waiting=len(self._open()) - usage.running,
             capture_obstacle=self._captured.reason if self._model.device.type == "cuda" else None,
+            whole_obstacle=self._captured.whole_obstacle,
         )
 
     @contextmanager

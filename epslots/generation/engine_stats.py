@@ -68,6 +68,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
         ceded_slots: slots of all MoE layers that hold a part of it now.
         capture_obstacle: why a rank on a GPU doesn't replay its decoding steps, as a sentence's end; None if it may, and on a
             CPU, which has no graphs. Of several ranks, the first one's.
+        whole_obstacle: why it replays them in pieces and not whole, likewise; None if none was replayed in pieces.
     """
 
     steps: int
@@ -89,6 +90,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     longest_tokens: int = 0
     failed_captures: int = 0
     capture_obstacle: str | None = None
+    whole_obstacle: str | None = None
 
     @property
     def exchanges_memory(self) -> bool:
@@ -113,6 +115,6 @@ _LARGEST_OF_RANKS = {"steps"}
 def sum_engines(ranks: Sequence[EngineStats]) -> EngineStats:
     """The sums of all ranks' numbers; of ``steps`` the largest. All are zero without a rank."""
     values = {name: [getattr(rank, name) for rank in ranks] for name in EngineStats.__struct_fields__}
-    obstacles = filter(None, values.pop("capture_obstacle"))
+    obstacle, of_whole = (next(filter(None, values.pop(name)), None) for name in ("capture_obstacle", "whole_obstacle"))
     sums = {name: max(v, default=0) if name in _LARGEST_OF_RANKS else sum(v) for name, v in values.items()}
-    return EngineStats(**sums, capture_obstacle=next(obstacles, None))
+    return EngineStats(**sums, capture_obstacle=obstacle, whole_obstacle=of_whole)

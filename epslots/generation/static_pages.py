@@ -32,6 +32,7 @@ class StaticPages:
         spans: S, of each kind of attention.
 
     Attributes:
+        count: requests that are no repetition, of the latest ``begin``.
         new_states: none: what a step writes is kept by writing it.
     """
 
@@ -39,6 +40,7 @@ class StaticPages:
         self._batch, self._decoding = processor.inputs_and_outputs, decoding
         self._size, self._spans = batch, spans
         self._numbers = torch.zeros(_LENGTHS + len(spans), batch, dtype=torch.int64, device=self._batch.device)
+        self.count = 0
         self.new_states: list[Any] = []
 
     def begin(self, places: Sequence[int]) -> None:
@@ -47,6 +49,7 @@ class StaticPages:
         Args:
             places: of each request, as ``row_B``.
         """
+        self.count = len(places)
         numbers: IntArray = np.array([[len(places)] * len(places), places, *self._decoding.lengths], np.int64)
         spare = np.zeros((len(numbers), self._size - len(places)), np.int64)
         copy_to_device(np.concatenate([numbers, spare], axis=1), self._numbers)

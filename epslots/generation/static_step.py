@@ -32,6 +32,7 @@ class StaticStep:
         span: S.
 
     Attributes:
+        count: rows that are no repetition, of the latest ``begin``.
         new_states: pools of states, and the step's new states of its rows. Filled by each step through Python.
     """
 
@@ -39,10 +40,12 @@ class StaticStep:
         self._cache, self.batch, self.span = cache, batch, span
         self._tables = cache.tables
         self._numbers = torch.zeros(_CELLS + len(self._tables), batch, dtype=torch.int64, device=cache.device)
+        self.count = 0
         self.new_states: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def begin(self, rows: Sequence[Row], tokens: Sequence[int]) -> None:
         """Set the rows and their new tokens. Spare places repeat the first row, which needs no expert of its own."""
+        self.count = len(rows)
         cells = [table.next_cells(len(rows)) for table in self._tables.values()]
         known = [tokens, [row.number for row in rows], [row.length for row in rows], [len(rows)] * len(rows), *cells]
         numbers = np.array(known, np.int64)

@@ -30,6 +30,7 @@ from epslots.group.handshake import (
 )
 from epslots.group.rank_group import RankGroup, enter, group_of, slot_pools
 from epslots.models.experts import experts_modules
+from epslots.models.layer_calls import calls_are_taken
 from epslots.moe.moe_layer import plan_alone
 from epslots.moe.peers import Alone
 from epslots.placement.model_planner import check_fits
@@ -72,6 +73,7 @@ def join(
         PeerLost: a rank is gone, or could not load.
     """
     runtime, last = runtime_of(model), group_of(model)
+    runtime.telemetry.collect()  # the device gives back the slots that it decides about, with their tables and histories
     for loader in runtime.loaders:
         loader.vacate_unconfirmed()
     if settings is None:
@@ -223,20 +225,37 @@ def _step_with_every_pass(model: nn.Module) -> None:
 
     @functools.wraps(forward)
     def step(*args: object, **kwargs: object) -> object:
-        group = group_of(model)  # looked up each time: a later epoch brings another
-        assert group is not None
-        try:
-            group.lockstep.begin()
-            output = forward(*args, **kwargs)
-            group.lockstep.end()
-        except GroupError:
-            raise  # all ranks know of it
-        except BaseException as error:
-            _fail(group.lockstep, error)
-            raise
-        return output
+        if calls_are_taken():  # by code that makes the step
+            return forward(*args, **kwargs)
+        with step_of_all_ranks(model):
+            return forward(*args, **kwargs)
 
     setattr(trunk, "forward", step)  # noqa: B010 - a method to mypy
+
+
+@contextmanager
+def step_of_all_ranks(model: nn.Module) -> Iterator[None]:
+    """Within the context, a rank's MoE layers run as a step of all ranks of its group.
+
+    A rank alone has no such step.
+
+    Raises:
+        StepFailed: what failed within can't be completed without this rank's tokens, though ``completes`` asks for it.
+        GroupError: ranks don't match, are out of step, or gone.
+    """
+    group = group_of(model)  # looked up each time: a later epoch brings another
+    if group is None:
+        yield
+        return
+    try:
+        group.lockstep.begin()
+        yield
+        group.lockstep.end()
+    except GroupError:
+        raise  # all ranks know of it
+    except BaseException as error:
+        _fail(group.lockstep, error)
+        raise
 
 
 def _fail(lockstep: LockStep, error: BaseException) -> None:

@@ -17,8 +17,11 @@ LEAST_SPAN = 64
 MOST_READS = 8
 # A CUDA graph's own memory, for its kernels' arguments. An estimate: users of other engines report 2 to 10 MB a graph.
 GRAPH_BYTES = 4 * 1024**2
+# Each further graph of a step that is captured in pieces. An estimate: vLLM's pieces take 24 to 28 MB a size (its PR 22897).
+PIECE_BYTES = 256 * 1024
 # Where a step finds a position: cells and masks, of one kind of attention.
 _POSITION_BYTES = 32
+_ID_BYTES = 8
 
 
 def span_of(longest: int) -> int:
@@ -73,6 +76,21 @@ class CapturedSizes:
         reads = max(batch * _read_bytes(shape, span) for batch, span in graphs)
         states = [tensor.entry_bytes for tensor in _row_tensors(shape) if tensor.kind == "row"]
         return moe_bytes + reads + logits + self.rows * sum(states) + len(graphs) * GRAPH_BYTES
+
+    def pieces_nbytes(self, shape: ModelShape) -> int:
+        """Memory of graphs in pieces, beyond ``nbytes``.
+
+        A piece keeps the experts that were chosen, and their weights. The layers of a graph share their hidden states and
+        results; of one request, each keeps its own.
+
+        Args:
+            shape: the model.
+        """
+        layers = len(shape.layers)
+        chosen = layers * shape.top_k * (_ID_BYTES + ITEM_BYTES["float32"])
+        states = 2 * shape.hidden_size * ITEM_BYTES[shape.dtype]
+        kept = sum(batch * chosen + states * (layers if batch == 1 else batch) for batch, _ in self.graphs())
+        return kept + len(self.graphs()) * layers * PIECE_BYTES
 
 
 def _row_tensors(shape: ModelShape) -> tuple[CacheTensor, ...]:

@@ -33,6 +33,7 @@ from transformers.core_model_loading import (
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from epslots.errors import UnsupportedModelError
+from epslots.models.layer_calls import call_layer
 
 IMPLEMENTATION = "epslots"
 _MIXES_TOKENS = frozenset({"DogeCDMoE"})
@@ -45,8 +46,7 @@ def run_from_slots(
     module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """The implementation of the interface: hidden states [T, H], chosen experts and their weights [T, K] to [T, H]."""
-    output: torch.Tensor = getattr(module, RUNNER)(hidden_states, top_k_index, top_k_weights)
-    return output
+    return call_layer(getattr(module, RUNNER), hidden_states, top_k_index, top_k_weights)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run_from_slots)

@@ -43,7 +43,8 @@ class PlannedDevice(msgspec.Struct, frozen=True, kw_only=True):
         memory_note: the origin of ``memory_bytes``, for messages.
         reserve_bytes: kept free; None = ``default_reserve``.
         captures: whether the layers' work can be captured on a GPU: above all their products (``product_choice.py``).
-        fetches: whether a GPU can fetch experts by itself: the host store is in memory, and will be pinned.
+        fetches: whether a GPU can fetch experts by itself: the host store is in memory, and will be pinned, and the policy is
+            known on the device.
     """
 
     kind: str = "cpu"
@@ -141,19 +142,30 @@ class MemoryPlan(msgspec.Struct, frozen=True):
         return served_tokens(self.shape.layers, self.quotas, self.shape.top_k)
 
     @property
+    def captures(self) -> bool:
+        """Whether the engine captures decoding steps, whole or in pieces."""
+        return self.device.kind == "cuda" and self.engine.capture and self.shape.capture_obstacle is None
+
+    @property
+    def captures_in_pieces(self) -> bool:
+        """Whether it captures them in pieces: the device can't decide about slots (``cuda_graph/lent_slots.py``)."""
+        device_decides = self.ranks == 1 and self.device.captures and (self.device.fetches or self.served_tokens is None)
+        return self.captures and not device_decides
+
+    @property
     def captured_sizes(self) -> CapturedSizes:
         """The decoding steps that the engine captures."""
-        on_one_gpu = self.device.kind == "cuda" and self.ranks == 1
-        captures = on_one_gpu and self.device.captures and self.engine.capture and self.shape.capture_obstacle is None
-        rows = self.engine.max_requests if captures else 0
-        if self.served_tokens is not None:
-            rows = min(rows, self.served_tokens) if self.device.fetches else 0
+        rows = self.engine.max_requests if self.captures else 0
+        if self.served_tokens is not None and not self.captures_in_pieces:
+            rows = min(rows, self.served_tokens)
         return CapturedSizes(rows, self.engine.planned_tokens)
 
     @property
     def captured_bytes(self) -> int:
         """Bytes that the graphs of these steps keep."""
         sizes = self.captured_sizes
+        if self.captures_in_pieces:
+            return sizes.nbytes(self.shape, 0) + sizes.pieces_nbytes(self.shape)
         return sizes.nbytes(self.shape, moe_workspace_bytes(self.shape, sizes.rows, self.ranks))
 
     @property

@@ -21,8 +21,9 @@ def plan_items(plan: MemoryPlan) -> tuple[tuple[str, int, str], ...]:
     step = f"{plan.shape.step_tokens(plan.engine):,} tokens x {plan.shape.top_k} experts in one MoE layer, and choosing tokens"
     unpacking = ("unpacking", plan.unpacking_bytes, "one matrix at a time, of packed slots")
     predictor = ("predictor", plan.predictor_bytes, "predicts the next layer's experts")
-    rows = plan.captured_sizes.rows
-    captured = ("captured steps", plan.captured_bytes, f"CUDA graphs of decoding up to {rows} requests at a time (capture)")
+    rows, pieces = plan.captured_sizes.rows, " in pieces" if plan.captures_in_pieces else ""
+    what = f"CUDA graphs{pieces} of decoding up to {rows} requests at a time (capture)"
+    captured = ("captured steps", plan.captured_bytes, what)
     communication = ("communication", plan.communication_bytes, "NCCL's buffers")
     return (
         ("dense weights", plan.shape.dense_bytes, "every rank holds all of them"),

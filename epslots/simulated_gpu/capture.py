@@ -6,7 +6,6 @@ back at the end. A replay computes them anew, in order. Streams that were forked
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -208,7 +207,6 @@ class CapturingStep:
         if self._stream == default_stream():
             raise RuntimeError("CUDA graphs must be captured on a non-default stream")
         machine.wait_for_device("device.synchronize", machine.device)
-        gc.collect()
         self._before = machine.current_streams.get(machine.device)
         machine.current_streams[machine.device] = self._stream
         machine.capture = StepCapture(self._stream)

@@ -28,11 +28,13 @@ def test_a_rank_without_graphs_is_named():
     engines = [
         msgspec.structs.replace(sum_engines(()), crowded_steps=1200),
         msgspec.structs.replace(sum_engines(()), capture_obstacle="no room [10 of 12]"),
+        msgspec.structs.replace(sum_engines(()), whole_obstacle="the host plans"),
     ]
     ranks: list[Any] = [SimpleNamespace(rank=number, engine=engine) for number, engine in enumerate(engines)]
     text = StringIO()
     Console(file=text, width=160).print(requests_table(ranks))
     assert "rank 1 decodes without CUDA graphs: no room [10 of 12]" in text.getvalue()
     assert "rank 0 made 1,200 decoding steps without CUDA graphs: they could need more experts" in text.getvalue()
+    assert "rank 2 decodes by CUDA graphs between MoE layers: the host plans" in text.getvalue()
     assert "rank 1 made" not in text.getvalue() and "longer than the others" not in text.getvalue()
     assert "rank 0 decodes" not in text.getvalue() and "replayed" in text.getvalue()

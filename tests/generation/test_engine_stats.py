@@ -10,14 +10,16 @@ from msgspec.structs import replace
 
 from epslots.generation.engine_stats import EngineCounters, EngineStats, Usage, sum_engines
 
+REASONS = ["capture_obstacle", "whole_obstacle"]
+
 
 def stats(**numbers: int) -> EngineStats:
-    names = [name for name in EngineStats.__struct_fields__ if name != "capture_obstacle"]
+    names = [name for name in EngineStats.__struct_fields__ if name not in REASONS]
     return EngineStats(**{name: numbers.get(name, 0) for name in names})
 
 
 def test_each_counter_is_in_the_record():
-    names = [*(field.name for field in fields(EngineCounters)), *Usage._fields, "waiting", "capture_obstacle"]
+    names = [*(field.name for field in fields(EngineCounters)), *Usage._fields, "waiting", *REASONS]
     assert sorted(names) == sorted(EngineStats.__struct_fields__)
 
 
@@ -27,8 +29,9 @@ def test_sums_over_ranks():
     assert total == stats(steps=7, new_tokens=7, kv_used=60, kv_tokens=200)
     assert total.kv_usage == pytest.approx(0.3)
     assert sum_engines([]) == stats()
-    reason = replace(stats(), capture_obstacle="a reason")
-    assert sum_engines([stats(), reason, replace(reason, capture_obstacle="another")]) == reason
+    for name in REASONS:
+        reason = replace(stats(), **{name: "a reason"})
+        assert sum_engines([stats(), reason, replace(reason, **{name: "another"})]) == reason
     assert sum_engines([]).kv_usage == 0
 
 

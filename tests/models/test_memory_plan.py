@@ -23,7 +23,7 @@ from epslots.errors import CheckpointError, ConfigError, DoesNotFitError
 from epslots.example import example_model
 from epslots.generation.next_token import PART_LOGITS
 from epslots.layout import LayerSpec, RecordLayout, TensorSpec
-from epslots.models.captured_sizes import GRAPH_BYTES
+from epslots.models.captured_sizes import GRAPH_BYTES, PIECE_BYTES
 from epslots.models.checkpoint import open_checkpoint
 from epslots.models.expert_reader import pack_layers
 from epslots.models.experts import expert_layers
@@ -259,13 +259,38 @@ def test_graphs_of_decoding_steps_need_room() -> None:
     paged = tiny_shape(pages=PageSizes(layers=(2,), layer_bytes=256, page_tokens=16, mask_bytes=2))
     assert plan_of(paged, AUTO, **arguments).captured_bytes == kept + 5 * 512 * (256 + 32)
     unwanted, uncaptured = EngineConfig(capture=False), tiny_shape(capture_obstacle="it asks the host")
-    for changes in ({"kind": "cpu"}, {"ranks": 2}, {"captures": False}, {"engine": unwanted}, {"shape": uncaptured}):
+    for changes in ({"kind": "cpu"}, {"engine": unwanted}, {"shape": uncaptured}, {"ranks": 2, "engine": unwanted}):
         other = plan_of(**{"shape": tiny_shape(), "setting": AUTO} | arguments | changes)
-        assert other.captured_bytes == 0 and other.fixed_bytes > 0
+        assert other.captured_bytes == 0 and other.fixed_bytes > 0 and not other.captures_in_pieces
+
+
+def test_pieces_of_decoding_steps_need_room() -> None:
+    """Each step's graphs, chosen experts, and hidden states and results of a layer; but none of a layer's activations.
+
+    Steps of one request keep those of all layers.
+    """
+    engine = EngineConfig(kv_tokens=500, max_requests=5, max_batch_tokens=10)
+    arguments: dict[str, Any] = {"memory_bytes": 8 * 1024 * MIB, "kind": "cuda", "engine": engine}
+    whole, shape = plan_of(tiny_shape(), AUTO, **arguments), tiny_shape()
+    layers, rows = len(shape.layers), 4 * (2 + 4 + 5)
+    chosen, states = layers * shape.top_k * (8 + 4), 2 * shape.hidden_size * 2
+    more = (
+        rows * (chosen + states)
+        + 4 * (chosen + layers * states)
+        + 16 * layers * PIECE_BYTES
+        - moe_workspace_bytes(shape, 5, 1)
+    )
+    for changes in ({"ranks": 2}, {"captures": False}):
+        plan = plan_of(tiny_shape(), AUTO, **arguments | changes)
+        assert plan.captures_in_pieces and plan.captured_sizes == whole.captured_sizes
+        assert plan.captured_bytes == whole.captured_bytes + more
+        assert [what for name, _, what in plan_items(plan) if name == "captured steps"] == [
+            "CUDA graphs in pieces of decoding up to 5 requests at a time (capture)"
+        ]
 
 
 def test_graphs_serve_as_many_rows_as_there_are_slots_for() -> None:
-    """With 2 experts a token, 5 of 8 slots serve 2 rows; 1 slot serves none. A GPU that can't fetch needs all of them."""
+    """With 2 experts a token, 5 of 8 slots serve 2 rows; 1 slot serves none. Pieces, for a GPU that can't fetch, serve any."""
     engine = EngineConfig(kv_tokens=500, max_requests=5, max_batch_tokens=10)
     arguments: dict[str, Any] = {"memory_bytes": 8 * 1024 * MIB, "kind": "cuda", "engine": engine}
     found = {
@@ -274,8 +299,9 @@ def test_graphs_serve_as_many_rows_as_there_are_slots_for() -> None:
         for fetches in (True, False)
     }
     assert {key: plan.captured_sizes.rows for key, plan in found.items()} == {
-        (1, True): 0, (5, True): 2, (8, True): 5, (1, False): 0, (5, False): 0, (8, False): 5
+        (1, True): 0, (5, True): 2, (8, True): 5, (1, False): 5, (5, False): 5, (8, False): 5
     }  # fmt: skip
+    assert [key for key, plan in found.items() if plan.captures_in_pieces] == [(1, False), (5, False)]
     assert found[1, True].captured_bytes == 0 < found[5, True].captured_bytes < found[8, True].captured_bytes
 
 

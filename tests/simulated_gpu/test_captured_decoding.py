@@ -23,24 +23,18 @@ from epslots.generation.paged_batcher import PagedBatcher
 from epslots.generation.paged_cache import paging_obstacle
 from epslots.generation.requests import Request
 from epslots.generation.row_batcher import RowBatcher
-from epslots.generation.sampling import Sampling
 from epslots.moe.prefetcher import Prefetcher
 from epslots.runtime import runtime_of
 from epslots.simulated_gpu.cuda_api import simulated_gpus
 from epslots.simulated_gpu.gpu_spec import GPUS
 from tests.support import zoo
 from tests.support.equality import SERVED
-from tests.support.simulated import kernels_of, load_gpu, serve
+from tests.support.simulated import kernels_of, load_gpu, request, serve
 
 CHOSEN = ["qwen3_moe", "gpt_oss", "qwen3_next"]
 MODELS = SERVED if os.environ.get("EPSLOTS_WHOLE_ZOO") else CHOSEN
 # Computed row by row, or by values of the host.
 UNCAPTURED = {"deepseek_v4", "minimax", "minimax_m3_vl", "qwen4_exp", "llama4", "doge"}
-
-
-def request(number: int, new_tokens: int, prompt: int = 7, **sampling: Any) -> Request:
-    ids = tuple(zoo.random_ids(1, prompt + number, seed=number)[0].tolist())
-    return Request(str(number), ids, max_new_tokens=new_tokens, sampling=Sampling(**sampling))
 
 
 REQUESTS = [
@@ -437,7 +431,7 @@ def test_nothing_is_captured_where_it_cannot_be(checkpoint: Callable[[str], Path
     on_cpu = epslots.load(folder, cache_dir=shared_stores, device="cpu", progress=False, slots=8)
     assert RowBatcher(on_cpu, kv_tokens=64)._captured.obstacle == "the model is on cpu"
     with simulated_gpus("h100"):
-        few = RowBatcher(qwen(folder, shared_stores, slots=2), kv_tokens=64)._captured.obstacle
+        few = RowBatcher(qwen(folder, shared_stores, slots=2), kv_tokens=64)._captured.reason
         assert few is not None and few.endswith("has 2 slots, and a step may need 4 experts")
         unwanted = RowBatcher(qwen(folder, shared_stores), kv_tokens=64, capture=False)
         assert unwanted._captured.obstacle == "it was asked for"

@@ -12,8 +12,9 @@ import torch
 from epslots.generation.engine import Engine
 from epslots.generation.requests import Request
 from epslots.generation.sampling import Sampling
-from epslots.models.captured_sizes import GRAPH_BYTES
+from epslots.models.captured_sizes import GRAPH_BYTES, PIECE_BYTES
 from epslots.models.experts import experts_modules
+from epslots.models.memory_plan import moe_workspace_bytes
 from epslots.moe.kernel_gemm import KernelGemm
 from epslots.moe.product_choice import Product, planned_products
 from epslots.runtime import runtime_of
@@ -57,7 +58,10 @@ def test_an_engine_asks_for_what_is_planned(name: str, cache: str, checkpoint: C
 def test_plans_know_whether_steps_are_captured(
     gpu_name: str, product: Product, cache: str, attention: str, checkpoint: Callable[[str], Path], shared_stores: Path
 ):
-    """By the predicates that are asked afterwards: where no step can be captured, there is no room for graphs."""
+    """By the predicates that are asked afterwards: where no step can be captured, there is no room for graphs.
+
+    Where products wait for the host, steps are captured in pieces.
+    """
     loops = product is Product.BY_SLOT  # no kernel knows float64
     with simulated_gpus(gpu_name) as gpu:
         settings = {"dtype": "float64" if loops else "bfloat16", "cache": cache, "attn_implementation": attention}
@@ -68,18 +72,26 @@ def test_plans_know_whether_steps_are_captured(
         for runner in runtime.runners:
             assert isinstance(runner.experts.kernel, KernelGemm) is (product is Product.KERNEL)
         batcher = Engine(model).batcher
-        uncaptured = loops or attention == "eager"
+        uncaptured = attention == "eager"
         assert (batcher.stats().capture_obstacle is not None) is uncaptured is (runtime.plan.captured_bytes == 0)
+        assert runtime.plan.captures_in_pieces is (loops and not uncaptured)
+        batcher.add(Request("a", (1, 2, 3), max_new_tokens=5))
+        while batcher.prepare():
+            batcher.step()
+        assert (batcher._captured.whole_obstacle is not None) is runtime.plan.captures_in_pieces
+        assert (batcher.stats().replayed_steps > 0) is not uncaptured
         assert gpu.races == []
         batcher.close()
 
 
+@pytest.mark.parametrize("pieces", [False, True])
 @pytest.mark.parametrize("cache", ["rows", "pages"])
-def test_captured_steps_take_what_is_planned(cache: str, checkpoint: Callable[[str], Path], shared_stores: Path):
+def test_captured_steps_take_what_is_planned(cache: str, pieces: bool, checkpoint: Callable[[str], Path], shared_stores: Path):
     """One long request, as long as which all others are read; a pass before its capture needs the same as the graph."""
-    settings = {"kv_tokens": 256, "max_requests": 4, "max_batch_tokens": 512, "cache": cache}
+    settings: dict[str, Any] = {"kv_tokens": 256, "max_requests": 4, "max_batch_tokens": 512, "cache": cache}
+    settings |= {"host_memory": "150KB", "slots": "75%"} if pieces else {"slots": "100%"}
     with simulated_gpus() as gpu:
-        model = load_gpu(checkpoint("qwen3_moe"), shared_stores, slots="100%", dtype="bfloat16", **settings)
+        model = load_gpu(checkpoint("qwen3_moe"), shared_stores, dtype="bfloat16", **settings)
         plan, batcher = runtime_of(model).plan, Engine(model).batcher
         for number, length in enumerate((140, 20, 20, 20)):
             prompt = tuple(zoo.random_ids(1, length, seed=number)[0].tolist())
@@ -91,10 +103,13 @@ def test_captured_steps_take_what_is_planned(cache: str, checkpoint: Callable[[s
             batcher.step()
             peaks.append(gpu.peak[0] - before)
         assert (4, 256) in sizes.graphs() and batcher.stats().ragged_steps == 0
-        planned = plan.captured_bytes - len(sizes.graphs()) * GRAPH_BYTES
+        assert plan.captures_in_pieces is pieces
+        each = GRAPH_BYTES + (PIECE_BYTES * len(plan.shape.layers) if pieces else 0)
+        planned = plan.captured_bytes - len(sizes.graphs()) * each
         before_capture, _, replay = peaks[-3:]
-        assert planned // 2 < before_capture <= planned
-        assert replay < planned // 10 and batcher.stats().graph_bytes > 0
+        layers = moe_workspace_bytes(plan.shape, 4, 1) if pieces else 0  # which aren't captured then
+        assert planned // 2 < before_capture <= planned + layers
+        assert replay < planned // 10 + layers and batcher.stats().graph_bytes > 0
         batcher.close()
 
 

@@ -22,41 +22,28 @@ from epslots.group.join import join
 from epslots.runtime import runtime_of
 from epslots.simulated_gpu.cuda_api import simulated_gpus
 from epslots.simulated_gpu.machine import DeviceHangsError, SimulatedMachine
-from epslots.simulated_gpu.nccl_group import NcclHub, OutOfOrderError, SimulatedNcclGroup, simulated_dist
-from epslots.transport import forming, nccl, rendezvous, torch_transport
+from epslots.simulated_gpu.nccl_group import NcclHub, OutOfOrderError, SimulatedNcclGroup
+from epslots.transport import forming, nccl, rendezvous
 from epslots.transport.torch_transport import TorchTransport
 from tests.support import zoo
 from tests.support.grouped_ranks import COPIES_TRAVEL, TOKENS_TRAVEL
-from tests.support.rank_helpers import PATIENCE_S, run_threads
+from tests.support.rank_helpers import PATIENCE_S
 from tests.support.simulated import greedy_on, load_gpu
+from tests.support.simulated_ranks import nccl_stand_in, on_ranks
 
 CUDA = torch.device("cuda:0")
 
 
 @pytest.fixture(autouse=True)
-def nccl_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in nccl.ENVIRONMENT:
-        monkeypatch.setenv(name, "another")
-    nccl.set_environment()
-    monkeypatch.setattr(torch_transport, "dist", simulated_dist(dist))
+def nccl_environment() -> Iterator[None]:
+    with nccl_stand_in():
+        yield
 
 
 @pytest.fixture
 def gpus() -> Iterator[SimulatedMachine]:
     with simulated_gpus("h100", count=2) as machine:
         yield machine
-
-
-def on_ranks(hub: NcclHub, work: Callable[[TorchTransport], Any], deadline_s: float = PATIENCE_S) -> list[Any]:
-    """The results of ``work`` on each rank, a thread with a GPU of its own."""
-
-    def one(local: Any) -> Any:
-        device = torch.device("cuda", local.rank)
-        torch.cuda.set_device(device)
-        transport = TorchTransport(SimulatedNcclGroup(hub, local.rank, device), device=device, deadline_s=deadline_s)  # type: ignore[arg-type]
-        return work(transport)
-
-    return run_threads(one, hub.size)
 
 
 def test_operations_move_the_right_bytes(gpus: SimulatedMachine):

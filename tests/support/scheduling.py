@@ -39,6 +39,7 @@ module belongs to the first group that names it.
 
 LONG = (
     "tests/simulated_gpu/test_captured_decoding.py",
+    "tests/simulated_gpu/test_captured_pieces.py",
     "tests/generation/test_rows.py",
     "tests/generation/test_batchers.py",
     "tests/equality/test_matrix.py",

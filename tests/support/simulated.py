@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from epslots.generation.engine import Engine
 from epslots.generation.requests import Request
+from epslots.generation.sampling import Sampling
 from epslots.simulated_gpu.loading import load_simulated
 from epslots.simulated_gpu.machine import SimulatedMachine
 from tests.support import zoo
@@ -19,6 +20,12 @@ from tests.support import zoo
 def load_gpu(folder: Path, store_dir: Path, **settings: Any) -> PreTrainedModel:
     """A model on the simulated GPU: a quarter of the experts in slots, in fp32."""
     return load_simulated(folder, **{"slots": "25%", "dtype": "float32", "cache_dir": store_dir} | settings)
+
+
+def request(number: int, new_tokens: int, prompt: int = 7, **sampling: Any) -> Request:
+    """A request with random tokens of its own, named by its number."""
+    ids = tuple(zoo.random_ids(1, prompt + number, seed=number)[0].tolist())
+    return Request(str(number), ids, max_new_tokens=new_tokens, sampling=Sampling(**sampling))
 
 
 def greedy_on(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> list[list[int]]:
