@@ -9,6 +9,7 @@ import pytest
 
 from epslots.bench.models import random_config
 from epslots.bench.needed_hits import TokenTimes
+from epslots.bench.predicted_ranks import predicted_ranks
 from epslots.bench.predicted_steps import predicted_steps
 from epslots.bench.timeline import HIT_RATES, _hit_rate, _share
 from epslots.errors import ConfigError
@@ -47,6 +48,15 @@ def test_a_step_takes_the_true_models_time(cache_dir: Path):
             "the tokens alone are waited for; a kernel copies"
         )
         assert captured.fetches > 0 and captured.step_s > captured.fetches * captured.expert_bytes / spec.link_rate
+
+
+def test_pieces_spare_the_hosts_of_two_ranks_their_launches(cache_dir: Path):
+    """Those of the model; layers launch as much as ever."""
+    with predicted_ranks(CONFIG, cache_dir, steps=2) as run:
+        usual, captured = (run(GPUS["h100"], 0.5, captured=captured) for captured in (False, True))
+    assert captured.step_s < usual.step_s and captured.layers == LAYERS
+    assert captured.host_s - captured.our_host_s < 0.2 * (usual.host_s - usual.our_host_s)
+    assert captured.kernels["transformers"] == pytest.approx(usual.kernels["transformers"], rel=0.2)
 
 
 @pytest.mark.parametrize("recall", [None, 0.0, 0.9, 1.0])

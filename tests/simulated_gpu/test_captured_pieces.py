@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import random
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from epslots.generation import capture_pause
 from epslots.generation.cache_tensors import tensors_of
 from epslots.generation.engine import Engine
 from epslots.generation.paged_cache import paging_obstacle
+from epslots.generation.row_batcher import RowBatcher
 from epslots.generation.row_support import row_support
 from epslots.group.join import join
 from epslots.group.rank_group import group_of
@@ -280,6 +283,7 @@ def test_a_capture_without_memory_is_tried_again(
             tried.append(engine.batcher.stats().steps)
             try:
                 with graph(*args, **settings):
+                    gc.collect()  # what earlier tests left is freed now, not in the capture
                     gpu.memory_bytes = gpu.allocated[0] if len(tried) == full else memory_bytes
                     yield
             finally:
@@ -377,6 +381,39 @@ def moved_slots(old: Any) -> Any:
     quota_LR[1, 0] += 1
     moved = default_placement([old.home_LE.shape[1]] * len(quota_LR), quota_LR)
     return replace(moved, version=old.version + 1)
+
+
+def test_experts_cede_slots_while_pieces_are_replayed(checkpoint: Callable[[str], Path], shared_stores: Path):
+    """To the caches of both ranks, and take them back: cells stay where they are, so no piece is captured anew."""
+    requests, chosen = [request(0, 40), request(1, 40)], random.Random(5)
+    expected = serve(on_cpu(checkpoint("qwen3_moe"), shared_stores), requests, cache="rows")
+    room: dict[str, Any] = {"kv_tokens": "auto", "max_requests": 2, "max_batch_tokens": 16}
+    with simulated_gpus("h100", count=2) as gpu:
+        settings: dict[str, Any] = {"costs": TOKENS_TRAVEL, "slots": 12, "host_compute": "off"}
+        ranks = SimulatedRanks(checkpoint("qwen3_moe"), shared_stores, engine=room, **settings, **room)
+        ranks.open_all(8, *requests)
+
+        def go_on(engine: Engine) -> tuple[dict[str, list[int]], set[int]]:
+            tokens, levels, batcher = dict[str, list[int]](), set[int](), engine.batcher
+            assert isinstance(batcher, RowBatcher) and batcher.admission.exchange is not None
+            exchange = batcher.admission.exchange
+            for step in range(34):
+                change = chosen.choice((-1, 1, 1)) if step % 3 == 0 else 0
+                if change and 0 <= exchange._target + change <= exchange.sizes.most_levels:
+                    exchange.change(change)
+                engine.step()
+                levels.add(exchange.levels)
+                for output in batcher.outputs():
+                    tokens.setdefault(output.id, []).extend(output.tokens)
+            return tokens, levels
+
+        (first, seen), (second, _) = ranks.run(go_on)
+        assert first | second == expected and len(seen) > 2
+        assert all(engine.batcher.stats().replayed_steps > 34 for engine in ranks.engines)
+        assert gpu.races == []
+        for engine in ranks.engines:
+            engine.batcher.close()
+            runtime_of(engine.model).check_integrity()
 
 
 def test_a_rank_that_joins_a_group_changes_its_way(checkpoint: Callable[[str], Path], shared_stores: Path):
