@@ -41,7 +41,7 @@ def _patient_get_node(*args: Any, _get_node: Any = ray_services.get_node, **kwar
         except RuntimeError:
             if time.monotonic() > ends:
                 raise
-        time.sleep(_POLL_S)
+        time.sleep(_POLL_S)  # the node's entry comes without an event
 
 
 _REPLACED: tuple[tuple[Any, str, Any], ...] = (

@@ -222,7 +222,7 @@ def _keep(wanted: _Wanted, ready: Future[Connection]) -> None:
                 entered.exit()
                 break
             connection.life.lost.set_result(reason)
-            time.sleep(_NOTICE_S)
+            time.sleep(_NOTICE_S)  # calls that have just begun end meanwhile
             try:
                 entered.exit()
             except Exception:

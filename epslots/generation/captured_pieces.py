@@ -109,16 +109,11 @@ class _Recorder:
 
 
 class PiecewiseStep(StepGraphs[Step]):
-    """The steps of one size.
+    """The steps of one size, in pieces."""
 
-    Args:
-        requests: the most that run.
-    """
-
-    def __init__(self, step: Step, call: Call, memory: GraphMemory, model: PreTrainedModel, requests: int) -> None:
-        super().__init__(step, call, memory)
-        self._model, self._requests = model, requests
-        self._warm = False
+    def __init__(self, step: Step, call: Call, memory: GraphMemory, requests: int, model: PreTrainedModel) -> None:
+        super().__init__(step, call, memory, requests)
+        self._model = model
         self._recorded: tuple[list[_CapturedPiece], torch.cuda.CUDAGraph, torch.Tensor] | None = None
 
     @property
@@ -203,4 +198,4 @@ class PiecewiseSteps:
         self.taken = False
 
     def graphs(self, step: Step, call: Call, memory: GraphMemory) -> PiecewiseStep[Step]:
-        return PiecewiseStep(step, call, memory, self._model, self._requests)
+        return PiecewiseStep(step, call, memory, self._requests, self._model)

@@ -17,16 +17,11 @@ from epslots.runtime import Runtime
 
 
 class WholeStep(StepGraphs[Step]):
-    """The steps of one size.
+    """The steps of one size, each one graph."""
 
-    Args:
-        requests: the most that run.
-    """
-
-    def __init__(self, step: Step, call: Call, memory: GraphMemory, lent: LentSlots, requests: int) -> None:
-        super().__init__(step, call, memory)
-        self._lent, self._requests = lent, requests
-        self._warm = False
+    def __init__(self, step: Step, call: Call, memory: GraphMemory, requests: int, lent: LentSlots) -> None:
+        super().__init__(step, call, memory, requests)
+        self._lent = lent
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: torch.Tensor | None = None
 
@@ -87,4 +82,4 @@ class WholeSteps:
         self._lent.give_back()
 
     def graphs(self, step: Step, call: Call, memory: GraphMemory) -> WholeStep[Step]:
-        return WholeStep(step, call, memory, self._lent, self._requests)
+        return WholeStep(step, call, memory, self._requests, self._lent)

@@ -115,13 +115,17 @@ class GraphMemory:
 class StepGraphs(ABC, Generic[Step]):
     """The steps of one size.
 
+    Args:
+        requests: the most that run.
+
     Attributes:
         step: the tensors that stay in place.
         failure: why the latest step wasn't captured, though it was made; None if nothing failed.
     """
 
-    def __init__(self, step: Step, call: Call, memory: GraphMemory) -> None:
-        self.step, self._call, self._memory = step, call, memory
+    def __init__(self, step: Step, call: Call, memory: GraphMemory, requests: int) -> None:
+        self.step, self._call, self._memory, self._requests = step, call, memory, requests
+        self._warm = False  # whether a step of this size has run uncaptured
         self.failure: CaptureError | None = None
         self._states: torch.cuda.CUDAGraph | None = None
 

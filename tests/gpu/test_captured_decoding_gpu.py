@@ -53,36 +53,32 @@ def run(batcher: RowBatcher, steps: int = 10_000) -> dict[str, list[int]]:
     return tokens
 
 
-@pytest.mark.parametrize("slots", [8, "100%"])
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_next"])
-def test_replays_give_the_uncaptured_tokens(name: str, slots: int | str, checkpoint: Callable[[str], Path], cache_dir: Path):
-    model, found = load(checkpoint(name), cache_dir, slots=slots), []
+def check_replays(model: PreTrainedModel, *, in_pieces: bool) -> None:
+    """The same tokens captured and not, in the expected way."""
+    found = []
     for capture in (False, True):
         batcher = RowBatcher(model, kv_tokens=256, max_requests=2, capture=capture)
         for one in requests():
             batcher.add(one)
         found.append(run(batcher))
         assert (batcher.stats().replayed_steps > 40) is capture, batcher._captured.obstacle
+        assert (batcher.stats().whole_obstacle is not None) is (capture and in_pieces)
         runtime_of(model).check_integrity()
         batcher.close()
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("slots", [8, "100%"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_next"])
+def test_replays_give_the_uncaptured_tokens(name: str, slots: int | str, checkpoint: Callable[[str], Path], cache_dir: Path):
+    check_replays(load(checkpoint(name), cache_dir, slots=slots), in_pieces=False)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_next"])
 def test_pieces_give_the_uncaptured_tokens(name: str, checkpoint: Callable[[str], Path], cache_dir: Path):
     """Captured in pieces, since the GPU can't read a store on disk; in sizes of two requests and of one."""
     settings: dict[str, Any] = {"slots": 8, "device": "cuda", "dtype": "float32", "progress": False}
-    model, found = epslots.load(checkpoint(name), cache_dir=cache_dir, host_memory="150KB", **settings), []
-    for capture in (False, True):
-        batcher = RowBatcher(model, kv_tokens=256, max_requests=2, capture=capture)
-        for one in requests():
-            batcher.add(one)
-        found.append(run(batcher))
-        assert (batcher.stats().replayed_steps > 40) is capture, batcher._captured.obstacle
-        assert (batcher._captured.whole_obstacle is not None) is capture
-        runtime_of(model).check_integrity()
-        batcher.close()
-    assert found[0] == found[1]
+    check_replays(epslots.load(checkpoint(name), cache_dir=cache_dir, host_memory="150KB", **settings), in_pieces=True)
 
 
 def test_replays_wait_for_their_tokens_alone(checkpoint: Callable[[str], Path], cache_dir: Path):
